@@ -1,0 +1,198 @@
+"""One experiment: dataclass defaults, then a YAML, then ``key=value`` from the command line.
+
+Each component's dataclass stands next to its owner. ``kind`` keys pick a dataclass before the YAML is merged, so an
+unknown key, a wrong type or an impossible combination ends here, with one line, before any work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.images.config import ImagesConfig
+from data.tokens.config import TokensConfig
+from stages.measures.config import EvalConfig
+from stages.factory import condition_kind, prior_kind, quantizer_kind, tokenizer_kind
+from stages.prior.config import PriorConfig, PriorTrainingConfig
+from stages.prior.sampling import SamplingConfig
+from stages.tokenizer.config import TokenizerConfig, TokenizerTrainingConfig
+from stages.conditions.config import ConditionConfig
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message is one line for the person who wrote it."""
+
+
+@dataclass
+class TrainerConfig:
+    """Where the work runs. Nothing here changes a result on purpose, so it may differ between two calls of one run."""
+
+    accelerator: str = "auto"
+    """auto, cpu or gpu."""
+    devices: int = 1
+    """Processes on this machine; -1: every GPU."""
+    num_nodes: int = 1
+    """Machines."""
+    num_workers: int = 1
+    """Loader processes for each training process; 0 loads in the training process itself."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass
+class Config:
+    """A whole experiment."""
+
+    name: str = "experiment"
+    """Name of the run; default: the YAML's file name."""
+    run: str = "runs/${name}"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of weights, data order and augmentation."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer_training: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    prior_training: PriorTrainingConfig = field(default_factory=PriorTrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+# Keys whose value picks the dataclass of the section they stand in. Outer sections come first.
+KINDS: dict[str, tuple[str, Callable[[str], tuple[type[Any], Any]]]] = {
+    "tokenizer": ("sit", tokenizer_kind),
+    "tokenizer.quantizer": ("fsq", quantizer_kind),
+    "condition": ("class", condition_kind),
+    "prior": ("transformer", prior_kind),
+}
+
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "images.kind": ("folder", "webdataset", "fashion", "demo", "photos"),
+    "images.channels": (1, 3),
+    "images.train_view": ("center", "random_resized_crop", "random_crop", "pad"),
+    "images.eval_view": ("center", "pad"),
+    "tokens.precision": ("32", "bf16"),
+    "tokenizer_training.precision": ("32", "bf16"),
+    "prior_training.precision": ("32", "bf16"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+}
+
+POSITIVE = (
+    "images.size",
+    "tokens.encode_batch_size",
+    "tokens.blocks_per_shard",
+    "tokenizer_training.max_steps",
+    "tokenizer_training.batch_size_per_device",
+    "tokenizer_training.accumulate_batches",
+    "prior_training.max_steps",
+    "prior_training.batch_size_per_device",
+    "prior_training.accumulate_batches",
+    "eval.num_samples",
+)
+
+
+def find_config(name: str | Path) -> Path:
+    """The YAML of a path, or of a shipped experiment's name. Raises ConfigError that lists the shipped ones."""
+    for candidate in (Path(name), CONFIG_FOLDER / f"{name}.yaml", CONFIG_FOLDER / str(name)):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))
+    raise ConfigError(f"CONFIG={name}: no such file, and no shipped experiment of that name ({shipped})")
+
+
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config of a YAML and ``key=value`` overrides. Raises ConfigError with one line."""
+    path = find_config(name)
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ConfigError(f"{override!r} is no override; write key=value, e.g. prior_training.max_steps=1000")
+    try:
+        raw = OmegaConf.load(path)
+        if not isinstance(raw, DictConfig):
+            raise ConfigError(f"{path}: a config is a mapping of sections")
+        given = OmegaConf.merge({"name": path.stem}, raw, OmegaConf.from_dotlist(list(overrides)))
+        schema = OmegaConf.structured(Config)
+        for section, (default, lookup) in KINDS.items():
+            if section == "tokenizer.quantizer" and "quantizer" not in schema.tokenizer:
+                continue
+            kind = OmegaConf.select(given, f"{section}.kind", default=default)
+            OmegaConf.update(schema, section, OmegaConf.structured(lookup(kind)[0](kind=kind)), merge=False)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, given))
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0].removesuffix(".")
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{path.name}: {message}" + (f" (key {key})" if key else "")) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a value outside its range or a combination in ``ILLEGAL``."""
+    for key, allowed in ALLOWED.items():
+        value = get(config, key)
+        if value not in allowed:
+            raise ConfigError(f"{key}={value!r}; allowed: {', '.join(map(str, allowed))}")
+    for key in POSITIVE:
+        if get(config, key) < 1:
+            raise ConfigError(f"{key}={get(config, key)}; allowed: 1 or more")
+    for refuses, message in ILLEGAL:
+        if refuses(config):
+            raise ConfigError(message(config))
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+# Combinations of parts that cannot work together: (refuses, one line that says what to change).
+ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
+    (
+        lambda c: len(c.images.crop_scale) != 2 or not 0 < c.images.crop_scale[0] <= c.images.crop_scale[1] <= 1,
+        lambda c: f"images.crop_scale={c.images.crop_scale}; allowed: two shares of the area, 0 < low <= high <= 1",
+    ),
+    (
+        lambda c: not 0 < c.images.val_share < 1,
+        lambda c: f"images.val_share={c.images.val_share}; allowed: between 0 and 1",
+    ),
+    (
+        lambda c: c.images.kind in ("folder", "webdataset") and c.images.path is None,
+        lambda c: f"images.path is not set; images.kind={c.images.kind} needs images.path=<where your images lie>",
+    ),
+    (
+        lambda c: c.trainer.devices == 0 or c.trainer.devices < -1,
+        lambda c: f"trainer.devices={c.trainer.devices}; allowed: 1 or more, or -1 for every GPU",
+    ),
+    (
+        lambda c: not math.isfinite(c.sampling.guidance),
+        lambda c: f"sampling.guidance={c.sampling.guidance}; allowed: a finite number",
+    ),
+]
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Plain dict of a (part of a) config, for YAML, JSON and checkpoints."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

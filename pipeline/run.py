@@ -1,0 +1,91 @@
+"""The run folder: which stage wrote what, with which config, and who is writing now."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pipeline.config import Config, ConfigError, get, to_plain
+
+# The sections that decide what a stage produces. `trainer` is missing on purpose: it decides where, not what.
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("seed", "images", "tokenizer", "tokenizer_training"),
+    "tokens": ("images", "tokenizer", "tokens"),
+    "prior": ("seed", "tokens", "condition", "prior", "prior_training"),
+}
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used as asked; the message says what to do."""
+
+
+def stage_config(config: Config, stage: str) -> dict[str, Any]:
+    """The plain config of one stage's sections, without the paths: a run folder may be moved."""
+    plain = to_plain(config)
+    sections = {section: plain[section] for section in STAGE_SECTIONS[stage]}
+    for name in ("tokenizer", "tokens", "prior"):
+        sections.get(name, {}).pop("path", None)
+    return sections
+
+
+@contextmanager
+def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
+    """Lock ``folder`` for this process and hold it to one config. Raises RunError.
+
+    The lock is flock's: it ends with the process that holds it, so a killed run leaves no stale lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder} is in use by another process; wait for it, or choose another RUN=") from error
+        hold_to_config(folder, stage_config(config, stage))
+        yield folder
+
+
+def hold_to_config(folder: Path, plain: dict[str, Any]) -> None:
+    """Write ``folder/config.yaml``, or raise RunError that names the first key in which the written one differs."""
+    path = folder / "config.yaml"
+    if path.exists():
+        written = OmegaConf.to_container(OmegaConf.load(path))
+        difference = first_difference(written, plain)
+        if difference:
+            raise RunError(
+                f"{folder} was made with another config ({difference}); choose another RUN=, or delete the folder"
+            )
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    temporary.replace(path)
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    """``key: old, now new`` of the first difference between two plain configs, or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            inner = f"{key}.{name}" if key else str(name)
+            if name not in old or name not in new:
+                return f"{inner}: only in the {'old' if name in old else 'new'} one"
+            difference = first_difference(old[name], new[name], inner)
+            if difference:
+                return difference
+        return None
+    return None if old == new else f"{key}: {old}, now {new}"
+
+
+def need(path: str | Path, what: str, command: str, config: Config) -> Path:
+    """``path`` if it exists. Raises RunError that names the command which makes it."""
+    if not Path(path).exists():
+        raise RunError(
+            f"{path} is missing: no {what} yet. Run `python -m pipeline {command} <your config> run={config.run}` first"
+        )
+    return Path(path)
+
+
+__all__ = ["ConfigError", "RunError", "get", "hold_to_config", "need", "stage_config", "stage_folder"]

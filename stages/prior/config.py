@@ -1,0 +1,51 @@
+"""Stage 2's config sections: ``prior`` (one dataclass a kind) and ``prior_training``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PriorConfig:
+    """What every prior's section has."""
+
+    kind: str = "transformer"
+    """Which prior; picks the other keys of this section."""
+    path: str = "${run}/prior/prior.safetensors"
+    """Exported weights: written by train-prior, read by eval and sample."""
+
+
+@dataclass
+class PriorTrainingConfig:
+    """Training of stage 2. Steps are optimiser steps."""
+
+    max_steps: int = 10_000
+    """Updates."""
+    batch_size_per_device: int = 64
+    """Token sequences in one forward pass of one process."""
+    accumulate_batches: int = 1
+    """Forward passes per update."""
+    precision: str = "bf16"
+    """32 or bf16; the cross entropy stays in float32."""
+    learning_rate: float = 1e-3
+    """Peak."""
+    warmup_steps: int = 200
+    """Linear rise of the rate."""
+    final_learning_rate_share: float = 0.05
+    """Cosine decay ends at this share of the peak."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's averaging factors."""
+    weight_decay: float = 0.05
+    """Decoupled, on matrices only."""
+    gradient_clip_norm: float = 1.0
+    """Clip of the gradient norm."""
+    ema_decay: float = 0.999
+    """Averaging of the exported weights, with timm's warm-up."""
+    log_every: int = 50
+    """Steps between log entries."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints."""
+    validate_every: int = 1_000
+    """Steps between validations."""
+    validation_samples: int = 2_048
+    """Held-out sequences in one validation."""

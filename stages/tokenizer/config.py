@@ -1,0 +1,75 @@
+"""Stage 1's config sections: ``tokenizer`` (one dataclass a kind) and ``tokenizer_training``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TokenizerConfig:
+    """What every tokenizer's section has."""
+
+    kind: str = "sit"
+    """Which tokenizer; picks the other keys of this section."""
+    path: str = "${run}/tokenizer/tokenizer.safetensors"
+    """Exported weights: written by train-tokenizer, read by every later command."""
+
+
+@dataclass
+class TokenizerTrainingConfig:
+    """Training of stage 1. Steps are generator steps."""
+
+    max_steps: int = 10_000
+    """Generator updates."""
+    batch_size_per_device: int = 64
+    """Images in one forward pass of one process."""
+    accumulate_batches: int = 1
+    """Forward passes per update."""
+    precision: str = "bf16"
+    """32 or bf16; transforms, quantiser, perceptual distance and adversarial loss stay in float32."""
+    learning_rate: float = 4e-4
+    """Peak, generator."""
+    discriminator_learning_rate: float = 2e-4
+    """Peak, discriminator."""
+    warmup_steps: int = 100
+    """Linear rise of both rates."""
+    final_learning_rate_share: float = 0.05
+    """Cosine decay ends at this share of the peak."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Adam's averaging factors, generator; the discriminator uses (0.5, 0.9)."""
+    weight_decay: float = 1e-4
+    """Decoupled, on matrices only."""
+    gradient_clip_norm: float = 1.0
+    """Clip of each network's gradient norm."""
+    ema_decay: float = 0.999
+    """Averaging of the exported weights, with timm's warm-up."""
+    pixel_weight: float = 1.0
+    """Weight of the mean squared error of pixels in [-1, 1]."""
+    perceptual: str = "lite0"
+    """Backbone of the perceptual distance: lite0 (EfficientNet-Lite0, offline), lpips-vgg (weights by torchmetrics), or none."""
+    perceptual_weight: float = 0.02
+    """Lite0's distance is about five times LPIPS, for which the paper takes 0.1."""
+    adversarial_weight: float = 0.1
+    """Weight of the generator's hinge term after the ramp; 0 trains without a discriminator."""
+    adversarial_start: int = 2_000
+    """Step at which the adversarial term begins to reach the generator; the discriminator trains from step 0."""
+    adversarial_ramp_steps: int = 1_000
+    """Steps over which its weight rises linearly from 0."""
+    commitment_weight: float = 0.25
+    """Pull of the encoder to its code (cosine VQ)."""
+    codebook_weight: float = 1.0
+    """Pull of the code to the encoder (cosine VQ)."""
+    discriminator_width: int = 64
+    """Channels of the discriminator's first layer."""
+    discriminator_layers: int = 3
+    """Strided layers of the PatchGAN; 3 sees 70 pixels."""
+    fit_images: int = 2048
+    """Training images from which coefficient statistics are measured before the first step."""
+    log_every: int = 50
+    """Steps between log entries."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints."""
+    validate_every: int = 1_000
+    """Steps between validations."""
+    validation_images: int = 512
+    """Held-out images in one validation."""

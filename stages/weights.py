@@ -1,0 +1,114 @@
+"""Weights on disk: safetensors with the config, layout and history as JSON in the metadata. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data.layout import TokenLayout
+from stages.contract import Tokenizer
+from stages.factory import build_tokenizer, tokenizer_kind
+
+FORMAT = "octaves/1"
+
+
+class WeightsError(ValueError):
+    """A weights file that is missing, damaged or of another kind."""
+
+
+def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write the module's state and JSON metadata atomically: a temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    try:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "octaves": json.dumps(metadata, sort_keys=True)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metadata, tensors by name). Raises WeightsError for anything but a file that ``save_weights`` wrote."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise WeightsError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
+            metadata = json.loads(header["octaves"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise WeightsError(f"{path}: damaged or not a weights file ({error})") from error
+    return metadata, tensors
+
+
+def load_state(path: Path, module: nn.Module, tensors: dict[str, Any]) -> None:
+    """Strict load; raises WeightsError that names the file."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(f"{path}: weights do not fit their own config ({error})") from error
+
+
+def save_tokenizer(path: Path, tokenizer: Tokenizer, config: Any, extra: dict[str, Any] | None = None) -> None:
+    """Write a tokenizer with all that ``load_tokenizer`` needs. ``config.path`` is the user's, not the model's."""
+    plain = {key: value for key, value in asdict(config).items() if key != "path"}
+    metadata = {
+        "part": "tokenizer",
+        "kind": config.kind,
+        "config": plain,
+        "image_size": list(tokenizer.layout.image_size),
+        "channels": tokenizer.channels,
+        "layout": tokenizer.layout.to_dict(),
+        "pixel_range": [-1, 1],
+        **(extra or {}),
+    }
+    save_weights(path, tokenizer, metadata)
+
+
+def load_tokenizer(path: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """(tokenizer in eval mode without gradients, metadata). Raises WeightsError."""
+    path = Path(path)
+    metadata, tensors = read_weights(path)
+    if metadata.get("part") != "tokenizer":
+        raise WeightsError(f"{path}: holds a {metadata.get('part')}, not a tokenizer")
+    try:
+        config = from_plain(tokenizer_kind(metadata["kind"])[0], metadata["config"])
+        height, width = metadata["image_size"]
+        tokenizer = build_tokenizer(config, (height, width), metadata["channels"])
+        layout = TokenLayout.from_dict(metadata["layout"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: metadata do not describe a tokenizer ({error})") from error
+    load_state(path, tokenizer, tensors)
+    if layout != tokenizer.layout:
+        raise WeightsError(f"{path}: the stored layout is not the one that its config gives")
+    return tokenizer.eval().requires_grad_(False), metadata
+
+
+def from_plain(config_class: type[Any], plain: dict[str, Any]) -> Any:
+    """A config dataclass from plain data; nested sections with a ``kind`` are looked up. Raises TypeError, ValueError."""
+    from stages.factory import quantizer_kind
+
+    values = dict(plain)
+    if isinstance(values.get("quantizer"), dict):
+        quantizer = values["quantizer"]
+        values["quantizer"] = quantizer_kind(quantizer["kind"])[0](**quantizer)
+    return config_class(**values)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
