@@ -1,0 +1,71 @@
+"""How a tokenizer's codes are used: a codebook that collapsed shows here first, mostly at the coarse scales."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.layout import TokenLayout, Tokens
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """Use of one field's vocabulary in one scale."""
+
+    scale: str
+    field: str
+    codebook: int
+    num_tokens: int
+    """Tokens counted; no more codes than that can be used."""
+    vocabulary_size: int
+    used: int
+    """Codes that occur."""
+    share: float
+    """used / vocabulary_size"""
+    perplexity: float
+    """exp of the entropy of the ids: the number of codes that equal use would need; 1 … vocabulary_size."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp(entropy) of counts [V]: 1 for a single code, V for equal use. Raises ValueError for counts without tokens."""
+    total = counts.sum()
+    if total == 0:
+        raise ValueError("no tokens were counted")
+    shares = counts[counts > 0].double() / total
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def code_use(tokens: Tokens, layout: TokenLayout) -> list[CodeUse]:
+    """One entry per scale and field of tokens with ids [N, L, F]; elements beyond a sample's length do not count.
+
+    Scales in which no sample has an element are left out.
+    """
+    counted = torch.arange(tokens.ids.shape[1], device=tokens.ids.device) < tokens.lengths[:, None]
+    uses: list[CodeUse] = []
+    for scale, end in zip(layout.scales, layout.ends_of_scales, strict=True):
+        ids = tokens.ids[:, end - scale.length : end][counted[:, end - scale.length : end]]
+        if not len(ids):
+            continue
+        for index, field in enumerate(scale.fields):
+            counts = torch.bincount(ids[:, index], minlength=field.vocabulary_size)
+            used = int((counts > 0).sum())
+            uses.append(
+                CodeUse(
+                    scale=scale.name,
+                    field=field.name,
+                    codebook=scale.codebook,
+                    num_tokens=len(ids),
+                    vocabulary_size=field.vocabulary_size,
+                    used=used,
+                    share=used / field.vocabulary_size,
+                    perplexity=perplexity(counts),
+                )
+            )
+    return uses
