@@ -1,6 +1,7 @@
-"""The contract between the stages: everything that makes tokens is a Tokenizer, learned or not.
+"""The contract between the stages: a Tokenizer makes tokens, a Condition says what they shall show, a Prior models them.
 
 A new tokenizer is one file with a subclass of ``Tokenizer``, one line in ``stages/factory.py``, one YAML and one test.
+The sampling engine sees ``begin / logits / advance`` of a Prior and nothing else.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -67,3 +69,39 @@ class Tokenizer(nn.Module, ABC):
         if num_scales != len(self.layout.scales):
             raise PrefixUnsupported(f"{type(self).__name__} has no reference for {num_scales} scales")
         return pixels
+
+
+class Condition(nn.Module, ABC):
+    """What a prior is told about a sample, as states [B, num_states, width] that stand before its tokens."""
+
+    num_states: int
+    dropout: float
+    """Share of training samples whose condition is dropped."""
+
+    @abstractmethod
+    def forward(self, labels: Tensor) -> Tensor:
+        """States [B, num_states, width] of class ids int64 [B]; -1 is no condition. Raises ValueError out of range."""
+
+
+class Prior(nn.Module, ABC):
+    """A model of token sequences. It knows their layout, never which tokenizer made them."""
+
+    layout: TokenLayout
+    condition: Condition
+    class_names: list[str]
+
+    @abstractmethod
+    def nll(self, tokens: Tokens, labels: Tensor) -> Tensor:
+        """Negative log-likelihood in nats of every field: float32 [B, L, F]. ``tokens`` may be a prefix of scales."""
+
+    @abstractmethod
+    def begin(self, labels: Tensor, prefix: Tokens | None, length: int) -> Any:
+        """State of a sequence of at most ``length`` elements that starts with ``prefix``."""
+
+    @abstractmethod
+    def logits(self, state: Any, partial: Tensor) -> Tensor:
+        """float32 [B, V] of the next field, given the fields int64 [B, f] of the same element chosen so far."""
+
+    @abstractmethod
+    def advance(self, state: Any, element: Tensor) -> None:
+        """Append an element int64 [B, F]."""

@@ -1,28 +1,77 @@
-"""One factory a concern: the line that a new part adds stands here."""
+"""One factory a concern: the line that a new part adds stands here, as kind: (module, config dataclass, class)."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stages.contract import Tokenizer
+if TYPE_CHECKING:
+    from data.layout import TokenLayout
+    from stages.contract import Condition, Prior, Tokenizer
+    from stages.tokenizer.quantizers import Quantizer
 
-TOKENIZERS: dict[str, tuple[str, str, str]] = {
-    # kind: (module, config dataclass, Tokenizer subclass); called as Class(config, image_size=(h, w), channels=c)
+Registry = dict[str, tuple[str, str, str]]
+
+TOKENIZERS: Registry = {
     "sit": ("stages.tokenizer.sit", "SITConfig", "SIT"),
+    "vit-vqgan": ("stages.tokenizer.sit", "ViTVQGANConfig", "SIT"),
+}
+QUANTIZERS: Registry = {
+    "fsq": ("stages.tokenizer.quantizers", "FSQConfig", "FSQ"),
+    "cosine": ("stages.tokenizer.quantizers", "CosineVQConfig", "CosineVQ"),
+}
+CONDITIONS: Registry = {
+    "none": ("stages.conditions.labels", "NoConditionConfig", "NoCondition"),
+    "class": ("stages.conditions.labels", "ClassConditionConfig", "ClassCondition"),
+}
+PRIORS: Registry = {
+    "transformer": ("stages.prior.transformer", "TransformerPriorConfig", "TransformerPrior"),
 }
 
 
-def tokenizer_kind(kind: str) -> tuple[type[Any], type[Tokenizer]]:
-    """(config dataclass, class) of a tokenizer kind. Raises ValueError that lists the kinds."""
-    if kind not in TOKENIZERS:
-        raise ValueError(f"tokenizer.kind={kind!r}; allowed: {', '.join(sorted(TOKENIZERS))}")
-    module, config, cls = TOKENIZERS[kind]
+def _look_up(registry: Registry, section: str, kind: str) -> tuple[Any, Any]:
+    if kind not in registry:
+        raise ValueError(f"{section}.kind={kind!r}; allowed: {', '.join(sorted(registry))}")
+    module, config, cls = registry[kind]
     loaded = import_module(module)
     return getattr(loaded, config), getattr(loaded, cls)
 
 
+def tokenizer_kind(kind: str) -> tuple[type[Any], type[Tokenizer]]:
+    """(config dataclass, class) of a tokenizer kind. Raises ValueError that lists the kinds; so do the three below."""
+    return _look_up(TOKENIZERS, "tokenizer", kind)
+
+
+def quantizer_kind(kind: str) -> tuple[type[Any], type[Quantizer]]:
+    """(config dataclass, class) of a quantiser kind."""
+    return _look_up(QUANTIZERS, "tokenizer.quantizer", kind)
+
+
+def condition_kind(kind: str) -> tuple[type[Any], type[Condition]]:
+    """(config dataclass, class) of a condition kind."""
+    return _look_up(CONDITIONS, "condition", kind)
+
+
+def prior_kind(kind: str) -> tuple[type[Any], type[Prior]]:
+    """(config dataclass, class) of a prior kind."""
+    return _look_up(PRIORS, "prior", kind)
+
+
 def build_tokenizer(config: Any, image_size: tuple[int, int], channels: int) -> Tokenizer:
     """A tokenizer of ``config.kind`` with fresh weights, for pixels [B, channels, *image_size]."""
-    _, cls = tokenizer_kind(config.kind)
-    return cls(config, image_size=image_size, channels=channels)
+    return tokenizer_kind(config.kind)[1](config, image_size=image_size, channels=channels)
+
+
+def build_quantizer(config: Any, width_in: int, width_out: int) -> Quantizer:
+    """A quantiser of ``config.kind`` for features [B, N, width_in] → [B, N, width_out]."""
+    return quantizer_kind(config.kind)[1](config, width_in, width_out)
+
+
+def build_condition(config: Any, class_names: list[str], width: int) -> Condition:
+    """A condition of ``config.kind`` that speaks to a prior of that width."""
+    return condition_kind(config.kind)[1](config, class_names, width)
+
+
+def build_prior(config: Any, condition: Any, layout: TokenLayout, class_names: list[str]) -> Prior:
+    """A prior of ``config.kind`` with fresh weights over ``layout``, conditioned as ``condition`` says."""
+    return prior_kind(config.kind)[1](config, condition, layout, class_names)

@@ -1,8 +1,23 @@
-"""Sampling, apart from the model that it samples."""
+"""Sampling, apart from the model that it samples: any Prior, by ``begin / logits / advance``.
+
+What is notable here:
+
+- each sample has a generator of its own, so the same seed gives the same image whatever the batch it is drawn in;
+- guidance doubles the batch: logits = unconditional + guidance · (conditional - unconditional);
+- temperature, top-k and top-p may differ from scale to scale; a prefix may be forced; k scales may be enough.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data.layout import TokenLayout, Tokens
+from stages.contract import Prior
 
 
 @dataclass
@@ -10,7 +25,7 @@ class SamplingConfig:
     """How tokens are drawn: one config section, ``sampling``. Lists have one value, or one per scale."""
 
     temperature: list[float] = field(default_factory=lambda: [1.0])
-    """Divides the logits; one value or one per scale."""
+    """Divides the logits; 0 takes the most probable id. One value or one per scale."""
     top_k: list[int] = field(default_factory=lambda: [0])
     """Keep the k most probable ids; 0 keeps all. One value or one per scale."""
     top_p: list[float] = field(default_factory=lambda: [1.0])
@@ -23,3 +38,108 @@ class SamplingConfig:
     """Stop after this many scales; 0 samples all. Needs a decoder of prefixes."""
     compile: bool = False
     """Compile the decoding step (GPU)."""
+
+
+def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
+    """Raise ValueError for settings that do not fit the layout, naming what is allowed."""
+    num_scales = len(layout.scales)
+    for name, low, high in (("temperature", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 1e-9, 1)):
+        values = getattr(settings, name)
+        if len(values) not in (1, num_scales):
+            raise ValueError(f"sampling.{name} has {len(values)} values; allowed: 1, or {num_scales} (one per scale)")
+        if not all(low <= value <= high for value in values):
+            raise ValueError(f"sampling.{name}={values}; allowed: {low} to {high}")
+    if settings.guidance_schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(
+            f"sampling.guidance_schedule={settings.guidance_schedule!r}; allowed: constant, linear, cosine"
+        )
+    if not 0 <= settings.scales <= num_scales:
+        raise ValueError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
+
+
+def guidance_at(settings: SamplingConfig, position: int, length: int) -> float:
+    """The guidance of element ``position`` of ``length``."""
+    share = position / max(1, length - 1)
+    rise = {"constant": 1.0, "linear": share, "cosine": (1 - math.cos(math.pi * share)) / 2}
+    return 1.0 + (settings.guidance - 1.0) * rise[settings.guidance_schedule]
+
+
+@torch.no_grad()
+def sample(
+    prior: Prior,
+    labels: Tensor,
+    settings: SamplingConfig,
+    seeds: Sequence[int],
+    prefix: Tokens | None = None,
+) -> Tokens:
+    """Draw one sequence for each class id of ``labels`` int64 [B] (-1: none), seeded one by one.
+
+    ``prefix`` [B, l, F] is forced. Raises ValueError when settings, seeds or prefix do not fit.
+    """
+    layout = prior.layout
+    check_sampling(settings, layout)
+    batch, device = len(labels), labels.device
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} samples")
+    length = layout.prefix_length(settings.scales) if settings.scales else layout.length
+    ids = torch.zeros(batch, length, layout.num_fields, dtype=torch.int64, device=device)
+    start = 0
+    if prefix is not None:
+        start = prefix.ids.shape[1]
+        if start > length or len(prefix) != batch:
+            raise ValueError(f"a prefix of {len(prefix)}x{start} elements for {batch} sequences of {length}")
+        ids[:, :start] = prefix.ids
+        if start == length:
+            return Tokens.fixed(ids)
+    # one uniform number for each field, drawn on the CPU: the same on every device and in every batch
+    noise = torch.stack(
+        [
+            torch.rand(length, layout.num_fields, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for seed in seeds
+        ]
+    ).to(device)
+    guided = settings.guidance != 1.0
+    rows = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
+    forced = None if prefix is None else Tokens.fixed(torch.cat([prefix.ids] * 2) if guided else prefix.ids)
+    was_training = prior.training
+    prior.eval()
+    try:
+        state = prior.begin(rows, forced, length)
+        scale_of = [index for index, scale in enumerate(layout.scales) for _ in range(scale.length)]
+        for position in range(start, length):
+            element = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+            for index in range(layout.num_fields):
+                logits = prior.logits(state, torch.cat([element] * 2) if guided else element).double()
+                if guided:
+                    conditional, unconditional = logits.chunk(2)
+                    weight = guidance_at(settings, position, length)
+                    logits = unconditional + weight * (conditional - unconditional)
+                chosen = draw(logits, noise[:, position, index], settings, scale_of[position])
+                element = torch.cat([element, chosen.unsqueeze(-1)], dim=-1)
+            ids[:, position] = element
+            prior.advance(state, torch.cat([element] * 2) if guided else element)
+    finally:
+        prior.train(was_training)
+    return Tokens.fixed(ids)
+
+
+def draw(logits: Tensor, noise: Tensor, settings: SamplingConfig, scale: int) -> Tensor:
+    """Ids int64 [B] from logits float64 [B, V] by inverting the cumulative distribution at ``noise`` [B] in [0, 1)."""
+    temperature = settings.temperature[min(scale, len(settings.temperature) - 1)]
+    top_k = settings.top_k[min(scale, len(settings.top_k) - 1)]
+    top_p = settings.top_p[min(scale, len(settings.top_p) - 1)]
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < ordered.shape[-1]:
+        ordered[:, top_k:] = 0
+    if top_p < 1:
+        # an id is kept while the mass before it is below top_p, so the first always is
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
+    cumulative = ordered.cumsum(-1)
+    place = torch.searchsorted(cumulative, noise.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    # ids of probability zero lie at the end: rounding must not reach them
+    last = (ordered > 0).sum(-1, keepdim=True) - 1
+    return order.gather(-1, torch.minimum(place, last)).squeeze(-1)

@@ -1,0 +1,61 @@
+"""Class labels as a condition, and none at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stages.conditions.config import ConditionConfig
+from stages.contract import Condition
+
+
+@dataclass
+class NoConditionConfig(ConditionConfig):
+    """An unconditional prior."""
+
+    kind: str = "none"
+    dropout: float = 0.0
+
+
+@dataclass
+class ClassConditionConfig(ConditionConfig):
+    """A class id for each sample."""
+
+    kind: str = "class"
+
+
+class ClassCondition(Condition):
+    """One learned state for each class, and one for no class. Raises ValueError without classes."""
+
+    num_states = 1
+
+    def __init__(self, config: ConditionConfig, class_names: list[str], width: int) -> None:
+        super().__init__()
+        if not class_names:
+            raise ValueError("condition.kind=class, but the cache has no class names; use condition.kind=none")
+        self.num_classes = len(class_names)
+        self.dropout = config.dropout
+        self.table = nn.Embedding(self.num_classes + 1, width)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            wrong = int(labels.max()) if int(labels.max()) >= self.num_classes else int(labels.min())
+            raise ValueError(f"class id {wrong}; allowed: 0 to {self.num_classes - 1}, or -1 for none")
+        return self.table(torch.where(labels < 0, self.num_classes, labels)).unsqueeze(1)
+
+
+class NoCondition(Condition):
+    """One learned start state, whatever the label."""
+
+    num_states = 1
+
+    def __init__(self, config: ConditionConfig, class_names: list[str], width: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.start.expand(len(labels), 1, -1)

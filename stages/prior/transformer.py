@@ -1,0 +1,282 @@
+"""The prior: a decoder-only transformer over any layout of fixed length.
+
+What is notable here:
+
+- pre-norm RMSNorm, SwiGLU, no biases; one token table for each codebook and field, one head for each;
+- the states of the condition stand before the tokens. The slot that predicts element t holds element t-1 and the
+  position (scale, row, column) of element t: the model is told what it is asked for;
+- a field is predicted given the earlier fields of its element, so codes of two fields need no joint softmax;
+- one code path for training's full pass, prefill and single steps: ``_blocks`` with or without a preallocated cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import SwiGLU
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from data.layout import TokenLayout, Tokens
+from stages.attention import attend
+from stages.conditions.config import ConditionConfig
+from stages.contract import Prior
+from stages.factory import build_condition
+from stages.prior.config import PriorConfig
+
+
+@dataclass
+class TransformerPriorConfig(PriorConfig):
+    """Decoder-only transformer."""
+
+    kind: str = "transformer"
+    depth: int = 12
+    """Layers."""
+    width: int = 768
+    """Features of a token."""
+    heads: int = 12
+    """Attention heads; must divide the width."""
+    hidden_ratio: float = 8 / 3
+    """Hidden width of SwiGLU over the width; 8/3 has the parameters of a plain MLP of 4."""
+    dropout: float = 0.1
+    """Dropout on embeddings and residual branches."""
+    checkpoint_gradients: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with an optional preallocated key-value cache."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor, cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D]. With ``cache`` [2, B, H, T, D/H], keys and values go to ``slots`` [L] of it."""
+        batch, length, width = x.shape
+        qkv = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None and slots is not None:
+            cache[0].index_copy_(2, slots, key.to(cache.dtype))
+            cache[1].index_copy_(2, slots, value.to(cache.dtype))
+            key, value = cache[0].to(query.dtype), cache[1].to(query.dtype)
+        return self.project(attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention and SwiGLU."""
+
+    def __init__(self, config: TransformerPriorConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width)
+        self.attention = Attention(config.width, config.heads)
+        self.mlp_norm = nn.RMSNorm(config.width)
+        hidden = round(config.width * config.hidden_ratio / 8) * 8
+        self.mlp = SwiGLU(config.width, hidden, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, slots))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class DecodingState:
+    """A sequence while it is sampled: how far it is, what was computed, and the last hidden state."""
+
+    def __init__(self, cache: Tensor, position: int, hidden: Tensor) -> None:
+        self.cache = cache
+        """[depth, 2, B, H, T, D/H]"""
+        self.position = position
+        """Index of the next element."""
+        self.hidden = hidden
+        """[B, D], which predicts the next element"""
+
+
+class TransformerPrior(Prior):
+    """Decoder-only transformer. Raises ValueError for a layout of variable length or heads that do not divide."""
+
+    offsets: Tensor
+    scale_of: Tensor
+    row_of: Tensor
+    column_of: Tensor
+
+    def __init__(
+        self,
+        config: TransformerPriorConfig,
+        condition: ConditionConfig,
+        layout: TokenLayout,
+        class_names: list[str],
+    ) -> None:
+        super().__init__()
+        if layout.ends != "fixed" or layout.header:
+            raise ValueError(f"prior.kind=transformer models layouts of fixed length; this one ends by {layout.ends}")
+        if config.width % config.heads:
+            raise ValueError(f"prior.width={config.width} is no multiple of prior.heads={config.heads}")
+        self.config = config
+        self.condition_config = condition
+        self.layout = layout
+        self.class_names = list(class_names)
+        self.condition = build_condition(condition, self.class_names, config.width)
+
+        first_row: dict[tuple[int, int], int] = {}
+        rows = 0
+        for codebook in layout.codebooks:
+            for index, part in enumerate(layout.fields_of(codebook)):
+                first_row[codebook, index] = rows
+                rows += part.vocabulary_size
+        self.table = nn.Embedding(rows, config.width)
+        self.heads = nn.ModuleDict(
+            {
+                f"{codebook}-{index}": nn.Linear(config.width, part.vocabulary_size, bias=False)
+                for codebook in layout.codebooks
+                for index, part in enumerate(layout.fields_of(codebook))
+            }
+        )
+        self.runs = _runs_of_codebooks(layout)
+        places = [
+            (number, *((divmod(index, scale.grid[1])) if scale.grid else (0, index)), scale.codebook)
+            for number, scale in enumerate(layout.scales)
+            for index in range(scale.length)
+        ]
+        offsets = [[first_row[place[3], index] for index in range(layout.num_fields)] for place in places]
+        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
+        for name, column in (("scale_of", 0), ("row_of", 1), ("column_of", 2)):
+            self.register_buffer(name, torch.tensor([place[column] for place in places]), persistent=False)
+        self.scale_embedding = nn.Embedding(len(layout.scales), config.width)
+        self.row_embedding = nn.Embedding(int(self.row_of.max()) + 1, config.width)
+        self.column_embedding = nn.Embedding(int(self.column_of.max()) + 1, config.width)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.norm = nn.RMSNorm(config.width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.project.weight", "mlp.fc2.weight")):
+                nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5)
+
+    # ------------------------------------------------------------------ the pass
+
+    def _embed(self, ids: Tensor, first: int = 0) -> Tensor:
+        """Embeddings [B, n, D] of the elements ids [B, n, F] that stand at ``first`` and after."""
+        return self.table(ids + self.offsets[first : first + ids.shape[1]]).sum(2)
+
+    def _position(self, start: int, stop: int) -> Tensor:
+        """Embeddings [n, D] of the places of elements ``start`` to ``stop``."""
+        part = slice(start, stop)
+        return (
+            self.scale_embedding(self.scale_of[part])
+            + self.row_embedding(self.row_of[part])
+            + self.column_embedding(self.column_of[part])
+        )
+
+    def _slots(self, labels: Tensor, ids: Tensor, upto: int) -> Tensor:
+        """Input [B, P + n, D]: the condition's states and elements ids [B, n, F]; the last slot predicts ``upto``."""
+        states = self.condition(labels)
+        x = torch.cat([states, self._embed(ids).to(states.dtype)], dim=1)
+        predicted = self._position(0, upto + 1)
+        return x + functional.pad(predicted, (0, 0, x.shape[1] - len(predicted), 0))
+
+    def _blocks(self, x: Tensor, mask: Tensor, cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        x = self.embedding_dropout(x)
+        for index, block in enumerate(self.blocks):
+            if self.config.checkpoint_gradients and self.training and cache is None:
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask, None if cache is None else cache[index], slots)
+        return self.norm(x)
+
+    def _field_logits(self, hidden: Tensor, codebook: int, first: int, chosen: Tensor) -> Tensor:
+        """Logits [..., V] of field ``chosen.shape[-1]`` at ``first``, given the fields chosen [..., f]."""
+        for index in range(chosen.shape[-1]):
+            hidden = hidden + self.table(chosen[..., index] + self.offsets[first, index])
+        return self.heads[f"{codebook}-{chosen.shape[-1]}"](hidden).float()
+
+    def nll(self, tokens: Tokens, labels: Tensor) -> Tensor:
+        ids = tokens.ids
+        length = ids.shape[1]
+        x = self._slots(labels, ids[:, :-1], length - 1)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        hidden = self._blocks(x, mask)[:, -length:]
+        parts = []
+        for codebook, start, stop in self.runs:
+            stop = min(stop, length)
+            if start >= stop:
+                break
+            part = ids[:, start:stop]
+            parts.append(
+                torch.stack(
+                    [
+                        functional.cross_entropy(
+                            self._field_logits(hidden[:, start:stop], codebook, start, part[..., :index]).flatten(0, 1),
+                            part[..., index].flatten(),
+                            reduction="none",
+                        ).view(part.shape[:2])
+                        for index in range(part.shape[2])
+                    ],
+                    dim=-1,
+                )
+            )
+        return torch.cat(parts, dim=1)
+
+    # ------------------------------------------------------------------ one element at a time
+
+    def begin(self, labels: Tensor, prefix: Tokens | None, length: int) -> DecodingState:
+        batch, width = len(labels), self.config.width // self.config.heads
+        ids = labels.new_zeros(batch, 0, self.layout.num_fields) if prefix is None else prefix.ids
+        size = self.condition.num_states + length - 1
+        weight = self.table.weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else None
+        cache = torch.zeros(
+            len(self.blocks), 2, batch, self.config.heads, size, width, device=weight.device, dtype=dtype or weight.dtype
+        )
+        x = self._slots(labels, ids, ids.shape[1])
+        return DecodingState(cache, ids.shape[1], self._step(x, torch.arange(x.shape[1], device=x.device), cache))
+
+    def _step(self, x: Tensor, slots: Tensor, cache: Tensor) -> Tensor:
+        """Last hidden state [B, D] of new slots x [B, n, D]; fixed shapes, so that it can be compiled."""
+        mask = torch.arange(cache.shape[4], device=x.device) <= slots[:, None]
+        return self._blocks(x, mask, cache, slots)[:, -1]
+
+    def compile_step(self) -> None:
+        """Compile the decoding step (CUDA graphs on a GPU)."""
+        self._step = torch.compile(self._step, mode="reduce-overhead", fullgraph=True)  # type: ignore[method-assign]
+
+    def logits(self, state: DecodingState, partial: Tensor) -> Tensor:
+        codebook = self.layout.scales[int(self.scale_of_position(state.position))].codebook
+        return self._field_logits(state.hidden, codebook, state.position, partial)
+
+    def scale_of_position(self, position: int) -> int:
+        """Index of the scale of element ``position``."""
+        return next(index for index, end in enumerate(self.layout.ends_of_scales) if position < end)
+
+    def advance(self, state: DecodingState, element: Tensor) -> None:
+        position = state.position
+        state.position += 1
+        if state.position >= state.cache.shape[4] - self.condition.num_states + 1:
+            return  # the last element of the sequence predicts nothing
+        x = self._embed(element.unsqueeze(1), position) + self._position(position + 1, position + 2)
+        slot = torch.tensor([self.condition.num_states + position], device=element.device)
+        state.hidden = self._step(x, slot, state.cache)
+
+
+def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:
+    """Consecutive elements of one codebook: (codebook, start, stop)."""
+    runs: list[tuple[int, int, int]] = []
+    start = 0
+    for scale in layout.scales:
+        stop = start + scale.length
+        if runs and runs[-1][0] == scale.codebook:
+            runs[-1] = (scale.codebook, runs[-1][1], stop)
+        else:
+            runs.append((scale.codebook, start, stop))
+        start = stop
+    return runs

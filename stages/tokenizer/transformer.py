@@ -1,0 +1,120 @@
+"""The transformer of stage 1: ADTransformer blocks with joint attention, dense or scale-causal.
+
+SIT (arXiv 2412.09607): tokens of the approximation and of the details form one sequence with one joint attention, but
+queries, keys, values, norms and MLP of every layer are separate. The attention's output projection is not mentioned
+there; it is separate here, like all other weights. With one group the same code is ViT-VQGAN's plain transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stages.attention import attend
+
+
+@dataclass
+class TransformerConfig:
+    """Size of an encoder or decoder."""
+
+    depth: int = 8
+    """Layers."""
+    width: int = 512
+    """Features of a token."""
+    heads: int = 8
+    """Attention heads; must divide the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+
+
+class Grouped(nn.ModuleList):
+    """One module for each group of tokens; applied to consecutive runs of the sequence."""
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """[B, L, D] → [B, L, D']; ``lengths`` are the groups' run lengths and may end early with a prefix."""
+        if len(lengths) == 1:
+            return self[0](x)
+        return torch.cat([module(part) for module, part in zip(self, x.split(list(lengths), 1), strict=False)], dim=1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose weights are separate for each group of tokens."""
+
+    def __init__(self, config: TransformerConfig, groups: int) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.heads = config.heads
+        self.attention_norm = Grouped([nn.LayerNorm(width) for _ in range(groups)])
+        self.query_key_value = Grouped([nn.Linear(width, 3 * width) for _ in range(groups)])
+        self.project = Grouped([nn.Linear(width, width) for _ in range(groups)])
+        self.mlp = Grouped(
+            [
+                nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+                for _ in range(groups)
+            ]
+        )
+
+    def forward(self, x: Tensor, lengths: Sequence[int], mask: Tensor | None) -> Tensor:
+        """[B, L, D] → [B, L, D]; ``mask`` [L, L] is True where a row may look."""
+        batch, length, width = x.shape
+        qkv = self.query_key_value(self.attention_norm(x, lengths), lengths)
+        query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.project(mixed, lengths)
+        return x + self.mlp(x, lengths)
+
+
+class Transformer(nn.Module):
+    """Blocks and a last norm over a sequence of at most ``sum(group_lengths)`` tokens.
+
+    ``scale_lengths`` are the scales' token numbers; with ``scale_causal`` a token sees its own and coarser scales only.
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        group_lengths: Sequence[int],
+        scale_lengths: Sequence[int],
+        scale_causal: bool,
+    ) -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise ValueError(f"width={config.width} is no multiple of heads={config.heads}")
+        self.group_lengths = tuple(group_lengths)
+        self.position = nn.Parameter(torch.randn(1, sum(scale_lengths), config.width) * 0.02)
+        self.blocks = nn.ModuleList([Block(config, len(group_lengths)) for _ in range(config.depth)])
+        self.norm = Grouped([nn.LayerNorm(config.width) for _ in group_lengths])
+        scale = torch.repeat_interleave(torch.arange(len(scale_lengths)), torch.tensor(list(scale_lengths)))
+        mask = scale[:, None] >= scale[None, :] if scale_causal else None
+        self.register_buffer("mask", mask, persistent=False)
+        self.apply(_initialise)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for layers in (block.project, [mlp[-1] for mlp in block.mlp]):  # type: ignore[index]
+                for layer in layers:
+                    nn.init.normal_(layer.weight, std=0.02 / (2 * config.depth) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, D]; L may be a prefix of whole scales."""
+        length = x.shape[1]
+        x = x + self.position[:, :length]
+        lengths, rest = [], length
+        for group in self.group_lengths:
+            if rest:
+                lengths.append(min(group, rest))
+                rest -= lengths[-1]
+        mask = None if self.mask is None else self.mask[:length, :length]
+        for block in self.blocks:
+            x = block(x, lengths, mask)
+        return self.norm(x, lengths)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
