@@ -1,0 +1,45 @@
+"""Small file habits of the cache: atomic writes, hashes, one kind of error."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+class CacheError(ValueError):
+    """A token cache that is missing, damaged, or does not belong; the message says what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write through a temporary name in the same folder, so that a reader sees all of it or nothing."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """The name under which this process writes ``path`` until it is whole."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a synced file to its final name and sync the folder, so that the name survives a power cut too."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

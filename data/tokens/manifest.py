@@ -1,0 +1,133 @@
+"""The manifest of a token cache: what it holds, and which tokenizer and images it came from.
+
+It is written last. A folder without a manifest is a cache in the making; one with a manifest is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.layout import TokenLayout
+from data.tokens.files import CacheError, file_sha256, write_atomically
+from data.tokens.shards import ShardInfo
+
+FORMAT = "octaves-tokens"
+SCHEMA = 1
+FILE = "manifest.json"
+MEND = "run `make cache-tokens` (python -m pipeline cache-tokens <your config>)"
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split of the cache."""
+
+    count: int
+    """Samples stored."""
+    skipped: int
+    """Images that could not be read; the sidecars name them."""
+    block_size: int
+    """Samples in a full block."""
+    source_fingerprint: str
+    """Identity of the images, as their source gives it."""
+    shards: tuple[ShardInfo, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "shards": [shard.to_dict() for shard in self.shards]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SplitInfo:
+        """The inverse of ``to_dict``. Raises TypeError or KeyError on foreign data."""
+        return cls(**{**data, "shards": tuple(ShardInfo.from_dict(shard) for shard in data["shards"])})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Identity and content of a token cache."""
+
+    tokenizer_sha256: str
+    """Of the tokenizer file's bytes."""
+    tokenizer_kind: str
+    tokenizer_config: dict[str, Any]
+    layout: TokenLayout
+    image_size: tuple[int, int]
+    """(height, width) in pixels."""
+    channels: int
+    views: tuple[str, ...]
+    """Names along the views axis: identity, and flip where mirrored images are stored."""
+    permutation_seed: int
+    encode_batch_size: int
+    precision: str
+    class_names: tuple[str, ...]
+    """Names in the order of the labels; empty where the images have no classes."""
+    captions: bool
+    """True where any image has a text."""
+    splits: dict[str, SplitInfo] = field(default_factory=dict)
+    """train and val."""
+    pixel_range: tuple[int, int] = (-1, 1)
+    """Range of the pixels that the tokenizer saw."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with format and schema version."""
+        return {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            **asdict(self),
+            "layout": self.layout.to_dict(),
+            "splits": {name: split.to_dict() for name, split in self.splits.items()},
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/manifest.json`` atomically."""
+        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, sort_keys=True)
+        write_atomically(folder / FILE, text.encode() + b"\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """The manifest of a cache. Raises CacheError where there is none, or not one that this version reads."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise CacheError(f"{path} is missing: no whole token cache here yet; {MEND}")
+        try:
+            data = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CacheError(f"{path} is truncated or no JSON ({error}); delete the folder and {MEND}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CacheError(f"{path} is not the manifest of a token cache")
+        if data.get("schema") != SCHEMA:
+            raise CacheError(
+                f"{path} has schema {data.get('schema')}, this version reads {SCHEMA}; delete the folder and {MEND}"
+            )
+        values = {key: value for key, value in data.items() if key not in ("format", "schema")}
+        try:
+            for key in ("image_size", "views", "class_names", "pixel_range"):
+                values[key] = tuple(values[key])
+            values["layout"] = TokenLayout.from_dict(values["layout"])
+            values["splits"] = {name: SplitInfo.from_dict(split) for name, split in values["splits"].items()}
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CacheError(
+                f"{path}: entries are missing or foreign ({error}); delete the folder and {MEND}"
+            ) from error
+
+    def split(self, name: str) -> SplitInfo:
+        """A split by name. Raises CacheError that lists the splits."""
+        if name not in self.splits:
+            raise CacheError(f"the cache has no split {name!r}; it has {', '.join(sorted(self.splits))}")
+        return self.splits[name]
+
+
+def check_belongs(manifest: Manifest, tokenizer_path: str | Path) -> None:
+    """Raise CacheError when the cache was made by another tokenizer file than this one."""
+    path = Path(tokenizer_path)
+    if not path.is_file():
+        raise CacheError(f"{path}: no such tokenizer file")
+    found = file_sha256(path)
+    if found != manifest.tokenizer_sha256:
+        raise CacheError(
+            f"the token cache was made by another tokenizer ({manifest.tokenizer_sha256[:12]}) than {path} "
+            f"({found[:12]}); delete the tokens folder and {MEND}"
+        )

@@ -1,0 +1,126 @@
+"""Tokens for the prior: a LightningDataModule over a finished cache.
+
+A batch costs one vectorised gather; ids travel in the small type on disk and become int64 on the device. Use it with
+``Trainer(use_distributed_sampler=False)``: the batches are split by rank here, in the main process, because a loader
+process cannot know its rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.stream import IndexStream
+from data.tokens.manifest import Manifest
+from data.tokens.order import random_bits
+from data.tokens.reader import TokenReader
+
+Batch = dict[str, Tensor]
+
+
+def to_tensors(batch: dict[str, np.ndarray]) -> Batch:
+    """NumPy arrays to tensors, without a copy."""
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+class TrainingTokens(Dataset[Batch]):
+    """Whole batches of the train split, asked for by lists of (epoch, position)."""
+
+    def __init__(self, reader: TokenReader, seed: int) -> None:
+        self.reader, self.seed = reader, seed
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
+        """ids [B, L, F] in the type on disk, label and index int64 [B]; the view is drawn by (seed, epoch, index)."""
+        epochs, positions = np.asarray(items, dtype=np.int64).T
+        views = random_bits(self.seed, epochs, positions) % np.uint64(len(self.reader.manifest.views))
+        return to_tensors(self.reader.read(positions, views.astype(np.int64)))
+
+
+class ValidationTokens(Dataset[Batch]):
+    """Batch by batch the first samples of a split, view 0, with as many batches on every rank.
+
+    Places behind the last sample repeat sample 0 with ``weight`` 0.
+    """
+
+    def __init__(self, reader: TokenReader, batch_size: int, samples: int, rank: int, world_size: int) -> None:
+        self.reader = reader
+        self.samples = min(samples, len(reader))
+        count = -(-self.samples // (batch_size * world_size))
+        places = np.arange(count * world_size * batch_size).reshape(count, world_size, batch_size)
+        self.places = places[:, rank]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> Batch:
+        """ids [B, L, F], label and index int64 [B], weight float32 [B]. Raises IndexError behind the last batch."""
+        places = self.places[number]
+        real = places < self.samples
+        batch = to_tensors(self.reader.read(np.where(real, places, 0)))
+        batch["weight"] = torch.from_numpy(real.astype(np.float32))
+        return batch
+
+
+def as_it_is(batch: Any) -> Any:
+    """Collate function for data sets that give whole batches."""
+    return batch
+
+
+class TokenDataModule(L.LightningDataModule):
+    """Batches of cached tokens: ids int64 [B, L, F], label int64 [B], index (position in the cache) int64 [B].
+
+    Validation batches also have weight float32 [B]. A trained module that counts its batches as ``batches_seen``
+    resumes in the middle of an epoch. Raises CacheError when the cache is missing or damaged.
+    """
+
+    def __init__(
+        self, tokens_path: str | Path, batch_size: int, num_workers: int, seed: int, validation_samples: int
+    ) -> None:
+        super().__init__()
+        self.tokens_path = Path(tokens_path)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.validation_samples = validation_samples
+        self.manifest = Manifest.load(tokens_path)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """An endless loader: the trainer counts steps."""
+        reader = TokenReader(self.tokens_path, "train")
+        module = getattr(self.trainer, "lightning_module", None)
+        rank, world_size = self._place()
+        stream = IndexStream(
+            len(reader), self.batch_size, rank, world_size, self.seed, start_batch=getattr(module, "batches_seen", 0)
+        )
+        return self._loader(TrainingTokens(reader, self.seed), batch_sampler=stream)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The first ``validation_samples`` of the val split, as many batches on every rank."""
+        reader = TokenReader(self.tokens_path, "val")
+        rank, world_size = self._place()
+        tokens = ValidationTokens(reader, self.batch_size, self.validation_samples, rank, world_size)
+        return self._loader(tokens, batch_size=None)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Embeddings want int64; the copy to the device does not."""
+        return {**batch, "ids": batch["ids"].long()}
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: Dataset[Batch], **kwargs: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=as_it_is,
+            **kwargs,
+        )

@@ -1,0 +1,206 @@
+"""Reading token shards by position: memory maps, one gather a block, nothing unpickled.
+
+Tar members are plain bytes at known offsets, so a shard is mapped once and its arrays are views into the map: the
+page cache is the only copy, shared by all loader processes. Random access costs no decoding; a batch costs one
+vectorised gather for each block that it touches.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.layout import TokenLayout
+from data.tokens.files import CacheError, file_sha256
+from data.tokens.manifest import MEND, Manifest
+from data.tokens.shards import ShardInfo
+
+_NPY_HEADER_BYTES = 4096  # more than any header of ours needs
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@dataclass
+class _StoredBlock:
+    tokens: np.ndarray
+    offsets: np.ndarray | None
+    header: np.ndarray | None
+    keys: memoryview
+    texts: memoryview | None
+
+
+class TokenReader:
+    """Random access to one split of a cache. Positions run over the stored order, 0 … len - 1.
+
+    Raises CacheError when a shard is missing, has another size than the manifest says, or holds foreign records.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = Manifest.load(folder)
+        self.layout: TokenLayout = self.manifest.layout
+        info = self.manifest.split(split)
+        self._blocks: list[_StoredBlock] = []
+        labels: list[np.ndarray] = []
+        indices: list[np.ndarray] = []
+        for shard in info.shards:
+            for members in _index_shard(self.folder / split / shard.file, shard):
+                block, label, index = self._open_block(members)
+                self._blocks.append(block)
+                labels.append(label)
+                indices.append(index)
+        self.labels: np.ndarray = np.concatenate([np.empty(0, np.int64), *labels])
+        """int64 [N]; -1 where an image has no label."""
+        self.source_indices: np.ndarray = np.concatenate([np.empty(0, np.int64), *indices])
+        """int64 [N]: index of each position in the image source."""
+        self._starts = np.cumsum([0, *(len(label) for label in labels)])[:-1]
+        if len(self.labels) != info.count:
+            raise CacheError(f"{self.folder / split} holds {len(self.labels)} samples, its manifest says {info.count}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Maps cannot be pickled; a spawned loader process opens its own.
+        return type(self), (self.folder, self.split)
+
+    def read(self, positions: np.ndarray, views: np.ndarray | int = 0) -> dict[str, np.ndarray]:
+        """Samples at ``positions`` [B] in the given views: ids [B, L, F] in the type on disk, label and index [B].
+
+        ``index`` is the position. Layouts of variable length also give ``length`` [B], with ids padded by 0 to the
+        longest of the batch; layouts with side information give ``header`` [B, S]. Raises IndexError out of range.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
+            raise IndexError(f"positions {positions.min()} … {positions.max()}; the split has {len(self)} samples")
+        views = np.broadcast_to(np.asarray(views, dtype=np.int64), positions.shape)
+        groups = self._groups(positions)
+        batch: dict[str, np.ndarray] = {"label": self.labels[positions], "index": positions}
+        if self.layout.ends == "fixed":
+            first = self._blocks[0].tokens
+            ids = np.empty((len(positions), *first.shape[2:]), first.dtype)
+            for block, where, rows in groups:
+                ids[where] = block.tokens[rows, views[where]]
+            batch["ids"] = ids if ids.ndim == 3 else ids[..., None]
+        else:
+            batch.update(self._read_ragged(groups, views))
+        if self.layout.header:
+            header = np.empty((len(positions), len(self.layout.header)), np.int64)
+            for block, where, rows in groups:
+                assert block.header is not None
+                header[where] = block.header[rows, views[where]]
+            batch["header"] = header
+        return batch
+
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """Names of the samples in their source."""
+        return [self._json_entry(position, "keys") or "" for position in positions]
+
+    def texts(self, positions: np.ndarray) -> list[str | None]:
+        """Captions of the samples."""
+        return [self._json_entry(position, "texts") for position in positions]
+
+    def verify(self) -> None:
+        """Compare every shard's hash with the manifest: reads the whole split. Raises CacheError."""
+        for shard in self.manifest.split(self.split).shards:
+            path = self.folder / self.split / shard.file
+            if file_sha256(path) != shard.sha256:
+                raise CacheError(f"{path} is damaged: its sha256 is not the manifest's; delete it and {MEND}")
+
+    def _groups(self, positions: np.ndarray) -> list[tuple[_StoredBlock, np.ndarray, np.ndarray]]:
+        """(block, places in the batch, rows in the block) for every block that the batch touches."""
+        numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+        rows = (positions - self._starts[numbers])[order] if len(positions) else positions
+        borders = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(positions)]
+        return [
+            (self._blocks[ordered[a]], order[a:b], rows[a:b])
+            for a, b in zip(borders, borders[1:], strict=False)
+            if a < b
+        ]
+
+    def _read_ragged(
+        self, groups: list[tuple[_StoredBlock, np.ndarray, np.ndarray]], views: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        num_views = len(self.manifest.views)
+        parts: dict[int, np.ndarray] = {}
+        for block, where, rows in groups:
+            assert block.offsets is not None
+            slots = rows * num_views + views[where]
+            for place, start, stop in zip(where, block.offsets[slots], block.offsets[slots + 1], strict=True):
+                parts[int(place)] = block.tokens[start:stop]
+        lengths = np.asarray([len(parts[place]) for place in range(len(views))], dtype=np.int64)
+        longest = int(lengths.max(initial=0))
+        ids = np.zeros((len(views), longest, self.layout.num_fields), self._blocks[0].tokens.dtype)
+        for place, part in parts.items():
+            ids[place, : len(part)] = part
+        return {"ids": ids, "length": lengths}
+
+    def _json_entry(self, position: int, name: str) -> str | None:
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        stored: memoryview | None = getattr(self._blocks[number], name)
+        return None if stored is None else json.loads(bytes(stored))[int(position) - int(self._starts[number])]
+
+    def _open_block(self, members: dict[str, memoryview]) -> tuple[_StoredBlock, np.ndarray, np.ndarray]:
+        try:
+            label, index = read_npy(members["label.npy"]), read_npy(members["index.npy"])
+            tokens = read_npy(members["tokens.npy"])
+            header = read_npy(members["header.npy"]) if self.layout.header else None
+            offsets = read_npy(members["offsets.npy"]) if self.layout.ends != "fixed" else None
+            block = _StoredBlock(tokens, offsets, header, members["keys.json"], members.get("text.json"))
+        except (KeyError, CacheError) as error:
+            raise CacheError(
+                f"{self.folder / self.split}: a record of a shard is foreign or damaged ({error})"
+            ) from error
+        fields = () if self.layout.num_fields == 1 else (self.layout.num_fields,)
+        wanted = (len(label), len(self.manifest.views), self.layout.length, *fields)
+        if self.layout.ends == "fixed" and tokens.shape != wanted:
+            raise CacheError(f"{self.folder / self.split}: a block has tokens {tokens.shape}, expected {wanted}")
+        return block, label, index
+
+
+def read_npy(buffer: memoryview) -> np.ndarray:
+    """The array of an .npy member, as a read-only view of ``buffer``. Raises CacheError; never unpickles."""
+    head = io.BytesIO(buffer[:_NPY_HEADER_BYTES])
+    try:
+        shape, fortran, dtype = _READERS[np.lib.format.read_magic(head)](head)
+        if dtype.hasobject or fortran:
+            raise CacheError("an array of objects or in column order; octaves writes neither, and unpickles nothing")
+        count = int(np.prod(shape, dtype=np.int64))
+        if head.tell() + count * dtype.itemsize != len(buffer):
+            raise CacheError("an array with fewer or more bytes than its header says")
+        return np.frombuffer(buffer, dtype, count, head.tell()).reshape(shape)
+    except CacheError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"not an .npy array ({error})") from error
+
+
+def _index_shard(path: Path, info: ShardInfo) -> list[dict[str, memoryview]]:
+    """The members of each record of a shard, by extension, as views of its memory map."""
+    if not path.is_file():
+        raise CacheError(f"{path} is missing; {MEND}")
+    size = path.stat().st_size
+    if size != info.bytes:
+        raise CacheError(f"{path} is truncated or foreign: {size} bytes, the manifest says {info.bytes}; {MEND}")
+    records: dict[str, dict[str, memoryview]] = {}
+    with path.open("rb") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    key, _, extension = member.name.partition(".")
+                    data = view[member.offset_data : member.offset_data + member.size]
+                    records.setdefault(key, {})[extension] = data
+        except tarfile.TarError as error:
+            raise CacheError(f"{path} is no tar ({error}); delete it and {MEND}") from error
+    if len(records) != info.blocks:
+        raise CacheError(f"{path} has {len(records)} blocks, the manifest says {info.blocks}; delete it and {MEND}")
+    return [records[key] for key in sorted(records)]

@@ -1,0 +1,194 @@
+"""Writing token shards: plain webdataset tars whose records are blocks of samples.
+
+What is notable here:
+
+- a record's key is its zero-padded block number: a key made of a file name would break at the first dot;
+- the bytes depend on the blocks alone (``mtime=0``, no user, no process), so two runs can be compared with a hash;
+- a shard appears under its name only when it is whole and synced; its sidecar ``000000.json`` appears after it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from data.layout import TokenLayout
+from data.tokens.files import CacheError, file_sha256, publish, temporary_name, write_atomically
+
+NO_LABEL = -1
+
+
+@dataclass
+class Block:
+    """Consecutive samples of the stored order: n samples, V views, L elements, F fields, S header fields."""
+
+    number: int
+    ids: np.ndarray
+    """integers [n, V, L, F]"""
+    lengths: np.ndarray
+    """integers [n, V]: how many of the L elements count."""
+    header: np.ndarray
+    """integers [n, V, S]"""
+    labels: np.ndarray
+    """integers [n]; NO_LABEL where there is none."""
+    indices: np.ndarray
+    """integers [n]: indices in the source."""
+    keys: list[str] = field(default_factory=list)
+    """Names of the samples in the source."""
+    texts: list[str | None] = field(default_factory=list)
+    """Captions."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the sidecar and the manifest say of one shard."""
+
+    file: str
+    """Name of the tar in the split's folder."""
+    count: int
+    """Samples."""
+    blocks: int
+    """Records."""
+    bytes: int
+    sha256: str
+    skipped: tuple[str, ...] = ()
+    """Keys of images that could not be read."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "skipped": list(self.skipped)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ShardInfo:
+        """The inverse of ``to_dict``. Raises TypeError or KeyError on foreign data."""
+        return cls(**{**data, "skipped": tuple(data["skipped"])})
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"{number:06d}.tar"
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """The smallest unsigned type that holds ids below ``vocabulary_size``. Raises CacheError above 2^32."""
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        if vocabulary_size <= np.iinfo(dtype).max + 1:
+            return np.dtype(dtype)
+    raise CacheError(f"a vocabulary of {vocabulary_size} does not fit 32 bits; use several fields")
+
+
+class ShardWriter:
+    """One shard in the making. Use as a context: what is not committed leaves no file behind."""
+
+    def __init__(self, folder: Path, number: int, layout: TokenLayout) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / shard_name(number)
+        self._temporary = temporary_name(self._path)
+        self._layout = layout
+        self._limits = _limits(layout)
+        self._file = self._temporary.open("wb")
+        self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0)
+        self._count = self._blocks = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def write(self, block: Block) -> None:
+        """Append a block. Raises CacheError for ids that the layout does not allow."""
+        self._tar.write({"__key__": f"{block.number:08d}", **self._members(block)})
+        self._count += len(block.labels)
+        self._blocks += 1
+
+    def commit(self, skipped: list[str]) -> ShardInfo:
+        """Give the shard its name, then write its sidecar."""
+        self._tar.close()
+        self._file.flush()
+        # fsync before the rename: the name must never stand for bytes that are not on disk yet.
+        os.fsync(self._file.fileno())
+        self._file.close()
+        info = ShardInfo(
+            file=self._path.name,
+            count=self._count,
+            blocks=self._blocks,
+            bytes=self._temporary.stat().st_size,
+            sha256=file_sha256(self._temporary),
+            skipped=tuple(skipped),
+        )
+        publish(self._temporary, self._path)
+        write_atomically(self._path.with_suffix(".json"), to_json(info.to_dict()))
+        return info
+
+    def abort(self) -> None:
+        """Drop what was written; nothing happens after a commit."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _members(self, block: Block) -> dict[str, bytes]:
+        ids = np.asarray(block.ids)
+        valid = np.arange(ids.shape[2]) < block.lengths[..., None]
+        wrong = ((ids < 0) | (ids >= self._limits[: ids.shape[2]])).any(axis=-1) & valid
+        if wrong.any():
+            sample, view, element = (int(i) for i in np.argwhere(wrong)[0])
+            raise CacheError(
+                f"block {block.number}: ids {ids[sample, view, element].tolist()} of element {element} of image "
+                f"{block.keys[sample]} lie outside the vocabulary; the tokenizer contradicts its own layout"
+            )
+        ids = ids.astype(token_dtype(self._layout.max_vocabulary_size))
+        members: dict[str, bytes] = {}
+        if self._layout.ends == "fixed":
+            if not valid.all() or ids.shape[2] != self._layout.length:
+                raise CacheError(f"block {block.number}: a layout that ends 'fixed' has samples of another length")
+            members["tokens.npy"] = to_npy(ids[..., 0] if ids.shape[3] == 1 else ids)
+        else:
+            members["tokens.npy"] = to_npy(ids[valid])
+            members["offsets.npy"] = to_npy(np.concatenate([[0], np.cumsum(block.lengths)]).astype(np.int64))
+        if self._layout.header:
+            vocabulary = max(part.vocabulary_size for part in self._layout.header)
+            members["header.npy"] = to_npy(block.header.astype(token_dtype(vocabulary)))
+        members["label.npy"] = to_npy(block.labels.astype(np.int64))
+        members["index.npy"] = to_npy(block.indices.astype(np.int64))
+        members["keys.json"] = to_json(block.keys)
+        if any(text is not None for text in block.texts):
+            members["text.json"] = to_json(block.texts)
+        return members
+
+
+def finished_shard(folder: Path, number: int) -> ShardInfo | None:
+    """What the sidecar says of a whole shard, or None where the shard is still to be written."""
+    path = folder / shard_name(number)
+    try:
+        info = ShardInfo.from_dict(json.loads(path.with_suffix(".json").read_bytes()))
+        return info if path.stat().st_size == info.bytes else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    """The bytes of an .npy file. Raises ValueError for objects, which would have to be pickled."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def to_json(data: Any) -> bytes:
+    """Compact UTF-8 JSON."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _limits(layout: TokenLayout) -> np.ndarray:
+    """Vocabulary size of each field at each element: int64 [L, F], or [1, F] where elements have no fixed scale."""
+    if layout.ends != "fixed":
+        sizes = [[part.vocabulary_size for part in scale.fields] for scale in layout.scales]
+        return np.max(np.asarray(sizes, dtype=np.int64), axis=0, keepdims=True)
+    rows = [[part.vocabulary_size for part in scale.fields] for scale in layout.scales for _ in range(scale.length)]
+    return np.asarray(rows, dtype=np.int64)
