@@ -74,10 +74,10 @@ def accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> Accuracy:
     """Accuracy of predictions [N] against labels [N]. Raises ValueError for an empty set."""
     if not len(labels):
         raise ValueError("an accuracy needs at least one image")
-    right = predicted == labels
-    shares = [float(right[labels == c].float().mean()) if (labels == c).any() else None for c in range(num_classes)]
+    right = (predicted == labels).double()
+    shares = [float(right[labels == c].mean()) if (labels == c).any() else None for c in range(num_classes)]
     present = [share for share in shares if share is not None]
-    return Accuracy(len(labels), float(right.float().mean()), sum(present) / len(present), shares)
+    return Accuracy(len(labels), float(right.mean()), sum(present) / len(present), shares)
 
 
 class Classifier:
@@ -97,23 +97,24 @@ class Classifier:
     @torch.inference_mode()
     def predict(self, pixels: Tensor) -> Tensor:
         """Most probable class, int64 [N]."""
-        head = self.network.head.cpu()
-        predicted = head(self.features(pixels)).argmax(dim=1)
-        self.network.head.to(self.device)
-        return predicted
+        return self.network.head(self.features(pixels).to(self.device)).argmax(dim=1).cpu()
 
     def accuracy(self, pixels: Tensor, labels: Tensor) -> Accuracy:
         """Accuracy on pixels uint8 [N, C, H, W] with int64 labels [N]."""
         return accuracy(self.predict(pixels), labels, self.num_classes)
 
 
+def thumbnails(pixels: Tensor) -> Tensor:
+    """uint8 [B, C, h, w] with sides of 32 px at most, averaged down; smaller ones come back as they are."""
+    if max(pixels.shape[-2:]) <= LARGEST_SIDE:
+        return pixels
+    height, width = (min(side, LARGEST_SIDE) for side in pixels.shape[-2:])
+    return F.interpolate(pixels.float(), (height, width), mode="area").round().to(torch.uint8)
+
+
 def prepare(pixels: Tensor) -> Tensor:
-    """float32 [B, C, h, w] in [-1, 1] of uint8 pixels; sides over 32 px are averaged down, to bound the cost."""
-    prepared = pixels.float() / 127.5 - 1
-    if max(prepared.shape[-2:]) > LARGEST_SIDE:
-        size = tuple(min(side, LARGEST_SIDE) for side in prepared.shape[-2:])
-        prepared = F.interpolate(prepared, size, mode="area")
-    return prepared
+    """float32 [B, C, h, w] in [-1, 1] of the thumbnails of uint8 pixels."""
+    return thumbnails(pixels).float() / 127.5 - 1
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:

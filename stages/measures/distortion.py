@@ -1,0 +1,39 @@
+"""Distortion of reconstructions in pixels: PSNR and SSIM of 8-bit images, which is what a viewer gets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+HIGHEST_PSNR = 100.0
+"""Decibels given to identical images, whose PSNR has no finite value."""
+
+
+def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Per image float64 [B], in squared grey levels, of uint8 [B, C, H, W]."""
+    return (prediction.double() - target.double()).square().mean(dim=(1, 2, 3))
+
+
+def decibels(error: Tensor) -> Tensor:
+    """PSNR in dB of mean squared errors in squared grey levels (peak 255), 100 at most."""
+    return (10 * torch.log10(255**2 / error.clamp(min=1e-9))).clamp(max=HIGHEST_PSNR)
+
+
+def psnr(prediction: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of every image, dB [B], of uint8 [B, C, H, W]."""
+    return decibels(mean_squared_error(prediction, target))
+
+
+def ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of every image, float32 [B], of uint8 [B, C, H, W]; 1 is best.
+
+    Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5. Raises ValueError for sides under 11.
+    """
+    if min(prediction.shape[-2:]) < 11:
+        raise ValueError(f"SSIM's window needs sides of 11 px or more, not {tuple(prediction.shape[-2:])}")
+    values = structural_similarity_index_measure(
+        prediction.float(), target.float(), data_range=255.0, sigma=1.5, kernel_size=11, reduction="none"
+    )
+    assert isinstance(values, Tensor)
+    return values.reshape(len(prediction))

@@ -1,0 +1,63 @@
+"""What tokens cost in bits. A rate says something only beside a distortion: a constant tokenizer costs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.layout import TokenLayout, Tokens
+from stages.measures.codes import CodeUse
+
+
+@dataclass(frozen=True)
+class ScaleRate:
+    """Mean cost of one scale in one image."""
+
+    scale: str
+    tokens_per_image: float
+    """Elements times fields."""
+    fixed_length_bits: float
+    """log2 of the vocabulary for every token."""
+    entropy_bits: float
+    """Entropy of the ids without any context; too low where a scale has few tokens for its vocabulary."""
+    prior_bits: float | None = None
+    """Under the prior, given everything before; None without a prior."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def prior_bits(nll: Tensor, tokens: Tokens, layout: TokenLayout) -> list[float]:
+    """Mean bits per image of each scale from nll [B, L, F] in nats; elements beyond a sample's length are free."""
+    counted = torch.arange(nll.shape[1], device=nll.device) < tokens.lengths.to(nll.device)[:, None]
+    bits = (nll.double() * counted.unsqueeze(-1)).sum(dim=-1) / math.log(2)
+    return [
+        float(bits[:, end - scale.length : end].sum(dim=1).mean())
+        for scale, end in zip(layout.scales, layout.ends_of_scales, strict=True)
+    ]
+
+
+def rates(
+    uses: Sequence[CodeUse], num_images: int, layout: TokenLayout, prior: Sequence[float] | None = None
+) -> list[ScaleRate]:
+    """One entry a scale, from the use of codes in ``num_images`` images and the prior's bits per scale."""
+    found: list[ScaleRate] = []
+    for index, scale in enumerate(layout.scales):
+        mine = [use for use in uses if use.scale == scale.name]
+        tokens = [use.num_tokens / num_images for use in mine]
+        found.append(
+            ScaleRate(
+                scale=scale.name,
+                tokens_per_image=sum(tokens),
+                fixed_length_bits=sum(n * math.log2(use.vocabulary_size) for n, use in zip(tokens, mine, strict=True)),
+                entropy_bits=sum(n * math.log2(use.perplexity) for n, use in zip(tokens, mine, strict=True)),
+                prior_bits=None if prior is None else prior[index],
+            )
+        )
+    return found
