@@ -12,7 +12,8 @@ class ImagesConfig:
     kind: str = "folder"
     """folder (class = subfolder), webdataset, fashion, demo, or photos."""
     path: str | None = None
-    """Folder of images, or shard pattern with braces; has train and val below it or is split by val_share. None: the place where `make` puts the set."""
+    """Folder of images, or folder or brace pattern of shards; has train and val below it, or is split by val_share.
+    None: the place where `make` puts the set."""
     val_path: str | None = None
     """Held-out images; None: a folder `val` beside `train`, else a seeded split."""
     size: int = 32
@@ -20,13 +21,14 @@ class ImagesConfig:
     channels: int = 3
     """3 for RGB, 1 for grey."""
     train_view: str = "center"
-    """center (shorter side resized, middle cut), random_resized_crop, random_crop (no resize), or pad (black border, no resize)."""
+    """center (shorter side resized, middle cut), random_resized_crop, random_crop (no resize), or pad (black border,
+    no resize)."""
     eval_view: str = "center"
     """center or pad: the view that is cached, evaluated and held out."""
     flip: bool = False
     """Mirror half of the training images; cached as a second view."""
     crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])
-    """Range of the share of the area that random_resized_crop keeps."""
+    """Range of the share of the largest square's area that random_resized_crop keeps."""
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     """RGB (0-255) behind transparent pixels."""
     val_share: float = 0.1

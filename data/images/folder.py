@@ -1,0 +1,97 @@
+"""Images in folders: the subfolder is the class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data.images.config import ImagesConfig
+from data.images.source import ImageSource, PackedStrings, Sample, decode, seeded_split, sha256_of
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class FolderSource(ImageSource):
+    """All images below a folder, in the order of their names.
+
+    The first folder below the root is the class; images that lie in the root itself have none. A folder without images
+    is no class. The walk opens no file and asks for no file's size, so a million files take seconds. Folders and files
+    whose names begin with a dot are left out.
+
+    ``class_names`` fixes the classes of a second folder (the held-out one) by those of the first.
+
+    Raises FileNotFoundError for a missing folder or one without images, ValueError for a class that is not in
+    ``class_names``.
+    """
+
+    def __init__(self, root: Path, class_names: tuple[str, ...] | None = None) -> None:
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; images.path names a folder of images")
+        keys = sorted(walk(root))
+        if not keys:
+            raise FileNotFoundError(f"{root} holds no images; accepted endings: {', '.join(ENDINGS)}")
+        classes = [key.split("/", 1)[0] if "/" in key else None for key in keys]
+        found = tuple(sorted({name for name in classes if name is not None}))
+        foreign = set(found).difference(found if class_names is None else class_names)
+        if foreign:
+            raise ValueError(f"{root}: the classes {', '.join(sorted(foreign))} are not among the training images")
+        self.class_names = found if class_names is None else class_names
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        self.root = root
+        self.keys = PackedStrings(keys)
+        self.labels = np.array([-1 if name is None else numbers[name] for name in classes], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        key = self.key(index)
+        return Sample(decode(self.root / key, key), int(self.labels[index]), "", key)
+
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
+    def fingerprint(self) -> str:
+        """sha256 over names and sizes. This is the one place that asks the disk for sizes."""
+        sizes = np.array([os.stat(self.root / key).st_size for key in self.keys], dtype=np.int64)
+        return sha256_of([*(part.tobytes() for part in self.keys.arrays), sizes.tobytes()])
+
+
+def walk(root: Path, below: str = "") -> Iterator[str]:
+    """Paths of images relative to ``root``, with forward slashes, in no order."""
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(ENDINGS):
+                yield below + entry.name
+            elif entry.is_dir():
+                yield from walk(root, f"{below}{entry.name}/")
+
+
+def split_roots(path: Path, val_path: str | None) -> tuple[Path, Path | None]:
+    """Roots of the training and of the held-out images; None where the training images are to be split.
+
+    Held out is ``val_path``, or a folder `val` beside `train`, below ``path`` or with ``path`` itself being `train`.
+    """
+    train, val = path, None
+    if (path / "train").is_dir() and (path / "val").is_dir():
+        train, val = path / "train", path / "val"
+    elif path.name == "train" and (path.parent / "val").is_dir():
+        val = path.parent / "val"
+    return train, Path(val_path).expanduser() if val_path else val
+
+
+def open_folder(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
+    """One side of the images under ``config.path``. Raises ValueError without a path, and like ``FolderSource``."""
+    if not config.path:
+        raise ValueError("images.kind=folder needs images.path=<folder of images>")
+    train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)
+    train = FolderSource(train_root)
+    if val_root is None:
+        return seeded_split(train, split, config.val_share, config.split_seed)
+    return train if split == "train" else FolderSource(val_root, train.class_names)

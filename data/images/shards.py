@@ -1,0 +1,267 @@
+"""Images in webdataset shards, read by index.
+
+What is notable here:
+
+- the headers of each tar are scanned once and the places of its members kept in ``$OCTAVES_DATA/indexes``, so a sample
+  is one ``pread`` away: any order, exact resume, and no question of how uneven shards fall to ranks and workers;
+- nothing is ever unpickled: of a record only the image, ``cls``, ``txt`` and ``json`` are read.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from braceexpand import braceexpand
+
+from data.images.config import ImagesConfig
+from data.images.folder import split_roots
+from data.images.home import data_home
+from data.images.source import CorruptImage, ImageSource, PackedStrings, Sample, decode, seeded_split, sha256_of
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+TEXT_ENDINGS = ("txt", "json")
+INDEX_VERSION = 1
+MAX_OPEN_SHARDS = 64
+
+
+class ShardSource(ImageSource):
+    """The records of tar shards that hold an image, in the order of shards and members.
+
+    ``cls`` (or ``label`` in ``json``) gives the class, ``txt`` (or ``text`` or ``caption`` in ``json``) the caption.
+    ``classes.txt`` beside the shards, one name a line, names the classes; else they are called by number.
+
+    Raises ValueError for a shard that is no complete tar or has a class that is no number, FileNotFoundError when no
+    record holds an image.
+    """
+
+    def __init__(self, shards: list[Path], class_names: tuple[str, ...] | None = None) -> None:
+        self.shards = shards
+        indexes = [shard_index(shard) for shard in shards]
+        self.keys = PackedStrings(
+            f"{shard.stem}/{key}"
+            for shard, index in zip(shards, indexes, strict=True)
+            for key in PackedStrings(packed=(index["key_bytes"], index["key_borders"]))
+        )
+        if not self.keys:
+            raise FileNotFoundError(
+                f"no record with an image in {shards[0]} … ({len(shards)} shards); "
+                f"accepted endings: {', '.join(IMAGE_ENDINGS)}"
+            )
+        self.shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index["label"]) for index in indexes])
+        # Columns: offset and size of the image, offset and size of the text, 1 where the text is JSON.
+        self.places = np.concatenate([index["places"] for index in indexes])
+        self.labels = np.concatenate([index["label"] for index in indexes])
+        num_classes = int(self.labels.max()) + 1
+        self.class_names = read_class_names(shards[0].parent, num_classes) if class_names is None else class_names
+        if num_classes > len(self.class_names):
+            raise ValueError(
+                f"{shards[0].parent}: class {num_classes - 1} is beyond the {len(self.class_names)} known ones"
+            )
+        self._open: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        key = self.key(index)
+        image_offset, image_size, text_offset, text_size, is_json = (int(value) for value in self.places[index])
+        image = decode(self._read(index, image_offset, image_size), key)
+        text = self._read(index, text_offset, text_size).decode("utf-8", "replace") if text_size else ""
+        return Sample(
+            image, int(self.labels[index]), caption_of(parse_json(text, key)) if is_json else text.strip(), key
+        )
+
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
+    def fingerprint(self) -> str:
+        parts = [part.tobytes() for part in self.keys.arrays]
+        return sha256_of([*parts, self.places.tobytes(), self.labels.tobytes()])
+
+    def _read(self, index: int, offset: int, size: int) -> bytes:
+        """Bytes of a member. ``pread`` has no position of its own, so forked workers may share a file."""
+        shard = int(self.shard_of[index])
+        try:
+            if shard not in self._open:
+                while len(self._open) >= MAX_OPEN_SHARDS:
+                    os.close(self._open.pop(next(iter(self._open))))
+                self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
+            return os.pread(self._open[shard], size, offset)
+        except OSError as error:
+            raise CorruptImage(self.key(index), str(error)) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_open", {}).values():
+            os.close(descriptor)
+
+
+def read_class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+    """The lines of ``classes.txt``, or the numbers of the classes."""
+    listing = folder / "classes.txt"
+    if listing.is_file():
+        lines = listing.read_text(encoding="utf-8").splitlines()
+        return tuple(line.strip() for line in lines if line.strip())
+    return tuple(str(number) for number in range(num_classes))
+
+
+def parse_json(text: str, key: str) -> dict[str, Any]:
+    """The object of a ``json`` member. Raises CorruptImage when it is none: the record as a whole is damaged."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise CorruptImage(key, f"its json: {error}") from error
+    if not isinstance(record, dict):
+        raise CorruptImage(key, "its json is no object")
+    return record
+
+
+def caption_of(record: dict[str, Any]) -> str:
+    """The caption in a record's JSON, or an empty text."""
+    return str(record.get("text") or record.get("caption") or "")
+
+
+def shard_index(shard: Path) -> dict[str, np.ndarray]:
+    """Names, places and labels of a shard's records, from the kept index or by a scan.
+
+    The kept index belongs to (path, size, time of change). Raises FileNotFoundError, and like ``scan_shard``.
+    """
+    stat = shard.stat()
+    identity = f"{INDEX_VERSION} {shard.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    path = data_home() / "indexes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    index = scan_shard(shard)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **index)
+        temporary.replace(path)
+    except OSError as error:
+        warnings.warn(f"the index of {shard} is not kept, so it is scanned each time: {error}", stacklevel=2)
+    return index
+
+
+def scan_shard(shard: Path) -> dict[str, np.ndarray]:
+    """The index of a shard by a walk over its headers: ``key_bytes``, ``key_borders``, ``places``, ``label``.
+
+    Raises ValueError for a damaged or compressed tar and for a class that is no number.
+    """
+    keys: list[str] = []
+    places: list[tuple[int, int, int, int, int]] = []
+    labels: list[int] = []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for key, members in records(tar):
+                image = next((members[ending] for ending in IMAGE_ENDINGS if ending in members), None)
+                if image is None:
+                    continue
+                text = next((members[ending] for ending in TEXT_ENDINGS if ending in members), None)
+                keys.append(key)
+                places.append(
+                    (
+                        image.offset_data,
+                        image.size,
+                        text.offset_data if text else 0,
+                        text.size if text else 0,
+                        int("txt" not in members and "json" in members),
+                    )
+                )
+                labels.append(label_of(tar, members, f"{shard}: {key}"))
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} is no complete, uncompressed tar ({error}); write it again") from error
+    key_bytes, key_borders = PackedStrings(keys).arrays
+    return {
+        "key_bytes": key_bytes,
+        "key_borders": key_borders,
+        "places": np.array(places, dtype=np.int64).reshape(-1, 5),
+        "label": np.array(labels, dtype=np.int64),
+    }
+
+
+def records(tar: tarfile.TarFile) -> Iterable[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """(key, members by ending) of each record: neighbours whose names agree up to the first dot, as in webdataset."""
+    last, members = "", {}
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        stem, dot, ending = name.partition(".")
+        if not member.isfile() or not stem or not dot:
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        if key != last and members:
+            yield last, members
+            members = {}
+        last = key
+        members[ending.lower()] = member
+    if members:
+        yield last, members
+
+
+def label_of(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], key: str) -> int:
+    """The class of a record, -1 for none. Raises ValueError for one that is no number."""
+    ending = next((name for name in ("cls", "json") if name in members), None)
+    if ending is None:
+        return -1
+    file = tar.extractfile(members[ending])
+    assert file is not None
+    content = file.read()
+    try:
+        if ending == "cls":
+            return max(-1, int(content))
+        record = json.loads(content)
+        return max(-1, int(record.get("label", -1)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{key}.{ending} gives no class number: {content[:40]!r}") from error
+
+
+def find_shards(pattern: str | Path) -> list[Path]:
+    """Shards of a folder (every .tar in it) or of a pattern with braces, ``*`` or ``?``.
+
+    Raises FileNotFoundError that names what is missing.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+    else:
+        names = [name for part in braceexpand(str(path)) for name in (sorted(glob.glob(part)) or [part])]
+        shards = [Path(name) for name in names]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing or not shards:
+        what = (
+            f"{missing[0]} (and {len(missing) - 1} more)" if len(missing) > 1 else str(missing[0] if missing else path)
+        )
+        raise FileNotFoundError(
+            f"no shards at {what}; give a folder of .tar files or a pattern such as shard-{{000..009}}.tar"
+        )
+    return shards
+
+
+def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
+    """One side of the shards at ``config.path``. Raises ValueError without a path, and like ``ShardSource``."""
+    if not config.path:
+        raise ValueError("images.kind=webdataset needs images.path=<folder or pattern of .tar shards>")
+    train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)
+    train = ShardSource(find_shards(train_root))
+    if val_root is None:
+        return seeded_split(train, split, config.val_share, config.split_seed)
+    return train if split == "train" else ShardSource(find_shards(val_root), train.class_names)
+
+
+def open_photos(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
+    """One side of the crops that `make photos` gathered. Raises FileNotFoundError that says so when there are none."""
+    folder = Path(config.path).expanduser() if config.path else data_home() / f"photos{config.size}"
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(f"no photo crops at {folder} yet; gather them with `octaves photos size={config.size}`")
+    return ShardSource(find_shards(folder / split))

@@ -1,0 +1,150 @@
+"""What every source of images offers, and the helpers that sources share."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+class CorruptImage(ValueError):
+    """An image that cannot be read: ``key`` names it, ``reason`` says why."""
+
+    def __init__(self, key: str, reason: str = "") -> None:
+        # A loader worker's exception is raised again from its message alone, so the reason must be optional.
+        super().__init__(f"{key}: {reason}" if reason else key)
+        self.key = key
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as it was stored, before any view."""
+
+    image: Image.Image | np.ndarray
+    """A loaded PIL image of any mode, or uint8 [H, W] or [H, W, 3]."""
+    label: int
+    """Index into the source's ``class_names``; -1 for none."""
+    text: str
+    """Caption; empty for none."""
+    key: str
+    """Name of the image, unique in its source."""
+
+
+class ImageSource(ABC):
+    """A set of images with random access. Instances travel to loader workers, so they hold data compactly."""
+
+    class_names: tuple[str, ...] = ()
+    small: bool = False
+    """True where all images fit in memory and decoding them once at the start is quick."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """The image at ``index``. Raises CorruptImage when it cannot be read."""
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """The name of the image at ``index``, without reading it."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 over names and sizes: equal for equal sets, and cheap, since no pixel is decoded."""
+
+
+class Subset(ImageSource):
+    """Some images of a source, in the order of ``indices`` (int64 [n])."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.class_names = source.class_names
+        self.small = source.small
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[int(self.indices[index])]
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return sha256_of([self.source.fingerprint().encode(), self.indices.tobytes()])
+
+
+class PackedStrings(Sequence[str]):
+    """Many strings in one buffer: a million names as a list would cost 100 MB in every loader worker."""
+
+    def __init__(self, strings: Iterable[str] = (), *, packed: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Pack ``strings``, or take over a pair (uint8 [bytes], int64 [n + 1] borders) as stored by ``arrays``."""
+        if packed is None:
+            encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+            borders = np.zeros(len(encoded) + 1, dtype=np.int64)
+            np.cumsum([len(item) for item in encoded], out=borders[1:])
+            packed = np.frombuffer(b"".join(encoded), dtype=np.uint8), borders
+        self.arrays = packed
+
+    def __len__(self) -> int:
+        return len(self.arrays[1]) - 1
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        data, borders = self.arrays
+        return data[borders[index] : borders[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def sha256_of(parts: Iterable[bytes]) -> str:
+    """Hex sha256 of parts, each preceded by its length so that borders between parts count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def decode(data: bytes | Path, key: str) -> Image.Image:
+    """A loaded PIL image from bytes or a file. Raises CorruptImage, whatever the decoder stumbled over."""
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            image.load()
+            return image
+    except Exception as error:  # foreign bytes make decoders raise nearly anything
+        raise CorruptImage(key, f"{type(error).__name__}: {error}") from error
+
+
+def hashed_order(keys: Iterable[str], seed: int) -> np.ndarray:
+    """A permutation int64 [n] by the hash of (seed, key): new images hardly move the old ones."""
+    salt = f"{seed}/".encode()
+    hashes = [
+        int.from_bytes(hashlib.blake2b(salt + key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+        for key in keys
+    ]
+    return np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")
+
+
+def seeded_split(source: ImageSource, split: str, val_share: float, seed: int) -> Subset:
+    """The train or val side of a source without a split of its own.
+
+    Raises ValueError when there are fewer than two images, since each side needs one.
+    """
+    if len(source) < 2:
+        raise ValueError(f"{len(source)} image(s) cannot be split into train and val; give images.val_path")
+    order = hashed_order((source.key(index) for index in range(len(source))), seed)
+    num_val = min(max(1, round(val_share * len(source))), len(source) - 1)
+    # Training shuffles anyway, so its side keeps the order of the disk; the held-out side stays shuffled, because
+    # its first few hundred images are looked at during training and should show every class.
+    return Subset(source, order[:num_val] if split == "val" else np.sort(order[num_val:]))

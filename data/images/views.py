@@ -1,0 +1,130 @@
+"""From a stored image to pixels: uint8 [C, size, size].
+
+What is notable here:
+
+- crop and resize are one step: the source region is resampled straight to the output, with a filter as wide as the
+  reduction (no aliasing), so a 10,000 x 10 image never becomes a huge intermediate;
+- the flip comes last, so a flipped pixel block equals the block of the flipped view;
+- random views draw from a generator keyed by (seed, epoch, index), so they do not depend on the number of workers or
+  processes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from data.images.config import ImagesConfig
+
+DETERMINISTIC_VIEWS = ("center", "pad")
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 0 … 255 to float32 in [-1, 1]."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Floats to uint8, rounded; values outside [-1, 1] are clamped. Inverts ``to_float`` exactly."""
+    return ((pixels.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def generator_for(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one image in one epoch."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+def plain_image(image: Image.Image | np.ndarray, channels: int, background: list[int]) -> Image.Image:
+    """An upright image of mode L or RGB from any PIL mode or a uint8 array.
+
+    Transparent pixels are laid over ``background`` (RGB); 16-bit grey is scaled to 8 bits.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if image.getexif():
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # Pillow keeps 16-bit grey in modes I;16* and, from some files, in I; converting to L would only clip it.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        over = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(over, image.convert("RGBA"))
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def view_pixels(
+    image: Image.Image | np.ndarray,
+    config: ImagesConfig,
+    view: str,
+    flip: bool = False,
+    generator: np.random.Generator | None = None,
+) -> Tensor:
+    """One view of an image: uint8 [channels, size, size].
+
+    ``center`` resizes the largest middle square; ``random_resized_crop`` a square with a random share
+    (``crop_scale``) of that area anywhere in the image, without changing proportions; ``random_crop`` cuts without
+    resizing; ``pad`` puts a black border around. The random views need ``generator``.
+
+    Raises ValueError for an image too small for ``random_crop`` or too large for ``pad``, and for an unknown view.
+    """
+    plain = plain_image(image, config.channels, config.background)
+    size = config.size
+    width, height = plain.size
+    if view == "center":
+        side = min(width, height)
+        plain = resized_square(plain, (width - side) / 2, (height - side) / 2, side, size)
+    elif view == "random_resized_crop":
+        assert generator is not None, "random_resized_crop needs a generator"
+        low, high = config.crop_scale
+        side = min(width, height) * math.sqrt(generator.uniform(low, high))
+        left, top = generator.uniform(0, 1, 2) * (width - side, height - side)
+        plain = resized_square(plain, left, top, side, size)
+    elif view == "random_crop":
+        assert generator is not None, "random_crop needs a generator"
+        if min(width, height) < size:
+            raise ValueError(
+                f"an image of {width} x {height} is too small to cut {size} x {size} from; "
+                "use images.train_view=center or random_resized_crop, which resize"
+            )
+        x, y = (int(generator.integers(0, room + 1)) for room in (width - size, height - size))
+        plain = plain.crop((x, y, x + size, y + size))
+    elif view == "pad":
+        if max(width, height) > size:
+            raise ValueError(
+                f"an image of {width} x {height} does not fit into {size} x {size}; the view pad never resizes: "
+                f"use center, or images.size={max(width, height)} or more"
+            )
+        framed = Image.new(plain.mode, (size, size))
+        framed.paste(plain, ((size - width) // 2, (size - height) // 2))
+        plain = framed
+    else:
+        raise ValueError(f"unknown view {view!r}; allowed: center, random_resized_crop, random_crop, pad")
+    pixels = torch.from_numpy(np.array(plain, dtype=np.uint8).reshape(size, size, config.channels))
+    pixels = pixels.permute(2, 0, 1)
+    return (pixels.flip(-1) if flip else pixels).contiguous()
+
+
+def resized_square(image: Image.Image, left: float, top: float, side: float, size: int) -> Image.Image:
+    """The square region of side ``side`` at (left, top), which need not be whole pixels, resampled to ``size``."""
+    width, height = image.size
+    if side == size:
+        # Same scale: a whole-pixel crop is exact, where half a pixel of shift would only blur.
+        left, top = math.floor(left), math.floor(top)
+    box = (left, top, min(left + side, width), min(top + side, height))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def flips(seed: int, epoch: int, index: int) -> bool:
+    """Whether the training view of an image is mirrored in an epoch, where ``config.flip`` is on."""
+    return bool(generator_for(seed, epoch, index).integers(2))
+
+
+def train_pixels(image: Image.Image | np.ndarray, config: ImagesConfig, seed: int, epoch: int, index: int) -> Tensor:
+    """The training view of one image in one epoch: uint8 [channels, size, size]. Raises like ``view_pixels``."""
+    flip = config.flip and flips(seed, epoch, index)
+    return view_pixels(image, config, config.train_view, flip, generator_for(seed, epoch, index))

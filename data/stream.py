@@ -1,0 +1,68 @@
+"""The endless stream of training indices, as a batch sampler.
+
+What is notable here:
+
+- epochs are concatenated and global batches are cut from the result, so there is no short batch, a set may be smaller
+  than a batch, and every rank takes the same number of steps;
+- batch k is a function of (length, batch size, world size, seed, k) alone: a resumed run starts at its batch by
+  arithmetic and decodes nothing on the way;
+- rank and world size are passed in by the main process. A loader worker cannot be trusted to know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class IndexStream(Sampler[list[tuple[int, int]]]):
+    """Lists of ``batch_size`` pairs (epoch, index) for one rank, without end.
+
+    Laid side by side, the batches of all ranks are the batches of a single process with ``batch_size * world_size``.
+    Each epoch is its own permutation of ``range(length)``, drawn from (seed, epoch).
+
+    Raises ValueError for an empty set, a batch size below 1, a rank outside the world, or a negative start.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_batch: int = 0,
+    ) -> None:
+        if length < 1:
+            raise ValueError("the set is empty: there is nothing to draw batches from")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; allowed: 1 or more")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}; allowed: 0 to {world_size - 1} in a world of {world_size}")
+        if start_batch < 0:
+            raise ValueError(f"start_batch={start_batch}; allowed: 0 or more")
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.start_batch = start_batch
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order of one epoch: int64 [length]."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        position = (self.start_batch * self.world_size + self.rank) * self.batch_size
+        while True:
+            batch = []
+            for place in range(position, position + self.batch_size):
+                if place // self.length != epoch:
+                    epoch = place // self.length
+                    order = self.permutation(epoch)
+                batch.append((epoch, int(order[place % self.length])))
+            yield batch
+            position += self.world_size * self.batch_size
