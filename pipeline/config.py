@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.errors import OctavesError
 from data.images.config import ImagesConfig
 from data.tokens.config import TokensConfig
 from stages.measures.config import EvalConfig
@@ -27,7 +28,7 @@ from stages.conditions.config import ConditionConfig
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
-class ConfigError(ValueError):
+class ConfigError(OctavesError, ValueError):
     """A config that cannot run; the message is one line for the person who wrote it."""
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.config import Config, ConfigError, get, to_plain
+from data.errors import OctavesError
+from pipeline.config import Config, to_plain
+from pipeline.processes import is_first_process
 
 # The sections that decide what a stage produces. `trainer` is missing on purpose: it decides where, not what.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -20,7 +22,7 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-class RunError(RuntimeError):
+class RunError(OctavesError):
     """A run folder that cannot be used as asked; the message says what to do."""
 
 
@@ -39,6 +41,9 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
 
     The lock is flock's: it ends with the process that holds it, so a killed run leaves no stale lock.
     """
+    if not is_first_process():
+        yield folder  # the first process holds the lock for all ranks that it started
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -87,5 +92,3 @@ def need(path: str | Path, what: str, command: str, config: Config) -> Path:
         )
     return Path(path)
 
-
-__all__ = ["ConfigError", "RunError", "get", "hold_to_config", "need", "stage_config", "stage_folder"]

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from data.errors import OctavesError
 from data.layout import TokenLayout, Tokens
 
 
-class PrefixUnsupported(ValueError):
+class PrefixUnsupported(OctavesError, ValueError):
     """A prefix of scales was asked of a tokenizer whose encoder or decoder needs all of them."""
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from data.errors import OctavesError
 from data.layout import TokenLayout
-from stages.contract import Tokenizer
-from stages.factory import build_tokenizer, tokenizer_kind
+from stages.contract import Prior, Tokenizer
+from stages.factory import build_prior, build_tokenizer, condition_kind, prior_kind, quantizer_kind, tokenizer_kind
 
 FORMAT = "octaves/1"
 
 
-class WeightsError(ValueError):
+class WeightsError(OctavesError, ValueError):
     """A weights file that is missing, damaged or of another kind."""
 
 
@@ -97,14 +98,60 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer.eval().requires_grad_(False), metadata
 
 
-def from_plain(config_class: type[Any], plain: dict[str, Any]) -> Any:
-    """A config dataclass from plain data; nested sections with a ``kind`` are looked up. Raises TypeError, ValueError."""
-    from stages.factory import quantizer_kind
+def save_prior(path: Path, prior: Prior, config: Any, condition: Any, extra: dict[str, Any]) -> None:
+    """Write a prior with all that ``load_prior`` needs; ``extra`` names the tokenizer that it belongs to."""
+    metadata = {
+        "part": "prior",
+        "kind": config.kind,
+        "config": {key: value for key, value in asdict(config).items() if key != "path"},
+        "condition": asdict(condition),
+        "layout": prior.layout.to_dict(),
+        "class_names": prior.class_names,
+        **extra,
+    }
+    save_weights(path, prior, metadata)
 
+
+def load_prior(path: str | Path) -> tuple[Prior, dict[str, Any]]:
+    """(prior in eval mode without gradients, metadata). Raises WeightsError."""
+    path = Path(path)
+    metadata, tensors = read_weights(path)
+    if metadata.get("part") != "prior":
+        raise WeightsError(f"{path}: holds a {metadata.get('part')}, not a prior")
+    try:
+        config = from_plain(prior_kind(metadata["kind"])[0], metadata["config"])
+        condition = from_plain(condition_kind(metadata["condition"]["kind"])[0], metadata["condition"])
+        layout = TokenLayout.from_dict(metadata["layout"])
+        prior = build_prior(config, condition, layout, metadata["class_names"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: metadata do not describe a prior ({error})") from error
+    load_state(path, prior, tensors)
+    return prior.eval().requires_grad_(False), metadata
+
+
+def check_pair(prior: dict[str, Any], prior_path: str | Path, tokenizer_path: str | Path) -> None:
+    """Raise WeightsError unless the prior (its metadata) was trained on tokens of exactly this tokenizer file."""
+    found = file_sha256(Path(tokenizer_path))
+    if prior.get("tokenizer_sha256") != found:
+        raise WeightsError(
+            f"{prior_path} was trained on tokens of another tokenizer than {tokenizer_path} "
+            f"({str(prior.get('tokenizer_sha256'))[:12]}, not {found[:12]}); run `make cache-tokens train-prior` again "
+            "in a new RUN=, or point tokenizer.path to the right one"
+        )
+
+
+def from_plain(config_class: type[Any], plain: dict[str, Any]) -> Any:
+    """A config dataclass from plain data, nested ones too; a quantiser's class is chosen by its ``kind``.
+
+    Raises TypeError or ValueError for keys that the dataclass does not have.
+    """
     values = dict(plain)
-    if isinstance(values.get("quantizer"), dict):
-        quantizer = values["quantizer"]
-        values["quantizer"] = quantizer_kind(quantizer["kind"])[0](**quantizer)
+    hints = get_type_hints(config_class)
+    for name, value in plain.items():
+        if name == "quantizer":
+            values[name] = from_plain(quantizer_kind(value["kind"])[0], value)
+        elif is_dataclass(hints.get(name)):
+            values[name] = from_plain(hints[name], value)
     return config_class(**values)
 
 

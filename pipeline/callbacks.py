@@ -1,0 +1,76 @@
+"""What a person at the terminal wants to know of a training run."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class Throughput(L.Callback):
+    """Logs samples per second and the share of time spent waiting for data; tells the projected finish once."""
+
+    def __init__(self, max_steps: int, log_every: int) -> None:
+        self.max_steps, self.log_every = max_steps, log_every
+        self._ended = self._started = self._window_start = 0.0
+        self._waited, self._samples = 0.0, 0
+        self._first_step, self._projected = 0, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._ended = self._window_start = self._started = time.perf_counter()
+        self._first_step = pl_module.step
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._ended
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = self._ended = time.perf_counter()
+        self._samples += len(batch["index"]) * trainer.world_size
+        step = pl_module.step
+        if step and step % self.log_every == 0 and self._samples:
+            span = now - self._window_start
+            if trainer.logger is not None and trainer.is_global_zero:
+                values = {"samples_per_second": self._samples / span, "data_wait_share": self._waited / span}
+                trainer.logger.log_metrics({f"speed/{name}": value for name, value in values.items()}, step=step)
+            self._window_start, self._waited, self._samples = now, 0.0, 0
+        if not self._projected and step - self._first_step >= 50:
+            self._projected = True
+            left = (now - self._started) / (step - self._first_step) * (self.max_steps - step)
+            finish = datetime.now() + timedelta(seconds=left)
+            rank_zero_info(f"step {step}: about {timedelta(seconds=round(left))} left, done at {finish:%H:%M}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # validation is neither training nor waiting
+        self._ended = self._window_start = time.perf_counter()
+        self._waited, self._samples = 0.0, 0
+
+
+class StepProgressBar(TQDMProgressBar):
+    """One bar over the whole training: its length is the number of steps, for the loader is endless."""
+
+    def __init__(self, max_batches: int) -> None:
+        super().__init__(refresh_rate=10)
+        self.max_batches = max_batches
+
+    @property
+    def total_train_batches(self) -> int:
+        """Micro-batches of the whole training."""
+        return self.max_batches
+
+    def init_validation_tqdm(self) -> Any:
+        """Validations are short: no bar of their own."""
+        bar = super().init_validation_tqdm()
+        bar.disable = True
+        return bar
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Without the version number that Lightning adds."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items  # type: ignore[return-value]

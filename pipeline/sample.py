@@ -1,0 +1,109 @@
+"""sample: new images from a trained prior, as a grid and as single files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+from data.images.views import to_uint8
+from pipeline.config import Config
+from pipeline.run import RunError, need
+from stages.contract import Prior, Tokenizer
+from stages.prior.sampling import SamplingConfig, check_sampling, sample
+from stages.weights import check_pair, load_prior, load_tokenizer
+
+
+@dataclass
+class SampleRequest:
+    """What to sample: keys without a section on the command line of ``sample``."""
+
+    classes: str = ""
+    """Class names or ids, comma-separated; empty: every class."""
+    count: int = 4
+    """Images of each class."""
+    seed: int = 0
+    """Image i is drawn with seed + i."""
+    out: str = "${run}/samples"
+    """Folder for grid.png and the single images."""
+
+
+def load_models(config: Config) -> tuple[Tokenizer, Prior, torch.device]:
+    """The tokenizer and the prior of a run, on the device of ``trainer.accelerator``. Raises RunError, WeightsError."""
+    tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
+    prior_path = need(config.prior.path, "prior", "train-prior", config)
+    prior, metadata = load_prior(prior_path)
+    check_pair(metadata, prior_path, tokenizer_path)
+    tokenizer, _ = load_tokenizer(tokenizer_path)
+    use_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if use_gpu else "cpu")
+    return tokenizer.to(device), prior.to(device), device
+
+
+def sample_images(config: Config, request: SampleRequest) -> Path:
+    """Write ``grid.png`` (a row a class) and one PNG an image. Returns the grid's path."""
+    tokenizer, prior, device = load_models(config)
+    check_sampling(config.sampling, prior.layout)
+    if config.sampling.scales and not prior.layout.decodes_prefixes:
+        raise RunError(
+            f"sampling.scales={config.sampling.scales}: this tokenizer's decoder needs all {len(prior.layout.scales)} "
+            "scales; train one with tokenizer.attention=sit-scd or sit-sc"
+        )
+    if request.count < 1:
+        raise RunError(f"count={request.count}; allowed: 1 or more")
+    labels = parse_classes(request.classes, prior.class_names)
+    rows = torch.tensor(labels).repeat_interleave(request.count)
+    seeds = [request.seed + index for index in range(len(rows))]
+    images = draw_images(tokenizer, prior, rows, config.sampling, seeds, config.eval.batch_size, device)
+    out = Path(request.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = to_uint8(images)
+    for label, seed, picture in zip(rows.tolist(), seeds, pictures, strict=True):
+        name = "sample" if label < 0 else _file_name(prior.class_names[label])
+        save_image(picture.float() / 255, out / f"{name}-{seed:06d}.png")
+    save_image(pictures.float() / 255, out / "grid.png", nrow=request.count, padding=2, pad_value=1.0)
+    print(f"wrote {out / 'grid.png'} and {len(pictures)} images beside it")
+    return out / "grid.png"
+
+
+def draw_images(
+    tokenizer: Tokenizer,
+    prior: Prior,
+    labels: Tensor,
+    settings: SamplingConfig,
+    seeds: list[int],
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """Images [N, C, h, w] in [-1, 1] for class ids int64 [N], drawn in batches; the batch size changes speed only."""
+    parts = []
+    for start in range(0, len(labels), batch_size):
+        part = slice(start, start + batch_size)
+        tokens = sample(prior, labels[part].to(device), settings, seeds[part])
+        with torch.no_grad():
+            parts.append(tokenizer.decode(tokens).float().cpu())
+    return torch.cat(parts)
+
+
+def parse_classes(text: str, names: list[str]) -> list[int]:
+    """Class ids of comma-separated names or ids; all classes for an empty text, [-1] where there are none."""
+    if not names:
+        return [-1]
+    if not text:
+        return list(range(len(names)))
+    ids = []
+    for part in (part.strip() for part in str(text).split(",")):
+        if part in names:
+            ids.append(names.index(part))
+        elif part.isdigit() and int(part) < len(names):
+            ids.append(int(part))
+        else:
+            raise RunError(f"classes={part}: allowed are 0 to {len(names) - 1}, or {', '.join(names[:20])}")
+    return ids
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)

@@ -1,0 +1,184 @@
+"""train-tokenizer and train-prior: load → build → run → save."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from data.images.module import ImageDataModule
+from data.images.reading import pixels_of
+from data.images.sources import open_source
+from data.images.views import to_float
+from data.tokens.manifest import check_belongs
+from data.tokens.module import TokenDataModule
+from pipeline.callbacks import StepProgressBar, Throughput
+from pipeline.config import Config, TrainerConfig
+from pipeline.processes import is_first_process
+from pipeline.run import RunError, need, stage_folder
+from stages.contract import Tokenizer
+from stages.factory import build_prior, build_tokenizer
+from stages.prior.config import PriorTrainingConfig
+from stages.prior.module import PriorModule
+from stages.tokenizer.config import TokenizerTrainingConfig
+from stages.tokenizer.module import TokenizerModule
+from stages.training import trainer_steps
+from stages.weights import file_sha256, save_prior, save_tokenizer
+
+CHECKPOINT_PATTERN = "step*.ckpt"
+
+
+def train_tokenizer(config: Config) -> Path:
+    """Train (or, for a codec, only fit) stage 1 and write its averaged weights. Returns the file."""
+    path = Path(config.tokenizer.path)
+    with stage_folder(path.parent, config, "tokenizer"):
+        if path.exists():
+            print(f"{path} is finished; choose another RUN= to train again")
+            return path
+        training = config.tokenizer_training
+        size = (config.images.size, config.images.size)
+        L.seed_everything(config.seed, verbose=False)
+        tokenizer = build_tokenizer(config.tokenizer, size, config.images.channels)
+        images = ImageDataModule(
+            config.images,
+            training.batch_size_per_device,
+            config.trainer.num_workers,
+            config.seed,
+            validation_images=training.validation_images,
+        )
+        tokenizer.fit(first_images(config, training.fit_images))
+        if tokenizer.trainable:
+            module = TokenizerModule(tokenizer, training, config.seed)
+            trainer = fit(module, images, config.trainer, training, path.parent, 1 + (module.discriminator is not None))
+            tokenizer = module.average.module
+            extra = {"steps": module.step, "world_size": trainer.world_size}
+        else:
+            extra = {"steps": 0, "world_size": 1}
+        if is_first_process():
+            save_tokenizer(path, tokenizer, config.tokenizer, extra)
+            print(f"wrote {path}")
+    return path
+
+
+def train_prior(config: Config) -> Path:
+    """Train stage 2 on the token cache and write its averaged weights. Returns the file."""
+    need(Path(config.tokens.path) / "manifest.json", "token cache", "cache-tokens", config)
+    path = Path(config.prior.path)
+    with stage_folder(path.parent, config, "prior"):
+        if path.exists():
+            print(f"{path} is finished; choose another RUN= to train again")
+            return path
+        training = config.prior_training
+        tokens = TokenDataModule(
+            config.tokens.path,
+            training.batch_size_per_device,
+            config.trainer.num_workers,
+            config.seed,
+            training.validation_samples,
+        )
+        manifest = tokens.manifest
+        if Path(config.tokenizer.path).exists():
+            check_belongs(manifest, config.tokenizer.path)
+        L.seed_everything(config.seed, verbose=False)
+        prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names))
+        module = PriorModule(prior, training, config.seed)
+        trainer = fit(module, tokens, config.trainer, training, path.parent, 1)
+        if is_first_process():
+            extra = {
+                "tokenizer_sha256": manifest.tokenizer_sha256,
+                "steps": module.step,
+                "world_size": trainer.world_size,
+                "manifest_sha256": file_sha256(Path(config.tokens.path) / "manifest.json"),
+            }
+            save_prior(path, module.average.module, config.prior, config.condition, extra)
+            print(f"wrote {path}")
+    return path
+
+
+def first_images(config: Config, count: int) -> Iterator[Tensor]:
+    """The first training images in evaluation view as batches [B, C, H, W] in [-1, 1]: what ``fit`` measures."""
+    source = open_source(config.images, "train")
+    indices = range(0, len(source), max(1, len(source) // count))[:count]  # spread: folders are sorted by class
+    for start in range(0, len(indices), 64):
+        yield to_float(pixels_of(source, indices[start : start + 64], config.images))
+
+
+def fit(
+    module: TokenizerModule | PriorModule,
+    loader: L.LightningDataModule,
+    place: TrainerConfig,
+    training: TokenizerTrainingConfig | PriorTrainingConfig,
+    folder: Path,
+    num_optimizers: int,
+) -> L.Trainer:
+    """Train to ``max_steps``, from the newest checkpoint in ``folder`` if there is one."""
+    quiet_lightning()
+    checkpoints = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="step{step:08.0f}",
+        auto_insert_metric_name=False,
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        every_n_train_steps=trainer_steps(training.checkpoint_every, num_optimizers),
+    )
+    micro_batches = training.max_steps * training.accumulate_batches
+    callbacks: list[Callback] = [checkpoints, Throughput(training.max_steps, training.log_every)]
+    if place.progress:
+        callbacks.append(StepProgressBar(micro_batches))
+    manual = not module.automatic_optimization
+    trainer = L.Trainer(
+        **placement(place),
+        precision="bf16-mixed" if training.precision == "bf16" else "32-true",
+        max_steps=trainer_steps(training.max_steps, num_optimizers),
+        max_epochs=-1,
+        val_check_interval=min(training.validate_every, training.max_steps) * training.accumulate_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=training.log_every,
+        accumulate_grad_batches=1 if manual else training.accumulate_batches,
+        gradient_clip_val=None if manual else training.gradient_clip_norm,
+        logger=TensorBoardLogger(folder, name="", version="logs"),
+        callbacks=callbacks,
+        default_root_dir=folder,
+    )
+    saved = sorted((folder / "checkpoints").glob(CHECKPOINT_PATTERN))
+    if saved:
+        print(f"continuing from {saved[-1]}")
+    trainer.fit(module, loader, ckpt_path=saved[-1] if saved else None, weights_only=True)
+    if module.step < training.max_steps:
+        raise RunError(f"stopped at step {module.step} of {training.max_steps}; run the same command to continue")
+    return trainer
+
+
+def placement(place: TrainerConfig) -> dict[str, Any]:
+    """Trainer arguments that say where work runs; data modules split the data themselves."""
+    many = place.devices != 1 or place.num_nodes != 1
+    return {
+        "accelerator": place.accelerator,
+        "devices": place.devices,
+        "num_nodes": place.num_nodes,
+        "strategy": "ddp" if many else "auto",
+        "use_distributed_sampler": False,
+        "enable_progress_bar": place.progress,
+        "enable_model_summary": False,
+    }
+
+
+def quiet_lightning() -> None:
+    """Hide hints that do not apply: the loader is endless on purpose, and TensorBoard is wanted."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*litlogger.*")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    torch.set_float32_matmul_precision("high")

@@ -1,0 +1,106 @@
+"""Stage 2 as a LightningModule: cross entropy of cached tokens, conditions dropped at random for guidance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from data.layout import Tokens
+from stages.contract import Prior
+from stages.prior.config import PriorTrainingConfig
+from stages.training import build_average, build_optimizer, build_schedule, check_finite, gradient_norm, seed_batch
+
+Batch = dict[str, Tensor]
+NATS_PER_BIT = math.log(2)
+
+
+class PriorModule(L.LightningModule):
+    """Trains ``prior`` on batches {ids [B, L, F], label [B], index [B]}."""
+
+    def __init__(self, prior: Prior, training: PriorTrainingConfig, seed: int) -> None:
+        super().__init__()
+        self.config = training
+        self.seed = seed
+        self.prior = prior
+        self.average = build_average(prior, training.ema_decay)
+        self.batches_seen = 0
+        """Micro-batches this process has trained on; the data stream resumes there."""
+        names = ["all", *(scale.name for scale in prior.layout.scales)]
+        self.validation = torch.nn.ModuleList([MeanMetric() for _ in names])
+
+    @property
+    def step(self) -> int:
+        """Optimiser updates so far."""
+        return self.batches_seen // self.config.accumulate_batches
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        config = self.config
+        optimizer = build_optimizer(self.prior, config.learning_rate, tuple(config.betas), config.weight_decay)
+        self.schedule = build_schedule(optimizer, config)
+        return optimizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        labels = batch["label"]
+        seed_batch(self.seed, self.global_rank, self.batches_seen)
+        dropped = torch.rand(len(labels), device=labels.device) < self.prior.condition.dropout
+        nll = self.prior.nll(Tokens.fixed(batch["ids"]), torch.where(dropped, -1, labels))
+        loss = nll.mean()
+        check_finite({"nll": loss}, self.step, batch)
+        self.batches_seen += 1
+        self.log("bits_per_token", loss.detach() * nll.shape[2] / NATS_PER_BIT, prog_bar=True, logger=False)
+        if self.batches_seen % (self.config.accumulate_batches * self.config.log_every) == 0 or self.batches_seen == 1:
+            bits = nll.detach().sum(2).mean(0) / NATS_PER_BIT
+            self._log({f"train/bits_per_token/{name}": value for name, value in self._by_scale(bits).items()})
+        return loss
+
+    def _by_scale(self, bits: Tensor) -> dict[str, Tensor]:
+        """Means over the elements [..., L] of all scales and of each."""
+        scales = self.prior.layout.scales
+        parts = bits.split([scale.length for scale in scales], dim=-1)
+        return {"all": bits.mean(-1)} | {scale.name: part.mean(-1) for scale, part in zip(scales, parts, strict=True)}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        step = self.trainer.global_step
+        self.schedule.step_update(step)
+        if (step + 1) % self.config.log_every == 0:
+            rate = torch.tensor(optimizer.param_groups[0]["lr"])
+            self._log({"gradient_norm": gradient_norm(self.prior), "learning_rate": rate})
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.average.update(self.prior, step=self.trainer.global_step)
+
+    def _log(self, values: dict[str, Tensor]) -> None:
+        if self.trainer.is_global_zero and self.logger is not None:
+            self.logger.log_metrics({name: float(value) for name, value in values.items()}, step=self.step)
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        prior = cast(Prior, self.average.module)
+        nll = prior.nll(Tokens.fixed(batch["ids"]), batch["label"])
+        for metric, values in zip(self.validation, self._by_scale(nll.sum(2) / NATS_PER_BIT).values(), strict=True):
+            metric.update(values, batch["weight"])  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        names = ["all", *(scale.name for scale in self.prior.layout.scales)]
+        values = {}
+        for name, metric in zip(names, self.validation, strict=True):
+            values[f"validation/bits_per_token/{name}"] = metric.compute()  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+        if not self.trainer.sanity_checking:
+            self._log(values)
+            self.log("val_bits", values["validation/bits_per_token/all"], prog_bar=True, logger=False)
+
+    # ------------------------------------------------------------------ checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["batches_seen"] = self.batches_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.batches_seen = int(checkpoint["batches_seen"])

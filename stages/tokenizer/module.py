@@ -1,0 +1,207 @@
+"""Stage 1 as a LightningModule: reconstruction, perceptual, adversarial and codebook losses.
+
+Order of one update (manual optimisation), stated once:
+
+1. one forward pass of the tokenizer; the generator's terms see the discriminator as a fixed function;
+2. the discriminator's loss on the same images and the detached reconstruction;
+3. **one** backward pass of the sum: every parameter gets only its own loss, is used once, and DDP reduces once;
+4. clip and step both optimisers, then the averaged copy of the tokenizer.
+
+The discriminator trains from step 0; its verdict reaches the generator later, and slowly.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import MeanMetric
+
+from data.layout import Tokens
+from stages.contract import Tokenizer
+from stages.measures.codes import code_use
+from stages.measures.perceptual import build_perceptual
+from stages.tokenizer.config import TokenizerTrainingConfig
+from stages.tokenizer.discriminator import PatchDiscriminator, hinge_discriminator, hinge_generator
+from stages.tokenizer.quantizers import Quantizer
+from stages.training import build_average, build_optimizer, build_schedule, check_finite, gradient_norm, seed_batch
+
+Batch = dict[str, Tensor]
+
+
+class TokenizerModule(L.LightningModule):
+    """Trains ``tokenizer`` on batches {pixels [B, C, H, W] in [-1, 1], index [B]}."""
+
+    def __init__(self, tokenizer: Tokenizer, training: TokenizerTrainingConfig, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.automatic_optimization = False
+        self.config = training
+        self.tokenizer = tokenizer
+        self.average = build_average(tokenizer, training.ema_decay)
+        self.discriminator = (
+            PatchDiscriminator(tokenizer.channels, training.discriminator_width, training.discriminator_layers)
+            if training.adversarial_weight > 0
+            else None
+        )
+        self.perceptual = build_perceptual(training.perceptual)
+        self.batches_seen = 0
+        """Micro-batches this process has trained on; the data stream resumes there."""
+        self.recent_ids: list[Tensor] = []
+        self.validation_ids: list[Tensor] = []
+        self.validation = torch.nn.ModuleDict({name: MeanMetric() for name in ("mse", "psnr", "perceptual")})
+
+    @property
+    def step(self) -> int:
+        """Generator updates so far. Lightning's global_step counts the discriminator's too."""
+        return self.batches_seen // self.config.accumulate_batches
+
+    # ------------------------------------------------------------------ losses
+
+    def adversarial_ramp(self) -> float:
+        """Share of the adversarial weight at this step: 0 before the start, then linear to 1."""
+        since = self.step - self.config.adversarial_start
+        return min(1.0, max(0.0, (since + 1) / max(1, self.config.adversarial_ramp_steps)))
+
+    def loss_terms(self, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """(terms of the total loss with their weights, what else to log, ids) of pixels [B, C, H, W]."""
+        config = self.config
+        output = self.tokenizer(pixels)
+        reconstruction = output.reconstruction.float()
+        raw = {"pixel": functional.mse_loss(reconstruction, pixels), **output.losses}
+        weights = {
+            "pixel": config.pixel_weight,
+            "commitment": config.commitment_weight,
+            "codebook": config.codebook_weight,
+        }
+        if self.perceptual is not None:
+            raw["perceptual"] = self.perceptual(reconstruction, pixels).mean()
+            weights["perceptual"] = config.perceptual_weight
+        logs: dict[str, Tensor] = {}
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)
+            raw["adversarial"] = hinge_generator(self.discriminator(reconstruction))
+            weights["adversarial"] = config.adversarial_weight * self.adversarial_ramp()
+            self.discriminator.requires_grad_(True)
+            # real and fake in one pass: they see the same spectral norms
+            real, fake = self.discriminator(torch.cat([pixels, reconstruction.detach()])).chunk(2)
+            raw["discriminator"] = hinge_discriminator(real, fake)
+            weights["discriminator"] = 1.0
+            logs |= {"logits/real": real.detach().float().mean(), "logits/fake": fake.detach().float().mean()}
+        logs |= {f"loss/{name}": value.detach() for name, value in raw.items()}
+        terms = {name: value * weights[name] for name, value in raw.items()}
+        logs |= {f"weighted/{name}": value.detach() for name, value in terms.items()}
+        return terms, logs, output.ids.detach()
+
+    # ------------------------------------------------------------------ training
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        config = self.config
+        networks = [(self.tokenizer, config.learning_rate, tuple(config.betas), config.weight_decay)]
+        if self.discriminator is not None:
+            networks.append((self.discriminator, config.discriminator_learning_rate, (0.5, 0.9), 0.0))  # type: ignore[arg-type]
+        optimizers = [build_optimizer(*network) for network in networks]
+        self.schedules = [build_schedule(optimizer, config) for optimizer in optimizers]
+        return optimizers
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        config = self.config
+        seed_batch(self.seed, self.global_rank, self.batches_seen)
+        last = (self.batches_seen + 1) % config.accumulate_batches == 0
+        step = self.step
+        with self._synchronised(last):
+            terms, logs, ids = self.loss_terms(batch["pixels"])
+            check_finite(terms, step, batch)
+            self.manual_backward(torch.stack(list(terms.values())).sum() / config.accumulate_batches)
+        self.recent_ids.append(ids)
+        if last:
+            self._update(step, logs)
+        self.batches_seen += 1
+        self.log("psnr", -10 * torch.log10(logs["loss/pixel"] / 4), prog_bar=True, logger=False)
+        if last and ((step + 1) % config.log_every == 0 or step == 0):
+            self._log(logs | self._code_use("codes", self.recent_ids), step)
+
+    def _update(self, step: int, logs: dict[str, Tensor]) -> None:
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        networks = [self.tokenizer, self.discriminator][: len(optimizers)]
+        names = ("generator", "discriminator")
+        for name, optimizer, network, schedule in zip(names, optimizers, networks, self.schedules, strict=False):
+            optimizer = cast(LightningOptimizer, optimizer)
+            schedule.step_update(step)
+            logs[f"gradient_norm/{name}"] = gradient_norm(cast(torch.nn.Module, network))
+            self.clip_gradients(optimizer, self.config.gradient_clip_norm, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+            logs[f"learning_rate/{name}"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        self.average.update(self.tokenizer, step=step + 1)
+        for trained, averaged in zip(self.tokenizer.modules(), self.average.module.modules(), strict=True):
+            if isinstance(trained, Quantizer):
+                trained.copy_revived(cast(Quantizer, averaged))
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are reduced over ranks at the last micro-batch of an update only."""
+        if last or not isinstance(self.trainer.strategy, ParallelStrategy):
+            return nullcontext()
+        return self.trainer.strategy.block_backward_sync()
+
+    def _code_use(self, prefix: str, ids: list[Tensor]) -> dict[str, Tensor]:
+        """Usage and perplexity per scale of this rank's ids [n, L, F], which are then forgotten."""
+        values: dict[str, Tensor] = {}
+        for use in code_use(Tokens.fixed(torch.cat(ids)), self.tokenizer.layout):
+            name = f"{use.scale}/{use.field}" if self.tokenizer.layout.num_fields > 1 else use.scale
+            values[f"{prefix}/usage/{name}"] = torch.tensor(use.share)
+            values[f"{prefix}/perplexity/{name}"] = torch.tensor(use.perplexity)
+        ids.clear()
+        return values
+
+    def _log(self, values: dict[str, Tensor], step: int) -> None:
+        if self.trainer.is_global_zero and self.logger is not None:
+            self.logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        pixels, weight = batch["pixels"], batch["weight"]
+        tokenizer = cast(Tokenizer, self.average.module)
+        tokens = tokenizer.encode(pixels)
+        reconstruction = tokenizer.decode(tokens).float()
+        error = (reconstruction - pixels).square().mean((1, 2, 3))
+        self.validation["mse"].update(error, weight)  # type: ignore[operator]
+        self.validation["psnr"].update(-10 * torch.log10(error.clamp_min(1e-10) / 4), weight)  # type: ignore[operator]
+        if self.perceptual is not None:
+            self.validation["perceptual"].update(self.perceptual(reconstruction, pixels), weight)  # type: ignore[operator]
+        self.validation_ids.append(tokens.ids[weight > 0])
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self._show(pixels[:8], reconstruction[:8])
+
+    def on_validation_epoch_end(self) -> None:
+        values = {}
+        for name, metric in self.validation.items():
+            if self.perceptual is not None or name != "perceptual":
+                values[f"validation/{name}"] = metric.compute()  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+        values |= self._code_use("validation/codes", self.validation_ids)
+        if not self.trainer.sanity_checking:
+            self._log(values, self.step)
+            self.log("val_psnr", values["validation/psnr"], prog_bar=True, logger=False)
+
+    def _show(self, pixels: Tensor, reconstruction: Tensor) -> None:
+        writer = getattr(self.logger, "experiment", None)
+        if writer is not None:
+            pair = torch.cat([torch.cat(list(images), dim=-1) for images in (pixels, reconstruction)], dim=-2)
+            writer.add_image("validation/originals_and_reconstructions", (pair.cpu() + 1) / 2, self.step)
+
+    # ------------------------------------------------------------------ checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["batches_seen"] = self.batches_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.batches_seen = int(checkpoint["batches_seen"])

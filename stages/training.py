@@ -1,0 +1,81 @@
+"""What the two LightningModules share: optimiser, schedule, average of weights, and the guard against bad losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from data.errors import OctavesError
+
+
+class NonFiniteLoss(OctavesError):
+    """A loss term became NaN or infinite; the message has step, term and samples. Nothing was updated with it."""
+
+
+class RateConfig(Protocol):
+    """The keys of a training section that a schedule needs."""
+
+    max_steps: int
+    warmup_steps: int
+    final_learning_rate_share: float
+
+
+def build_optimizer(
+    module: nn.Module, learning_rate: float, betas: tuple[float, ...], decay: float
+) -> torch.optim.Optimizer:
+    """AdamW; biases, norms and other vectors are not decayed."""
+    return create_optimizer_v2(module, opt="adamw", lr=learning_rate, weight_decay=decay, betas=betas)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: RateConfig) -> CosineLRScheduler:
+    """Linear warm-up, then cosine; set a step's rate with ``schedule.step_update(step)``, it keeps no state."""
+    rate = optimizer.param_groups[0]["lr"]
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=config.max_steps,
+        lr_min=rate * config.final_learning_rate_share,
+        warmup_t=min(config.warmup_steps, config.max_steps - 1),
+        warmup_lr_init=rate * 0.01,
+        t_in_epochs=False,
+    )
+
+
+def build_average(module: nn.Module, decay: float) -> ModelEmaV3:
+    """The averaged copy of a network: what is validated, exported, cached and evaluated."""
+    average = ModelEmaV3(module, decay=decay, use_warmup=True)
+    average.requires_grad_(False)  # else DDP waits for gradients that never come
+    return average
+
+
+def seed_batch(seed: int, rank: int, batches_seen: int) -> None:
+    """Seed torch for one micro-batch, so that a resumed run draws what an uninterrupted one would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank, batches_seen]).generate_state(1)[0]))
+
+
+def check_finite(terms: Mapping[str, Tensor], step: int, batch: Mapping[str, Any]) -> None:
+    """Raise NonFiniteLoss for the first term that is NaN or infinite."""
+    for name, value in terms.items():
+        if not bool(torch.isfinite(value).all()):
+            samples = batch["index"].tolist()
+            raise NonFiniteLoss(
+                f"step {step}: {name} is {value.item()}; sample indices {samples}. "
+                "The last checkpoint is from before this step. Lower the learning rate, or train with precision=32"
+            )
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Norm of all gradients of a network."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def trainer_steps(steps: int, num_optimizers: int) -> int:
+    """Lightning's ``global_step`` after ``steps`` updates: it counts every optimiser's step."""
+    return steps * num_optimizers
