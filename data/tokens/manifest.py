@@ -26,6 +26,8 @@ class SplitInfo:
 
     count: int
     """Samples stored."""
+    captions: int
+    """Samples that have a text."""
     skipped: int
     """Images that could not be read; the sidecars name them."""
     block_size: int
@@ -63,8 +65,6 @@ class Manifest:
     precision: str
     class_names: tuple[str, ...]
     """Names in the order of the labels; empty where the images have no classes."""
-    captions: bool
-    """True where any image has a text."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     """train and val."""
     pixel_range: tuple[int, int] = (-1, 1)

@@ -122,5 +122,7 @@ class TokenDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=as_it_is,
+            # Workers' seeds from a generator of its own: reading must not move torch's random numbers (exact resume).
+            generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
         )

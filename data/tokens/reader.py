@@ -100,10 +100,10 @@ class TokenReader:
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """Names of the samples in their source."""
-        return [self._json_entry(position, "keys") or "" for position in positions]
+        return [self._json_entry(position, "keys") for position in positions]
 
-    def texts(self, positions: np.ndarray) -> list[str | None]:
-        """Captions of the samples."""
+    def texts(self, positions: np.ndarray) -> list[str]:
+        """Captions of the samples; empty for none."""
         return [self._json_entry(position, "texts") for position in positions]
 
     def verify(self) -> None:
@@ -143,10 +143,10 @@ class TokenReader:
             ids[place, : len(part)] = part
         return {"ids": ids, "length": lengths}
 
-    def _json_entry(self, position: int, name: str) -> str | None:
+    def _json_entry(self, position: int, name: str) -> str:
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         stored: memoryview | None = getattr(self._blocks[number], name)
-        return None if stored is None else json.loads(bytes(stored))[int(position) - int(self._starts[number])]
+        return "" if stored is None else json.loads(bytes(stored))[int(position) - int(self._starts[number])]
 
     def _open_block(self, members: dict[str, memoryview]) -> tuple[_StoredBlock, np.ndarray, np.ndarray]:
         try:

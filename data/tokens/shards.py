@@ -42,8 +42,8 @@ class Block:
     """integers [n]: indices in the source."""
     keys: list[str] = field(default_factory=list)
     """Names of the samples in the source."""
-    texts: list[str | None] = field(default_factory=list)
-    """Captions."""
+    texts: list[str] = field(default_factory=list)
+    """Captions; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class ShardInfo:
     """Records."""
     bytes: int
     sha256: str
+    captions: int
+    """Samples that have a caption."""
     skipped: tuple[str, ...] = ()
     """Keys of images that could not be read."""
 
@@ -95,7 +97,7 @@ class ShardWriter:
         self._limits = _limits(layout)
         self._file = self._temporary.open("wb")
         self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0)
-        self._count = self._blocks = 0
+        self._count = self._blocks = self._captions = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -108,6 +110,7 @@ class ShardWriter:
         self._tar.write({"__key__": f"{block.number:08d}", **self._members(block)})
         self._count += len(block.labels)
         self._blocks += 1
+        self._captions += sum(map(bool, block.texts))
 
     def commit(self, skipped: list[str]) -> ShardInfo:
         """Give the shard its name, then write its sidecar."""
@@ -122,6 +125,7 @@ class ShardWriter:
             blocks=self._blocks,
             bytes=self._temporary.stat().st_size,
             sha256=file_sha256(self._temporary),
+            captions=self._captions,
             skipped=tuple(skipped),
         )
         publish(self._temporary, self._path)
@@ -130,7 +134,9 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Drop what was written; nothing happens after a commit."""
-        self._file.close()
+        if not self._file.closed:
+            self._tar.close()
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _members(self, block: Block) -> dict[str, bytes]:
@@ -158,7 +164,7 @@ class ShardWriter:
         members["label.npy"] = to_npy(block.labels.astype(np.int64))
         members["index.npy"] = to_npy(block.indices.astype(np.int64))
         members["keys.json"] = to_json(block.keys)
-        if any(text is not None for text in block.texts):
+        if any(block.texts):
             members["text.json"] = to_json(block.texts)
         return members
 

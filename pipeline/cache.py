@@ -1,0 +1,184 @@
+"""cache-tokens: from images and a tokenizer to token shards and a manifest.
+
+What is notable here:
+
+- the unit of work is a shard; a killed run continues with the shards that are missing, on any number of processes;
+- ``Trainer.predict`` does devices, precision and launching, but the work is dealt out in ``pipeline.encoding``;
+- only the first process locks the folder, holds it to one config and one tokenizer, and writes the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
+
+from data.images.sources import open_source
+from data.tokens.files import CacheError, file_sha256, write_atomically
+from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
+from data.tokens.shards import ShardInfo, finished_shard, to_json
+from pipeline.config import Config
+from pipeline.encoding import Encoding, SplitPlan
+from pipeline.processes import end_with_parent, is_first_process
+from pipeline.run import RunError, need, stage_folder
+from stages.contract import Tokenizer
+from stages.weights import load_tokenizer
+
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
+STATE = "state.json"
+VIEWS = ("identity", "flip")
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+# A rank waits at the end for the slowest one, up to a whole shard: on a CPU longer than torch's 30 minutes.
+RANK_TIMEOUT = timedelta(hours=24)
+
+
+def cache_tokens(config: Config) -> Path:
+    """Encode the train and val images; returns the folder, ``config.tokens.path``.
+
+    Continues what an earlier call left unfinished, and returns at once where nothing is missing. On one device type,
+    precision and thread count the files' bytes do not depend on the number of processes or on interruptions.
+
+    Raises RunError without a tokenizer, for one of another image size, or when the folder is in use or was made with
+    another config; CacheError when it was begun with another tokenizer or other images; CorruptImage for an unreadable
+    image unless ``images.skip_corrupt``.
+    """
+    end_with_parent()
+    tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
+    folder = Path(config.tokens.path)
+    # Lightning's launcher runs the command again for every other rank: those work under the first one's lock.
+    with stage_folder(folder, config, "tokens") if is_first_process() else nullcontext():
+        tokenizer, metadata = load_tokenizer(tokenizer_path)
+        check_images(config, tokenizer)
+        sources = {split: open_source(config.images, split) for split in SPLITS}
+        plans = {split: SplitPlan(split, source, folder / split, config) for split, source in sources.items()}
+        state: dict[str, Any] = {}
+        if is_first_process():
+            state = {
+                "tokenizer_sha256": file_sha256(tokenizer_path),
+                "sources": {split: source.fingerprint() for split, source in sources.items()},
+            }
+            hold_to_state(folder, state)
+            for stale in folder.glob("*/*.tmp-*"):
+                stale.unlink()
+        missing = [(name, number) for name, plan in plans.items() for number in plan.missing()]
+        if not missing and (folder / FILE).exists():
+            print(f"{folder}: the token cache is complete, nothing to do")
+            return folder
+        start = time.perf_counter()
+        if missing:
+            encode(config, tokenizer, plans, missing)
+        if is_first_process():
+            manifest = make_manifest(config, metadata, tokenizer, plans, state)
+            manifest.save(folder)
+            report(folder, manifest, missing, time.perf_counter() - start)
+    return folder
+
+
+def check_images(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise RunError when the tokenizer takes images of another size or number of channels than the config gives."""
+    wanted = (config.images.channels, config.images.size, config.images.size)
+    takes = (tokenizer.channels, *tokenizer.layout.image_size)
+    if takes != wanted:
+        raise RunError(
+            f"{config.tokenizer.path} takes images of (channels, height, width) {takes}, "
+            f"images.channels and images.size give {wanted}"
+        )
+
+
+def hold_to_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write down which tokenizer and images this cache is made of; raises CacheError when it was begun with others."""
+    path = folder / STATE
+    if not path.exists():
+        write_atomically(path, to_json(state))
+        return
+    try:
+        written = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CacheError(f"{path} is damaged; delete {folder} and {MEND}") from error
+    if written.get("tokenizer_sha256") != state["tokenizer_sha256"]:
+        raise CacheError(f"{folder} holds tokens of another tokenizer than the one given now; delete it and {MEND}")
+    if written != state:
+        raise CacheError(f"{folder} holds tokens of other images than the ones given now; delete it and {MEND}")
+
+
+def encode(
+    config: Config, tokenizer: Tokenizer, plans: Mapping[str, SplitPlan], missing: list[tuple[str, int]]
+) -> None:
+    """Write the missing shards, (split, number) each, on all devices; returns on every rank when all are done."""
+    trainer_config = config.trainer
+    alone = trainer_config.devices == 1 and trainer_config.num_nodes == 1
+    trainer = L.Trainer(
+        accelerator=trainer_config.accelerator,
+        devices=trainer_config.devices,
+        num_nodes=trainer_config.num_nodes,
+        strategy="auto" if alone else DDPStrategy(timeout=RANK_TIMEOUT),
+        precision=PRECISIONS[config.tokens.precision],  # type: ignore[arg-type]
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=trainer_config.progress,
+    )
+    encoding = Encoding(tokenizer, plans, missing, config)
+    try:
+        trainer.predict(encoding, return_predictions=False)
+    finally:
+        encoding.abort()
+
+
+def make_manifest(
+    config: Config,
+    metadata: dict[str, Any],
+    tokenizer: Tokenizer,
+    plans: Mapping[str, SplitPlan],
+    state: dict[str, Any],
+) -> Manifest:
+    """The manifest of the shards on disk. Raises CacheError when one is missing."""
+    splits = {}
+    for name, plan in plans.items():
+        shards: list[ShardInfo] = []
+        for number in range(plan.num_shards):
+            shard = finished_shard(plan.folder, number)
+            if shard is None:
+                raise CacheError(f"{plan.folder}: shard {number} was not written; {MEND}")
+            shards.append(shard)
+        splits[name] = SplitInfo(
+            count=sum(shard.count for shard in shards),
+            captions=sum(shard.captions for shard in shards),
+            skipped=sum(len(shard.skipped) for shard in shards),
+            block_size=plan.block_size,
+            source_fingerprint=state["sources"][name],
+            shards=tuple(shards),
+        )
+    return Manifest(
+        tokenizer_sha256=state["tokenizer_sha256"],
+        tokenizer_kind=metadata["kind"],
+        tokenizer_config=metadata["config"],
+        layout=tokenizer.layout,
+        image_size=tokenizer.layout.image_size,
+        channels=tokenizer.channels,
+        views=VIEWS if config.images.flip else VIEWS[:1],
+        permutation_seed=config.tokens.permutation_seed,
+        encode_batch_size=config.tokens.encode_batch_size,
+        precision=config.tokens.precision,
+        class_names=tuple(plans["train"].source.class_names),
+        splits=splits,
+    )
+
+
+def report(folder: Path, manifest: Manifest, written: list[tuple[str, int]], seconds: float) -> None:
+    """Say what was done, how fast, and where it lies."""
+    images = sum(manifest.splits[split].shards[number].count for split, number in written)
+    size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+    counts = ", ".join(
+        f"{split.count} {name}" + (f" ({split.skipped} unreadable, skipped)" if split.skipped else "")
+        for name, split in manifest.splits.items()
+    )
+    print(f"{folder}: {counts}; {size / 1e6:.1f} MB; {images} encoded now at {images / seconds:.0f} images/s")
