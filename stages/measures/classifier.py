@@ -1,7 +1,8 @@
 """A small classifier of the data set itself: a second backbone beside the one that may also be the loss.
 
 It judges whether samples belong to their class, and its features serve coverage and memorisation. It never sees the
-held-out images while training.
+held-out images while training. It looks at thumbnails of 32 px, which bounds its cost and that of every search among
+training images.
 """
 
 from __future__ import annotations

@@ -10,6 +10,10 @@ HIGHEST_PSNR = 100.0
 """Decibels given to identical images, whose PSNR has no finite value."""
 
 
+SMALLEST_SSIM = 11
+"""Side in pixels of SSIM's window."""
+
+
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Per image float64 [B], in squared grey levels, of uint8 [B, C, H, W]."""
     return (prediction.double() - target.double()).square().mean(dim=(1, 2, 3))
@@ -30,10 +34,10 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
     Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5. Raises ValueError for sides under 11.
     """
-    if min(prediction.shape[-2:]) < 11:
+    if min(prediction.shape[-2:]) < SMALLEST_SSIM:
         raise ValueError(f"SSIM's window needs sides of 11 px or more, not {tuple(prediction.shape[-2:])}")
     values = structural_similarity_index_measure(
-        prediction.float(), target.float(), data_range=255.0, sigma=1.5, kernel_size=11, reduction="none"
+        prediction.float(), target.float(), data_range=255.0, sigma=1.5, kernel_size=SMALLEST_SSIM, reduction="none"
     )
     assert isinstance(values, Tensor)
     return values.reshape(len(prediction))

@@ -20,7 +20,7 @@ class ScaleRate:
 
     scale: str
     tokens_per_image: float
-    """Elements times fields."""
+    """Elements; one with several fields counts once."""
     fixed_length_bits: float
     """log2 of the vocabulary for every token."""
     entropy_bits: float
@@ -54,7 +54,7 @@ def rates(
         found.append(
             ScaleRate(
                 scale=scale.name,
-                tokens_per_image=sum(tokens),
+                tokens_per_image=tokens[0] if tokens else 0.0,
                 fixed_length_bits=sum(n * math.log2(use.vocabulary_size) for n, use in zip(tokens, mine, strict=True)),
                 entropy_bits=sum(n * math.log2(use.perplexity) for n, use in zip(tokens, mine, strict=True)),
                 prior_bits=None if prior is None else prior[index],

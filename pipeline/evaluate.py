@@ -1,0 +1,335 @@
+"""eval: tokenizer, prior and images to ``metrics.json``, ``samples.npz``, pictures and ``report.html``.
+
+What is notable here:
+
+- without a prior the tokenizer is evaluated alone, so that studies of tokenizers need no stage 2;
+- every number stands beside what makes it readable: distortion beside rate, a distance of samples beside the same
+  distance between real images, class accuracy of samples beside that of held-out images;
+- what cannot be measured (no labels, no weights) is named under ``skipped``, never silently absent;
+- ``metrics.json`` is written last: a folder with one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.images.config import ImagesConfig
+from data.images.module import validation_indices
+from data.images.reading import pixels_of, read_eval
+from data.images.source import ImageSource
+from data.images.sources import open_source
+from data.images.views import to_uint8
+from data.layout import Tokens
+from data.tokens.manifest import FILE, Manifest, check_belongs
+from pipeline.config import Config, to_plain
+from pipeline.report import write_report
+from pipeline.run import RunError, need
+from pipeline.sample import draw_images
+from stages.contract import Prior, Tokenizer
+from stages.measures.backbones import BackboneError
+from stages.measures.classifier import Classifier, accuracy, thumbnails, train_classifier
+from stages.measures.neighbours import nearest
+from stages.measures.perceptual import Lite0Perceptual
+from stages.measures.pictures import error_picture, sheet
+from stages.measures.reconstruction import (
+    Judge,
+    measure_nll,
+    measure_prefixes,
+    measure_rate,
+    measure_reconstruction,
+    reconstruct,
+)
+from stages.measures.samples import measure_coverage, measure_memorised
+from stages.prior.sampling import check_sampling
+from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer
+
+NUM_SHOWN = 10
+"""Images in a row of a sheet."""
+MAX_CLASSES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Images:
+    """Real images of one side."""
+
+    pixels: Tensor
+    """uint8 [N, C, H, W], full size or thumbnails."""
+    labels: Tensor
+    """int64 [N]; -1 for none."""
+    indices: list[int]
+    """Where each lies in its source."""
+
+
+def evaluate(config: Config) -> Path:
+    """Measure what the run has and write ``<run>/eval/<config.eval.name>``; returns that folder.
+
+    Raises RunError when the tokenizer is missing or parts do not belong together, WeightsError and CacheError for
+    damaged files, and CorruptImage for an unreadable image (unless ``images.skip_corrupt``).
+    """
+    path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
+    tokenizer, metadata = load_tokenizer(path)
+    check_parts(config, tokenizer, path)
+    device = device_of(config)
+    tokenizer.to(device)
+    prior = load_matching_prior(config, path)
+    folder = empty_folder(Path(config.run) / "eval" / config.eval.name)
+
+    skipped: list[str] = []
+    source = open_source(config.images, "val")
+    val = read_images(source, config.images, config.eval.num_images)
+    judge = load_judge(config, tokenizer, device, skipped)
+    made = reconstruct(tokenizer, val.pixels, config.eval.batch_size, device)
+    measured = measure_reconstruction(val.pixels, made, judge)
+    measured["prefixes"] = measure_prefixes(tokenizer, val.pixels, made.tokens, config.eval.batch_size, device)
+    show_reconstructions(folder, val.pixels, made.pixels)
+    show_prefixes(folder, tokenizer, val.pixels, made.tokens, device)
+
+    metrics: dict[str, Any] = {"settings": settings(config, path, metadata["kind"], device), "tokenizer": measured}
+    bits = None
+    if prior is None:
+        skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
+    else:
+        prior.to(device)
+        bits = measure_nll(prior, made.tokens, val.labels, config.eval.batch_size, device)
+        metrics["samples"] = measure_samples(config, folder, tokenizer, prior, source, val, judge, device, skipped)
+    metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured)
+    metrics["codes"] = [use.to_dict() for use in uses]
+    metrics["skipped"] = skipped
+    write_report(folder, metrics, Path(config.run))
+    temporary = folder / "metrics.json.tmp"
+    # A value that is not finite would not be JSON: better to fail here than in the reader.
+    temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(folder / "metrics.json")
+    return folder
+
+
+def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
+    """Raise RunError or CacheError when config, tokenizer and token cache do not belong together."""
+    if config.sampling.scales:
+        raise RunError(f"sampling.scales={config.sampling.scales}: eval compares whole images; set it to 0")
+    found = (*tokenizer.layout.image_size, tokenizer.channels)
+    if found != (config.images.size, config.images.size, config.images.channels):
+        raise RunError(
+            f"{path} takes images of {found[0]}x{found[1]} with {found[2]} channels; "
+            "set images.size and images.channels to that, or choose another tokenizer.path"
+        )
+    if (Path(config.tokens.path) / FILE).exists():
+        check_belongs(Manifest.load(config.tokens.path), path)
+
+
+def load_matching_prior(config: Config, tokenizer_path: Path) -> Prior | None:
+    """The prior, or None where there is none yet. Raises WeightsError for one of another tokenizer."""
+    path = Path(config.prior.path)
+    if not path.exists():
+        return None
+    prior, metadata = load_prior(path)
+    check_pair(metadata, path, tokenizer_path)
+    check_sampling(config.sampling, prior.layout)
+    return prior
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that ``trainer.accelerator`` means. Raises RunError for a GPU that is not there."""
+    available = torch.cuda.is_available()
+    if config.trainer.accelerator == "gpu" and not available:
+        raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
+    return torch.device("cuda" if available and config.trainer.accelerator != "cpu" else "cpu")
+
+
+def empty_folder(folder: Path) -> Path:
+    """The folder without the files of an earlier evaluation: a killed one must not leave a mixture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / "metrics.json", folder / "report.html", folder / "samples.npz", *folder.glob("*.png")):
+        old.unlink(missing_ok=True)
+    return folder
+
+
+def settings(config: Config, path: Path, kind: str, device: torch.device) -> dict[str, Any]:
+    """All that the numbers depend on."""
+    prior = Path(config.prior.path)
+    return {
+        "config": to_plain(config),
+        "tokenizer": {"path": str(path), "sha256": file_sha256(path), "kind": kind},
+        "prior": {"path": str(prior), "sha256": file_sha256(prior)} if prior.exists() else None,
+        "choice_of_images": "the first of a permutation of each side, fixed by images.split_seed",
+        "pixel_range": [-1, 1],
+        "fd_lite0": "timm tf_efficientnet_lite0 (ImageNet), mean of block 10, 112 channels; under 64 px enlarged to 64",
+        "precision": "networks float32, classifier's training bfloat16 autocast, Fréchet distance and PSNR float64",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def load_judge(config: Config, tokenizer: Tokenizer, device: torch.device, skipped: list[str]) -> Judge | None:
+    """Lite0's distance and features, or None and a line in ``skipped`` where the weights are not installed."""
+    training = config.tokenizer_training
+    learned = any(True for _ in tokenizer.parameters())
+    same = learned and training.perceptual == "lite0" and training.perceptual_weight > 0
+    try:
+        return Judge(Lite0Perceptual().to(device), device, same)
+    except BackboneError as error:
+        skipped.append(f"perceptual distance and fd_lite0: {error}")
+        return None
+
+
+def read_images(source: ImageSource, config: ImagesConfig, count: int, small: bool = False) -> Images:
+    """The first ``count`` images (or all) of a fixed permutation; ``small`` keeps only thumbnails of 32 px."""
+    views = (read_eval(source, index, config) for index in validation_indices(len(source), count, config.split_seed))
+    rows = [
+        (thumbnails(view.pixels.unsqueeze(0))[0] if small else view.pixels, view.label, view.index)
+        for view in views
+        if view.readable
+    ]
+    if not rows:
+        raise RunError("none of the images can be read")
+    pixels, labels, indices = zip(*rows, strict=True)
+    return Images(torch.stack(pixels), torch.tensor(labels), list(indices))
+
+
+def measure_samples(
+    config: Config,
+    folder: Path,
+    tokenizer: Tokenizer,
+    prior: Prior,
+    source: ImageSource,
+    val: Images,
+    judge: Judge | None,
+    device: torch.device,
+    skipped: list[str],
+) -> dict[str, Any]:
+    """Draw images, write them and their pictures, and measure them against held-out and training images."""
+    count = config.eval.num_samples
+    conditional = bool(source.class_names) and config.condition.kind == "class"
+    num_classes = len(source.class_names)
+    labels = torch.arange(count) % num_classes if conditional else torch.full((count,), -1)
+    seeds = [config.eval.seed + index for index in range(count)]
+    started = time.perf_counter()
+    drawn = to_uint8(draw_images(tokenizer, prior, labels, config.sampling, seeds, config.eval.batch_size, device))
+    seconds = time.perf_counter() - started
+    np.savez_compressed(folder / "samples.npz", arr_0=drawn.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+
+    train_source = open_source(config.images, "train")
+    train = read_images(train_source, config.images, config.eval.num_train_reference, small=True)
+    real, fake = thumbnails(val.pixels), thumbnails(drawn)
+    measured: dict[str, Any] = {
+        "num_samples": count,
+        "labels": "equal shares" if conditional else "none",
+        "seeds": [seeds[0], seeds[-1]],
+        "sampling": to_plain(config.sampling),
+        "seconds": seconds,
+        "images_per_second": count / seconds,
+        "memorised_in_pixels": measure_memorised(fake, train.pixels, real, f"pixels of {real.shape[-1]} px"),
+    }
+    spaces: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    if judge is not None:
+        clean = read_images(train_source, config.images, count).pixels
+        features = judge.features(val.pixels), judge.features(drawn), judge.features(clean)
+        spaces["lite0"] = features
+        measured["fd_lite0"] = judge.frechet(features[0], features[1], "held-out images")
+        measured["fd_lite0_of_real_images"] = judge.frechet(features[0], features[2], "held-out images")
+    classifier = fit_classifier(config, train, num_classes, device, skipped)
+    if classifier is not None:
+        known = val.labels >= 0
+        held_out = classifier.accuracy(val.pixels[known], val.labels[known])
+        measured["classifier"] = {
+            "steps": config.eval.classifier_steps,
+            "seed": config.eval.seed,
+            "class_names": list(source.class_names),
+            "held_out": held_out.to_dict(),
+        }
+        if conditional:
+            judged = accuracy(classifier.predict(drawn), labels, num_classes)
+            measured["class_accuracy"] = {**judged.to_dict(), "baseline_held_out": held_out.balanced}
+        else:
+            skipped.append("class accuracy of samples: the prior is not conditioned on classes")
+        features = classifier.features(real), classifier.features(fake), classifier.features(train.pixels)
+        spaces["classifier"] = features
+        measured["memorised_in_features"] = measure_memorised(features[1], features[2], features[0], "classifier")
+    for space, (held, judged_features, others) in spaces.items():
+        if len(held) > config.eval.neighbours:
+            found = measure_coverage(held, judged_features, others, config.eval.neighbours, space)
+            measured[f"coverage_{space}"] = found
+    show_samples(folder, drawn, labels, source.class_names if conditional else ())
+    show_neighbours(folder, config.images, drawn, fake, train, train_source, spaces.get("classifier"))
+    return measured
+
+
+def fit_classifier(
+    config: Config, train: Images, num_classes: int, device: torch.device, skipped: list[str]
+) -> Classifier | None:
+    """A classifier of the training images, or None and a line in ``skipped``."""
+    known = train.labels >= 0
+    if not config.eval.classifier or num_classes < 2 or not known.any():
+        reason = "eval.classifier is off" if not config.eval.classifier else "the images have no classes"
+        skipped.append(f"class accuracy, and coverage and memorisation in the classifier's features: {reason}")
+        return None
+    steps = config.eval.classifier_steps
+    return train_classifier(train.pixels[known], train.labels[known], num_classes, steps, config.eval.seed, device)
+
+
+def show_reconstructions(folder: Path, pixels: Tensor, decoded: Tensor) -> None:
+    """Originals, reconstructions and what differs."""
+    original, made = pixels[:NUM_SHOWN], decoded[:NUM_SHOWN]
+    rows = (original, made, error_picture(made, original))
+    sheet(rows, ("original", "decoded", "error x4")).save(folder / "reconstructions.png")
+
+
+@torch.inference_mode()
+def show_prefixes(folder: Path, tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, device: torch.device) -> None:
+    """The first images scale by scale, where the decoder can stop."""
+    layout = tokenizer.layout
+    if not layout.decodes_prefixes:
+        return
+    first = Tokens(tokens.ids[:6], tokens.lengths[:6], tokens.header[:6]).to(device)
+    columns = [to_uint8(tokenizer.decode(first.prefix(layout.prefix_length(k)))).cpu() for k in layout.prefixes]
+    sizes = [layout.scales[k - 1].image_size[1] for k in layout.prefixes]
+    labels = [f"{k} ({size} px)" for k, size in zip(layout.prefixes, sizes, strict=True)]
+    rows = [[*images, original] for *images, original in zip(*columns, pixels[:6], strict=True)]
+    sheet(rows, column_labels=[*labels, "original"]).save(folder / "prefixes.png")
+
+
+def show_samples(folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
+    """Samples row by row: one class a row, or the first ones where there are no classes."""
+    if class_names:
+        shown = range(min(len(class_names), MAX_CLASSES_SHOWN))
+        rows = [drawn[labels == label][:NUM_SHOWN] for label in shown]
+        kept = [(row, class_names[label]) for label, row in zip(shown, rows, strict=True) if len(row)]
+        picture = sheet([row for row, _ in kept], [name for _, name in kept])
+    else:
+        picture = sheet(drawn[: 6 * NUM_SHOWN].split(NUM_SHOWN))
+    picture.save(folder / "samples.png")
+
+
+def show_neighbours(
+    folder: Path,
+    config: ImagesConfig,
+    drawn: Tensor,
+    small: Tensor,
+    train: Images,
+    source: ImageSource,
+    features: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """The first samples, and those nearest to any training image, each above its nearest training images."""
+    by_pixels = nearest(small, train.pixels)
+    by_features = None if features is None else nearest(features[1], features[2])
+    rows: list[Tensor] = []
+    labels: list[str] = []
+    closest = by_pixels.distances[:, 0].argsort()[:NUM_SHOWN]
+    for name, chosen in (("sample", torch.arange(min(NUM_SHOWN, len(small)))), ("closest sample", closest)):
+        rows.append(drawn[chosen])
+        labels.append(name)
+        for space, found in (("pixels", by_pixels), ("features", by_features)):
+            if found is not None:
+                places = [train.indices[i] for i in found.indices[chosen, 0].tolist()]
+                rows.append(pixels_of(source, places, config))
+                labels.append(f"nearest in {space}")
+    sheet(rows, labels).save(folder / "neighbours.png")

@@ -1,0 +1,161 @@
+"""A tokenizer measured on held-out images: distortion, use of codes, prefixes, and the rate beside the distortion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.images.views import to_float, to_uint8
+from data.layout import Tokens
+from stages.contract import Prior, Tokenizer
+from stages.measures.codes import CodeUse, code_use
+from stages.measures.distortion import SMALLEST_SSIM, decibels, mean_squared_error, psnr, ssim
+from stages.measures.frechet import frechet
+from stages.measures.perceptual import Lite0Perceptual
+from stages.measures.rate import prior_bits, rates
+
+FRECHET_MINIMUM = 2048
+"""Below this many images a Fréchet distance is mostly the bias of its covariance; such values are marked."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Lite0's distance and features, where they run, and whether the tokenizer was trained against them."""
+
+    perceptual: Lite0Perceptual
+    device: torch.device
+    same_backbone_as_loss: bool
+
+    @torch.inference_mode()
+    def distance(self, prediction: Tensor, target: Tensor, size: int = 64) -> Tensor:
+        """Perceptual distance [N] of uint8 images that belong together."""
+        pairs = zip(prediction.split(size), target.split(size), strict=True)
+        return torch.cat([self.perceptual(self.floats(a), self.floats(b)).cpu() for a, b in pairs])
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor, size: int = 64) -> Tensor:
+        """Pooled features [N, 112] of uint8 images."""
+        return torch.cat([self.perceptual.features(self.floats(part)).cpu() for part in pixels.split(size)])
+
+    def floats(self, pixels: Tensor) -> Tensor:
+        """uint8 images as floats on the device."""
+        return to_float(pixels.to(self.device))
+
+    def frechet(self, real: Tensor, judged: Tensor, reference: str) -> dict[str, Any]:
+        """``fd_lite0`` of two sets of features, with all that it depends on."""
+        return {
+            "value": frechet(real, judged),
+            "num_reference": len(real),
+            "num_judged": len(judged),
+            "reference": reference,
+            "too_few_images": min(len(real), len(judged)) < FRECHET_MINIMUM,
+            "same_backbone_as_loss": self.same_backbone_as_loss,
+        }
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Held-out images that went through the tokenizer."""
+
+    pixels: Tensor
+    """uint8 [N, C, H, W]"""
+    tokens: Tokens
+    """On the CPU."""
+    encode_seconds: float
+    decode_seconds: float
+
+
+def batches_of(tokens: Tokens, size: int) -> Iterator[Tokens]:
+    """Tokens in batches of ``size`` samples."""
+    parts = (tokens.ids.split(size), tokens.lengths.split(size), tokens.header.split(size))
+    return (Tokens(*part) for part in zip(*parts, strict=True))
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: torch.device) -> Reconstructed:
+    """Encode and decode uint8 images [N, C, H, W]; the seconds are whole passes, transfers included."""
+    started = time.perf_counter()
+    encoded = [tokenizer.encode(to_float(batch.to(device))).to("cpu") for batch in pixels.split(batch_size)]
+    encoded_at = time.perf_counter()
+    decoded = torch.cat([to_uint8(tokenizer.decode(tokens.to(device))).cpu() for tokens in encoded])
+    decoded_at = time.perf_counter()
+    ids, lengths, header = (
+        torch.cat([getattr(part, name) for part in encoded]) for name in ("ids", "lengths", "header")
+    )
+    return Reconstructed(decoded, Tokens(ids, lengths, header), encoded_at - started, decoded_at - encoded_at)
+
+
+def measure_reconstruction(pixels: Tensor, made: Reconstructed, judge: Judge | None) -> dict[str, Any]:
+    """Distortion of reconstructions against uint8 ``pixels``; perceptual parts only with a judge."""
+    error = mean_squared_error(made.pixels, pixels)
+    measured: dict[str, Any] = {
+        "num_images": len(pixels),
+        "psnr_mean_of_images": float(decibels(error).mean()),
+        "psnr_of_mean_error": float(decibels(error.mean())),
+        "encode_images_per_second": len(pixels) / made.encode_seconds,
+        "decode_images_per_second": len(pixels) / made.decode_seconds,
+    }
+    if min(pixels.shape[-2:]) >= SMALLEST_SSIM:
+        parts = zip(made.pixels.split(256), pixels.split(256), strict=True)
+        measured["ssim"] = float(torch.cat([ssim(a, b) for a, b in parts]).mean())
+    if judge is not None:
+        measured["perceptual_lite0"] = {
+            "mean": float(judge.distance(made.pixels, pixels).mean()),
+            "same_backbone_as_loss": judge.same_backbone_as_loss,
+        }
+        features = judge.features(pixels), judge.features(made.pixels)
+        measured["fd_lite0"] = judge.frechet(*features, reference="the originals of these reconstructions")
+    return measured
+
+
+@torch.inference_mode()
+def measure_prefixes(
+    tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, batch_size: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """PSNR of the first k scales against ``tokenizer.reference``; empty where prefixes do not decode."""
+    layout = tokenizer.layout
+    found = []
+    for k in layout.prefixes if layout.decodes_prefixes else ():
+        values = []
+        for images, part in zip(pixels.split(batch_size), batches_of(tokens, batch_size), strict=True):
+            wanted = to_uint8(tokenizer.reference(to_float(images.to(device)), k))
+            decoded = to_uint8(tokenizer.decode(part.prefix(layout.prefix_length(k)).to(device)))
+            values.append(psnr(decoded, wanted).cpu())
+        size = list(layout.scales[k - 1].image_size)
+        found.append({"num_scales": k, "image_size": size, "psnr_mean_of_images": float(torch.cat(values).mean())})
+    return found
+
+
+@torch.inference_mode()
+def measure_nll(prior: Prior, tokens: Tokens, labels: Tensor, batch_size: int, device: torch.device) -> list[float]:
+    """Mean bits per image of each scale of held-out tokens with int64 labels [N] (-1: none) under the prior."""
+    pairs = zip(batches_of(tokens, batch_size), labels.split(batch_size), strict=True)
+    nll = torch.cat([prior.nll(part.to(device), some.to(device)).cpu() for part, some in pairs])
+    return prior_bits(nll, tokens, prior.layout)
+
+
+def measure_rate(
+    tokenizer: Tokenizer, tokens: Tokens, bits: list[float] | None, distortion: dict[str, Any]
+) -> tuple[dict[str, Any], list[CodeUse]]:
+    """(bits per pixel with the distortion that they buy in the same entry, use of codes)."""
+    uses = code_use(tokens, tokenizer.layout)
+    scales = rates(uses, len(tokens), tokenizer.layout, bits)
+    height, width = tokenizer.layout.image_size
+    num_pixels = height * width
+    num_tokens = sum(scale.tokens_per_image for scale in scales)
+    entry = {
+        "unit": "bits per pixel of the image, all its channels together",
+        "tokens_per_image": num_tokens,
+        "fixed_length_bits_per_pixel": sum(scale.fixed_length_bits for scale in scales) / num_pixels,
+        "entropy_bits_per_pixel": sum(scale.entropy_bits for scale in scales) / num_pixels,
+        "prior_bits_per_pixel": None if bits is None else sum(bits) / num_pixels,
+        "prior_bits_per_token": None if bits is None else sum(bits) / num_tokens,
+        "scales": [scale.to_dict() for scale in scales],
+        **{key: distortion[key] for key in ("psnr_mean_of_images", "ssim", "perceptual_lite0") if key in distortion},
+    }
+    return entry, uses
