@@ -165,7 +165,7 @@ def settings(config: Config, path: Path, kind: str, device: torch.device) -> dic
         "precision": "networks float32, classifier's training bfloat16 autocast, Fréchet distance and PSNR float64",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 

@@ -27,19 +27,29 @@ STYLE = """
   :root { --ink: #e4e2de; --soft: #9a9894; --line: #3a3a38; --bar: #46627d; --page: #181817; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 72rem; background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; font-weight: 600; margin: 0; } h2 { font-size: 1.15rem; font-weight: 600; margin: 2.8rem 0 .6rem; }
-p { max-width: 44rem; margin: .4rem 0 .9rem; } .soft, td.note { color: var(--soft); } small { color: var(--soft); }
-.wide { overflow-x: auto; } img { display: block; max-width: 100%; height: auto; margin: .6rem 0; image-rendering: auto; }
-.wide img.sheet { max-width: none; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; } th, td { padding: .38rem .9rem .38rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); } td.value { white-space: nowrap; font-weight: 600; } td.number { text-align: right; }
-.bar { display: block; height: .5rem; margin-top: .5rem; min-width: 1px; background: var(--bar); } td.bars { width: 30%; }
-pre { overflow-x: auto; font-size: .82rem; line-height: 1.45; } summary { cursor: pointer; }
-@media (max-width: 40rem) { table.headline tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  table.headline thead { display: none; } table.headline td { display: block; border: 0; padding: .05rem 0; } }
+h1 { font-size: 1.6rem; font-weight: 600; margin: 0; }
+h2 { font-size: 1.15rem; font-weight: 600; margin: 2.8rem 0 .6rem; }
+p { max-width: 44rem; margin: .4rem 0 .9rem; }
+.soft, td.note { color: var(--soft); }
+.wide { overflow-x: auto; }
+img { display: block; max-width: 100%; height: auto; margin: .6rem 0; }
+img.sheet { max-width: none; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; text-align: left; }
+th, td { padding: .38rem 1.4rem .38rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+td.value { white-space: nowrap; font-weight: 600; }
+table.figures th:not(:first-child), table.figures td:not(:first-child) { text-align: right; }
+.bar { display: block; height: .5rem; margin-top: .5rem; min-width: 1px; background: var(--bar); }
+td.bars { width: 11rem; }
+pre { overflow-x: auto; font-size: .82rem; line-height: 1.45; }
+summary { cursor: pointer; }
+@media (max-width: 40rem) {
+  table.headline thead { display: none; }
+  table.headline tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  table.headline td { display: block; border: 0; padding: .05rem 0; }
+}
 """
 
 
@@ -145,9 +155,8 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
                 "What held-out images cost the prior; lower is a better prior only for the same tokenizer.",
             )
         )
-    rows += [frechet_row("Fréchet distance of reconstructions", tokenizer["fd_lite0"], None)] * (
-        "fd_lite0" in tokenizer
-    )
+    if "fd_lite0" in tokenizer:
+        rows.append(frechet_row("Fréchet distance of reconstructions", tokenizer["fd_lite0"], None))
     if "fd_lite0" in samples:
         rows.append(frechet_row("Fréchet distance of samples", samples["fd_lite0"], samples["fd_lite0_of_real_images"]))
     if "class_accuracy" in samples:
@@ -223,14 +232,13 @@ def table(head: list[str], rows: list[list[str]], share_last: bool = False) -> s
     """A table of text cells; with ``share_last`` the last cell is a share in [0, 1], shown as a bar."""
     lines = []
     for row in rows:
-        cells = [f'<td class="{"number" if index else ""}">{escape(cell)}</td>' for index, cell in enumerate(row)]
+        cells = [f"<td>{escape(cell)}</td>" for cell in row]
         if share_last:
             cells[-1] = f'<td class="bars"><span class="bar" style="width:{100 * float(row[-1]):.1f}%"></span></td>'
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    titles = "".join(
-        f"<th{'' if index == 0 else ' style=text-align:right'}>{escape(t)}</th>" for index, t in enumerate(head)
-    )
-    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    inner = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide"><table class="figures">{inner}</table></div>'
 
 
 def prefix_table(metrics: dict[str, Any]) -> str:
@@ -295,11 +303,12 @@ def settings_block(metrics: dict[str, Any]) -> str:
     """Every setting, folded."""
     settings = {key: value for key, value in metrics["settings"].items() if key != "config"}
     text = OmegaConf.to_yaml(OmegaConf.create({**settings, "config": metrics["settings"]["config"]}))
-    return f"<h2>Settings</h2><details><summary>All settings of this evaluation</summary><pre>{escape(text)}</pre></details>"
+    folded = f"<summary>All that these numbers depend on</summary><pre>{escape(text)}</pre>"
+    return f"<h2>Settings</h2><details>{folded}</details>"
 
 
 def read_scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """(steps, values) by tag from all TensorBoard files below a folder, in order of step; a resumed run's overlap once."""
+    """(steps, values) by tag from the TensorBoard files below a folder; where runs overlap, the later one counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, dict[int, float]] = {}

@@ -102,8 +102,8 @@ class Lite0Features(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         network = load_lite0()
-        self.stem = nn.Sequential(network.conv_stem, network.bn1)
-        self.stages: nn.ModuleList = nn.ModuleList(network.blocks)
+        self.stem = nn.Sequential(network.get_submodule("conv_stem"), network.get_submodule("bn1"))
+        self.stages = nn.ModuleList(network.get_submodule("blocks").children())
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)
 

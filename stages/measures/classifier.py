@@ -150,7 +150,7 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Network(pixels.shape[1], num_classes).to(device, memory_format=torch.channels_last)
+        network = Network(pixels.shape[1], num_classes).to(device).to(memory_format=torch.channels_last)
     weights = 1 / torch.bincount(labels, minlength=num_classes)[labels].double()
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2)

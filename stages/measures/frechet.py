@@ -7,13 +7,14 @@ same N.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Gaussian(NamedTuple):
+@dataclass(frozen=True)
+class Gaussian:
     """Mean [D] and covariance [D, D] in float64, with the number of samples behind them."""
 
     mean: Tensor

@@ -156,6 +156,6 @@ def measure_rate(
         "prior_bits_per_pixel": None if bits is None else sum(bits) / num_pixels,
         "prior_bits_per_token": None if bits is None else sum(bits) / num_tokens,
         "scales": [scale.to_dict() for scale in scales],
-        **{key: distortion[key] for key in ("psnr_mean_of_images", "ssim", "perceptual_lite0") if key in distortion},
     }
-    return entry, uses
+    beside = ("psnr_mean_of_images", "ssim", "perceptual_lite0")
+    return entry | {key: distortion[key] for key in beside if key in distortion}, uses
