@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from data.images.sources import open_source
@@ -28,13 +28,14 @@ from pipeline.config import Config
 from pipeline.encoding import Encoding, SplitPlan
 from pipeline.processes import end_with_parent, is_first_process
 from pipeline.run import RunError, need, stage_folder
+from pipeline.train import placement, quiet_lightning
 from stages.contract import Tokenizer
 from stages.weights import load_tokenizer
 
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 STATE = "state.json"
 VIEWS = ("identity", "flip")
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
 # A rank waits at the end for the slowest one, up to a whole shard: on a CPU longer than torch's 30 minutes.
 RANK_TIMEOUT = timedelta(hours=24)
 
@@ -52,12 +53,13 @@ def cache_tokens(config: Config) -> Path:
     end_with_parent()
     tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
     folder = Path(config.tokens.path)
-    # Lightning's launcher runs the command again for every other rank: those work under the first one's lock.
-    with stage_folder(folder, config, "tokens") if is_first_process() else nullcontext():
+    with stage_folder(folder, config, "tokens"):
         tokenizer, metadata = load_tokenizer(tokenizer_path)
         check_images(config, tokenizer)
         sources = {split: open_source(config.images, split) for split in SPLITS}
-        plans = {split: SplitPlan(split, source, folder / split, config) for split, source in sources.items()}
+        plans: dict[str, SplitPlan] = {
+            split: SplitPlan(split, source, folder / split, config) for split, source in sources.items()
+        }
         state: dict[str, Any] = {}
         if is_first_process():
             state = {
@@ -112,19 +114,14 @@ def encode(
     config: Config, tokenizer: Tokenizer, plans: Mapping[str, SplitPlan], missing: list[tuple[str, int]]
 ) -> None:
     """Write the missing shards, (split, number) each, on all devices; returns on every rank when all are done."""
-    trainer_config = config.trainer
-    alone = trainer_config.devices == 1 and trainer_config.num_nodes == 1
+    place = placement(config.trainer)
+    if place["strategy"] == "ddp":
+        place["strategy"] = DDPStrategy(timeout=RANK_TIMEOUT)
+    quiet_lightning()
+    # 32 means 32 here: tokens are written once and read for ever, and codes near a border notice TF32.
+    torch.set_float32_matmul_precision("highest")
     trainer = L.Trainer(
-        accelerator=trainer_config.accelerator,
-        devices=trainer_config.devices,
-        num_nodes=trainer_config.num_nodes,
-        strategy="auto" if alone else DDPStrategy(timeout=RANK_TIMEOUT),
-        precision=PRECISIONS[config.tokens.precision],  # type: ignore[arg-type]
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=trainer_config.progress,
+        **place, precision=PRECISIONS[config.tokens.precision], logger=False, enable_checkpointing=False
     )
     encoding = Encoding(tokenizer, plans, missing, config)
     try:

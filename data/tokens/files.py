@@ -6,8 +6,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from data.errors import OctavesError
 
-class CacheError(ValueError):
+
+class CacheError(OctavesError):
     """A token cache that is missing, damaged, or does not belong; the message says what to do."""
 
 
