@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_info
 
 
 class Throughput(L.Callback):
@@ -43,7 +42,8 @@ class Throughput(L.Callback):
             self._projected = True
             left = (now - self._started) / (step - self._first_step) * (self.max_steps - step)
             finish = datetime.now() + timedelta(seconds=left)
-            rank_zero_info(f"step {step}: about {timedelta(seconds=round(left))} left, done at {finish:%H:%M}")
+            if trainer.is_global_zero:
+                print(f"step {step}: about {timedelta(seconds=round(left))} left, done at {finish:%H:%M}", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # validation is neither training nor waiting

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,10 +174,15 @@ def placement(place: TrainerConfig) -> dict[str, Any]:
 
 
 def quiet_lightning() -> None:
-    """Hide hints that do not apply: the loader is endless on purpose, and TensorBoard is wanted."""
+    """Hide hints that do not apply here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*litlogger.*")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for hint in (
+        "does not have many workers",
+        "Checkpoint directory",
+        r"Found \d+ module",  # the averaged copy and the perceptual network belong in eval mode
+        "isinstance\\(treespec",
+        "Using ModelCheckpoint with manual optimization",  # the state after the step is the one that is wanted
+        "predict returned None",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{hint}")
     torch.set_float32_matmul_precision("high")

@@ -148,8 +148,8 @@ class TransformerPrior(Prior):
         for name, column in (("scale_of", 0), ("row_of", 1), ("column_of", 2)):
             self.register_buffer(name, torch.tensor([place[column] for place in places]), persistent=False)
         self.scale_embedding = nn.Embedding(len(layout.scales), config.width)
-        self.row_embedding = nn.Embedding(int(self.row_of.max()) + 1, config.width)
-        self.column_embedding = nn.Embedding(int(self.column_of.max()) + 1, config.width)
+        self.row_embedding = nn.Embedding(1 + max(place[1] for place in places), config.width)
+        self.column_embedding = nn.Embedding(1 + max(place[2] for place in places), config.width)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
@@ -251,12 +251,8 @@ class TransformerPrior(Prior):
         self._step = torch.compile(self._step, mode="reduce-overhead", fullgraph=True)  # type: ignore[method-assign]
 
     def logits(self, state: DecodingState, partial: Tensor) -> Tensor:
-        codebook = self.layout.scales[int(self.scale_of_position(state.position))].codebook
+        codebook = next(codebook for codebook, _, stop in self.runs if state.position < stop)
         return self._field_logits(state.hidden, codebook, state.position, partial)
-
-    def scale_of_position(self, position: int) -> int:
-        """Index of the scale of element ``position``."""
-        return next(index for index, end in enumerate(self.layout.ends_of_scales) if position < end)
 
     def advance(self, state: DecodingState, element: Tensor) -> None:
         position = state.position

@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.randn(1, sum(scale_lengths), config.width) * 0.02)
         self.blocks = nn.ModuleList([Block(config, len(group_lengths)) for _ in range(config.depth)])
         self.norm = Grouped([nn.LayerNorm(config.width) for _ in group_lengths])
-        scale = torch.repeat_interleave(torch.arange(len(scale_lengths)), torch.tensor(list(scale_lengths)))
+        scale = torch.tensor([index for index, length in enumerate(scale_lengths) for _ in range(length)])
         mask = scale[:, None] >= scale[None, :] if scale_causal else None
         self.register_buffer("mask", mask, persistent=False)
         self.apply(_initialise)

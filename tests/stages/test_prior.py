@@ -1,0 +1,116 @@
+"""The prior: causal, conditioned, and equal with and without its cache."""
+
+import pytest
+import torch
+
+from data.layout import Tokens
+from stages.factory import build_prior
+from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
+from stages.prior.transformer import TransformerPriorConfig
+from stages.weights import WeightsError, check_pair, load_prior, load_tokenizer, save_prior
+from tests.stages.toys import layout, prior
+
+LABELS = torch.tensor([0, 2, -1])
+
+
+def tokens(layout, batch=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [field.vocabulary_size for scale in layout.scales for _ in range(scale.length) for field in scale.fields]
+    ids = torch.stack([torch.randint(size, (batch,), generator=generator) for size in sizes], dim=1)
+    return Tokens.fixed(ids.view(batch, layout.length, layout.num_fields))
+
+
+@pytest.mark.parametrize("num_fields", [1, 2])
+@pytest.mark.parametrize("forced", [0, 3, 4])
+def test_cached_logits_equal_the_full_pass(num_fields, forced):
+    model, sample = prior(layout(num_fields=num_fields)), tokens(layout(num_fields=num_fields))
+    full = model.nll(sample, LABELS)
+    state = model.begin(LABELS, sample.prefix(forced) if forced else None, sample.ids.shape[1])
+    for position in range(forced, sample.ids.shape[1]):
+        element = sample.ids[:, position]
+        for index in range(num_fields):
+            logits = model.logits(state, element[:, :index])
+            nll = -logits.log_softmax(-1).gather(1, element[:, index : index + 1])[:, 0]
+            torch.testing.assert_close(nll, full[:, position, index], atol=1e-5, rtol=1e-5)
+        model.advance(state, element)
+
+
+@pytest.mark.parametrize("num_fields", [1, 2])
+def test_the_likelihood_is_normalised(num_fields):
+    """Over all values of the last element the probabilities sum to one: nothing peeks at its own answer."""
+    model = prior(layout(vocabulary=3, num_fields=num_fields, scales=1))
+    sizes = [field.vocabulary_size for field in model.layout.scales[0].fields]
+    values = torch.cartesian_prod(*[torch.arange(size) for size in sizes]).view(-1, num_fields)
+    ids = tokens(model.layout, 1).ids.repeat(len(values), 1, 1)
+    ids[:, -1] = values
+    nll = model.nll(Tokens.fixed(ids), torch.zeros(len(values), dtype=torch.int64))
+    torch.testing.assert_close((-nll[:, -1].sum(-1)).exp().sum(), torch.tensor(1.0))
+
+
+def test_later_tokens_do_not_matter():
+    model, sample = prior(layout()), tokens(layout())
+    changed = Tokens.fixed(sample.ids.clone())
+    changed.ids[:, 7:] = tokens(layout(), seed=2).ids[:, 7:]
+    a, b = model.nll(sample, LABELS), model.nll(changed, LABELS)
+    assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 8:], b[:, 8:])
+
+
+def test_a_prefix_of_scales_has_the_same_likelihood():
+    model, sample = prior(layout()), tokens(layout())
+    torch.testing.assert_close(model.nll(sample.prefix(8), LABELS), model.nll(sample, LABELS)[:, :8])
+
+
+def test_every_place_and_the_class_matter():
+    model, sample = prior(layout()), tokens(layout())
+    nll = model.nll(sample, LABELS)
+    assert not torch.allclose(nll, model.nll(sample, torch.tensor([1, 1, 1])))
+    for table in (model.scale_embedding, model.row_embedding, model.column_embedding):
+        kept = table.weight.data.clone()
+        table.weight.data.zero_()
+        assert not torch.allclose(nll, model.nll(sample, LABELS))
+        table.weight.data.copy_(kept)
+
+
+def test_recomputing_blocks_changes_nothing():
+    gradients = []
+    for recompute in (False, True):
+        model = prior(layout(), checkpoint_gradients=recompute).train()
+        model.nll(tokens(layout()), LABELS).mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_class_ids_out_of_range_are_refused():
+    for wrong in (3, -2):
+        with pytest.raises(ValueError, match=f"class id {wrong}; allowed: 0 to 2"):
+            prior(layout()).nll(tokens(layout()), torch.tensor([0, wrong, 1]))
+    with pytest.raises(ValueError, match="no class names"):
+        build_prior(TransformerPriorConfig(width=32, heads=4), ClassConditionConfig(), layout(), [])
+
+
+def test_an_unconditional_prior_ignores_labels():
+    model = build_prior(TransformerPriorConfig(depth=1, width=32, heads=4), NoConditionConfig(), layout(), []).eval()
+    assert torch.equal(model.nll(tokens(layout()), LABELS), model.nll(tokens(layout()), LABELS * 0))
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    model, path = prior(layout(num_fields=2)), tmp_path / "prior.safetensors"
+    save_prior(path, model, model.config, model.condition_config, {"tokenizer_sha256": "0" * 64})
+    loaded, metadata = load_prior(path)
+    sample = tokens(layout(num_fields=2))
+    assert torch.equal(loaded.nll(sample, LABELS), model.nll(sample, LABELS))
+    assert loaded.class_names == ["a", "b", "c"]
+    with pytest.raises(WeightsError, match="another tokenizer"):
+        check_pair(metadata, path, path)
+    with pytest.raises(WeightsError, match="holds a prior, not a tokenizer"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x80\x04\x95pickle"])
+def test_foreign_files_are_refused(tmp_path, content):
+    path = tmp_path / "prior.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="damaged or not a weights file"):
+        load_prior(path)
+    with pytest.raises(WeightsError, match="no such file"):
+        load_prior(tmp_path / "missing")
