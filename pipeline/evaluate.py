@@ -234,8 +234,9 @@ def measure_samples(
         clean = read_images(train_source, config.images, count).pixels
         features = judge.features(val.pixels), judge.features(drawn), judge.features(clean)
         spaces["lite0"] = features
-        measured["fd_lite0"] = judge.frechet(features[0], features[1], "held-out images")
-        measured["fd_lite0_of_real_images"] = judge.frechet(features[0], features[2], "held-out images")
+        reference = "held-out images, in the set's own shares of classes"
+        measured["fd_lite0"] = judge.frechet(features[0], features[1], reference)
+        measured["fd_lite0_of_real_images"] = judge.frechet(features[0], features[2], reference)
     classifier = fit_classifier(config, train, num_classes, device, skipped)
     if classifier is not None:
         known = val.labels >= 0

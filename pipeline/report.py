@@ -41,6 +41,7 @@ th { font-weight: 600; text-align: left; }
 th, td { padding: .38rem 1.4rem .38rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
 td.value { white-space: nowrap; font-weight: 600; }
 table.figures th:not(:first-child), table.figures td:not(:first-child) { text-align: right; }
+table.figures.barred th:last-child { text-align: left; }
 .bar { display: block; height: .5rem; margin-top: .5rem; min-width: 1px; background: var(--bar); }
 td.bars { width: 11rem; }
 pre { overflow-x: auto; font-size: .82rem; line-height: 1.45; }
@@ -238,7 +239,7 @@ def table(head: list[str], rows: list[list[str]], share_last: bool = False) -> s
         lines.append(f"<tr>{''.join(cells)}</tr>")
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     inner = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table class="figures">{inner}</table></div>'
+    return f'<div class="wide"><table class="figures{" barred" * share_last}">{inner}</table></div>'
 
 
 def prefix_table(metrics: dict[str, Any]) -> str:
@@ -321,9 +322,9 @@ def read_scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def panels_of(scalars: dict[str, Any]) -> dict[str, list[str]]:
-    """Panel title to tags, training before validation: losses, bits, PSNR and perplexities, in alphabetical order."""
+    """Panel title to tags, training before validation: losses, bits and distortion first, then perplexities."""
     panels: dict[str, list[str]] = {}
-    for tag in sorted(scalars):
+    for tag in sorted(scalars, key=lambda tag: ("perplexity" in tag, tag)):
         name = tag.removeprefix("train/").removeprefix("validation/")
         if name.startswith(("loss/", "bits_per_token", "psnr", "perceptual")) or "perplexity" in name:
             panels.setdefault(name, []).append(tag)
