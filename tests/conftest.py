@@ -1,0 +1,68 @@
+"""Images and a config small enough that every command takes a second."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = """
+images: {{kind: folder, path: {path}, size: 16, val_share: 0.2}}
+tokenizer:
+  attention: sit-sc
+  scales: 3
+  patch: 2
+  encoder: {{depth: 1, width: 32, heads: 4}}
+  decoder: {{depth: 1, width: 32, heads: 4}}
+  quantizer: {{kind: cosine, codes: 16, code_dim: 8, revive_every: 2}}
+tokenizer_training:
+  max_steps: 6
+  batch_size_per_device: 4
+  precision: "32"
+  learning_rate: 1.0e-3
+  warmup_steps: 1
+  perceptual: none
+  adversarial_start: 2
+  adversarial_ramp_steps: 2
+  discriminator_width: 8
+  discriminator_layers: 2
+  log_every: 2
+  checkpoint_every: 3
+  validate_every: 3
+  validation_images: 8
+  fit_images: 16
+prior: {{depth: 1, width: 32, heads: 4}}
+prior_training:
+  max_steps: 6
+  batch_size_per_device: 4
+  precision: "32"
+  warmup_steps: 1
+  log_every: 2
+  checkpoint_every: 3
+  validate_every: 3
+  validation_samples: 8
+eval: {{num_images: 8, num_samples: 8, batch_size: 8, classifier_steps: 3}}
+trainer: {{accelerator: cpu, num_workers: 0, progress: false}}
+"""
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 20 smooth random images of 16 px each."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "green", "red")):
+        (folder / name).mkdir()
+        for index in range(20):
+            coarse = generator.integers(0, 128, (4, 4, 3), dtype=np.uint8)
+            coarse[..., 2 - label] += 120
+            Image.fromarray(coarse).resize((16, 16)).save(folder / name / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, image_folder: Path) -> Path:
+    """A YAML with all four stages at toy size."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(path=image_folder))
+    return path

@@ -1,0 +1,200 @@
+"""Training: two processes equal one, accumulation equals the large batch, a resumed run equals an uninterrupted one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import load_config
+from pipeline.run import RunError
+from pipeline.train import train_prior, train_tokenizer
+from stages.contract import TokenizerOutput
+from stages.factory import build_tokenizer
+from stages.prior.module import PriorModule
+from stages.tokenizer.discriminator import PatchDiscriminator, hinge_discriminator, hinge_generator
+from stages.tokenizer.module import TokenizerModule
+from stages.training import NonFiniteLoss, trainer_steps
+from stages.weights import read_weights
+
+
+
+def run_ddp(tmp_path, tiny, name, *overrides):
+    folder = tmp_path / name
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.pipeline.ddp_step", str(folder), "train-tokenizer", str(tiny)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, f"run={folder}", *overrides], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
+
+
+def without_codebook(tiny):
+    """FSQ: codes that are started and revived come from the local batch, which differs by construction."""
+    tiny.write_text(tiny.read_text().replace("kind: cosine, codes: 16, code_dim: 8, revive_every: 2", "levels: [4, 4]"))
+
+
+def close(a, b):
+    return all(torch.allclose(a[name].float(), b[name].float(), atol=1e-5) for name in a)
+
+
+def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny):
+    without_codebook(tiny)
+    common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_start=0"]
+    (one,) = run_ddp(tmp_path, tiny, "one", *common, "tokenizer_training.batch_size_per_device=8")
+    two = run_ddp(tmp_path, tiny, "two", *common, "trainer.devices=2")
+    assert len(two) == 2
+    assert all(torch.equal(two[0][name], two[1][name]) for name in two[0])
+    assert close(one, two[0])
+    untrained = TokenizerModule(*fresh(tiny)).state_dict()
+    assert not close(one, untrained)
+
+
+def test_codebooks_stay_bit_equal_on_both_ranks_while_codes_are_started_and_revived(tmp_path, tiny):
+    revive = "tokenizer.quantizer.revive_below=2.0"  # every code used less than twice its share dies
+    first, second = run_ddp(tmp_path, tiny, "two", "trainer.devices=2", revive)
+    names = [name for name in first if "quantizers" in name]
+    assert any("codebook" in name for name in names)
+    assert all(torch.equal(first[name], second[name]) for name in names)
+
+
+def fresh(tiny, *overrides):
+    config = load_config(tiny, list(overrides))
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(config.tokenizer, (16, 16), 3)
+    return tokenizer, config.tokenizer_training, config.seed
+
+
+def weights(path):
+    return read_weights(path)[1]
+
+
+def test_accumulated_batches_equal_the_large_batch(tmp_path, tiny):
+    """Without the adversary: spectral norms take a power step at every forward pass, so there the two differ a little."""
+    without_codebook(tiny)
+    common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_weight=0"]
+    large = load_config(tiny, [f"run={tmp_path}/large", *common, "tokenizer_training.batch_size_per_device=8"])
+    small = load_config(tiny, [f"run={tmp_path}/small", *common, "tokenizer_training.accumulate_batches=2"])
+    a, b = weights(train_tokenizer(large)), weights(train_tokenizer(small))
+    assert close(a, b)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_tokenizer_equals_an_uninterrupted_one(tmp_path, tiny, monkeypatch, accumulate):
+    keys = [f"tokenizer_training.accumulate_batches={accumulate}"]
+    whole = train_tokenizer(load_config(tiny, [f"run={tmp_path}/whole", *keys]))
+    assert_resumes(tmp_path, tiny, monkeypatch, TokenizerModule, train_tokenizer, whole, keys, stop=5 * accumulate - 1)
+
+
+def assert_resumes(tmp_path, tiny, monkeypatch, module, train, whole, keys, stop):
+    config = load_config(tiny, [f"run={tmp_path}/broken", *keys])
+    original = module.training_step
+
+    def stopping(self, batch, batch_idx):
+        if self.batches_seen == stop:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "training_step", stopping)
+        train(config)
+    resumed = weights(train(config))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(whole).items())
+
+
+def test_a_non_finite_loss_stops_with_step_term_and_samples(tmp_path, tiny, monkeypatch):
+    config = load_config(tiny, [f"run={tmp_path}/nan"])
+    original = TokenizerModule.loss_terms
+
+    def poisoned(self, pixels):
+        terms, logs, ids = original(self, pixels)
+        if self.step == 4:
+            terms["pixel"] = terms["pixel"] * float("nan")
+        return terms, logs, ids
+
+    monkeypatch.setattr(TokenizerModule, "loss_terms", poisoned)
+    with pytest.raises(NonFiniteLoss, match=r"step 4: pixel is nan; sample indices \[\d+, \d+, \d+, \d+\]"):
+        train_tokenizer(config)
+    assert not (tmp_path / "nan/tokenizer/tokenizer.safetensors").exists()
+    assert (tmp_path / "nan/tokenizer/checkpoints/step00000006.ckpt").exists()  # generator step 3, counted twice
+
+
+def test_the_generator_ignores_the_discriminator_until_its_start_and_never_trains_it(tiny):
+    module = TokenizerModule(*fresh(tiny))
+    pixels = torch.rand(4, 3, 16, 16) * 2 - 1
+    for seen, share in ((0, 0.0), (1, 0.0), (2, 0.5), (3, 1.0), (9, 1.0)):
+        module.batches_seen = seen
+        assert module.adversarial_ramp() == share
+        terms, _, _ = module.loss_terms(pixels)
+        assert (terms["adversarial"] == 0) == (share == 0)
+    # each network gets its own loss only
+    module.zero_grad()
+    terms["adversarial"].backward(retain_graph=True)
+    assert all(parameter.grad is None for parameter in module.discriminator.parameters())
+    module.zero_grad()
+    terms["discriminator"].backward()
+    assert all(parameter.grad is None for parameter in module.tokenizer.parameters())
+    assert all(parameter.grad is not None for parameter in module.discriminator.parameters())
+
+
+def test_hinge_losses():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert hinge_discriminator(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    assert hinge_generator(fake).item() == pytest.approx(1.5)
+
+
+def test_the_discriminator_is_spectrally_normalised():
+    discriminator = PatchDiscriminator(3, 8, 2).train()
+    for _ in range(30):
+        discriminator(torch.randn(2, 3, 16, 16))
+    for layer in discriminator:
+        if isinstance(layer, nn.Conv2d):
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+
+
+def test_lightning_counts_every_optimiser(tmp_path, tiny):
+    assert trainer_steps(10, 2) == 20 and trainer_steps(10, 1) == 10
+    path = train_tokenizer(load_config(tiny, [f"run={tmp_path}/a", "tokenizer_training.adversarial_weight=0"]))
+    assert read_weights(path)[0]["steps"] == 6
+    path = train_tokenizer(load_config(tiny, [f"run={tmp_path}/b"]))
+    assert read_weights(path)[0]["steps"] == 6
+
+
+def test_one_batch_can_be_learned_by_heart(tiny):
+    """A tokenizer that cannot do this is broken, whatever its loss curve says."""
+    tokenizer, training, _ = fresh(tiny, "tokenizer.quantizer.codes=512")
+    pixels = torch.rand(4, 3, 4, 4).repeat_interleave(4, -1).repeat_interleave(4, -2) * 2 - 1
+    tokenizer.fit([pixels])
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
+    for _ in range(300):
+        output: TokenizerOutput = tokenizer(pixels)
+        error = (output.reconstruction - pixels).square().mean()
+        loss = error + 0.25 * output.losses["commitment"] + output.losses["codebook"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert -10 * torch.log10(error / 4) > 26
+
+
+def test_a_prior_needs_its_cache_and_a_run_its_own_config(tmp_path, tiny):
+    with pytest.raises(RunError, match="cache-tokens"):
+        train_prior(load_config(tiny, [f"run={tmp_path}/r"]))
+    train_tokenizer(load_config(tiny, [f"run={tmp_path}/r", "tokenizer_training.max_steps=1"]))
+    with pytest.raises(RunError, match=r"tokenizer_training.max_steps: 1, now 2"):
+        train_tokenizer(load_config(tiny, [f"run={tmp_path}/r", "tokenizer_training.max_steps=2"]))
+
+
+def test_a_resumed_prior_equals_an_uninterrupted_one(tmp_path, tiny, monkeypatch):
+    from pipeline.cache import cache_tokens
+
+    config = load_config(tiny, [f"run={tmp_path}/whole"])
+    train_tokenizer(config)
+    cache_tokens(config)
+    keys = [f"tokens.path={tmp_path}/whole/tokens", f"tokenizer.path={tmp_path}/whole/tokenizer/tokenizer.safetensors"]
+    assert_resumes(tmp_path, tiny, monkeypatch, PriorModule, train_prior, train_prior(config), keys, stop=4)
