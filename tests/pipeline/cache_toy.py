@@ -1,4 +1,4 @@
-"""A deterministic toy tokenizer, toy images, and the command that caches them: run as a script by the cache tests."""
+"""A deterministic toy tokenizer, toy images, and the command that caches them: run with ``python -m`` by the cache tests."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Toy(Tokenizer):
 
 def register() -> None:
     """Make ``tokenizer.kind=toy`` known."""
-    factory.TOKENIZERS["toy"] = ("cache_toy", "ToyConfig", "Toy")
+    factory.TOKENIZERS["toy"] = ("tests.pipeline.cache_toy", "ToyConfig", "Toy")
 
 
 def write_tokenizer(path: Path, offset: float = 0.0) -> None:

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import cache_toy
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,7 @@ from pipeline.config import Config, load_config
 from pipeline.run import RunError, stage_folder
 from stages.factory import TOKENIZERS
 from stages.weights import load_tokenizer
+from tests.pipeline import cache_toy
 
 ROOT = Path(cache_toy.__file__).resolve().parents[2]
 COUNT = 190  # 171 train images in 11 blocks of 16 (the last one short) in 6 shards; 19 val images in 2 blocks
@@ -34,7 +34,7 @@ COUNT = 190  # 171 train images in 11 blocks of 16 (the last one short) in 6 sha
 
 @pytest.fixture(autouse=True)
 def toy_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TOKENIZERS, "toy", ("cache_toy", "ToyConfig", "Toy"))
+    monkeypatch.setitem(TOKENIZERS, "toy", ("tests.pipeline.cache_toy", "ToyConfig", "Toy"))
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,20 @@ def configured(world: Path, tokens: Path, *overrides: str) -> Config:
 def cached(world: Path) -> Path:
     """The cache that one process writes without interruption."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TOKENIZERS, "toy", ("cache_toy", "ToyConfig", "Toy"))
+        patch.setitem(TOKENIZERS, "toy", ("tests.pipeline.cache_toy", "ToyConfig", "Toy"))
         return cache_tokens(configured(world, world / "one"))
 
 
 def start(world: Path, tokens: Path, *overrides: str, seconds: float = 0) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_SECONDS": str(seconds)}
-    command = [sys.executable, cache_toy.__file__, world / "toy.yaml", f"tokens.path={tokens}", f"run={tokens.parent}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.pipeline.cache_toy",
+        world / "toy.yaml",
+        f"tokens.path={tokens}",
+        f"run={tokens.parent}",
+    ]
     return subprocess.Popen([*command, *overrides], env=environment)
 
 
