@@ -210,6 +210,11 @@ def measure_samples(
     count = config.eval.num_samples
     conditional = bool(source.class_names) and config.condition.kind == "class"
     num_classes = len(source.class_names)
+    if conditional and list(source.class_names) != list(prior.class_names):
+        raise RunError(
+            f"the prior knows the classes {', '.join(prior.class_names)}, the images have "
+            f"{', '.join(source.class_names)}; set images to those that the tokens were made of"
+        )
     labels = torch.arange(count) % num_classes if conditional else torch.full((count,), -1)
     seeds = [config.eval.seed + index for index in range(count)]
     started = time.perf_counter()

@@ -153,7 +153,10 @@ def train_classifier(
         network = Network(pixels.shape[1], num_classes).to(device).to(memory_format=torch.channels_last)
     weights = 1 / torch.bincount(labels, minlength=num_classes)[labels].double()
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2)
+    rise = max(1, steps // 5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
     network.train()
     for _ in range(steps):
         chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator)

@@ -1,0 +1,204 @@
+"""eval on a toy run: what it writes, what it refuses, and a report that needs nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from data.images.config import ImagesConfig
+from pipeline.config import Config
+from pipeline.evaluate import evaluate
+from pipeline.report import panels_of, read_scalars, smoothed
+from pipeline.run import RunError
+from stages.conditions.labels import ClassConditionConfig
+from stages.factory import build_prior, build_tokenizer
+from stages.measures.config import EvalConfig
+from stages.prior.transformer import TransformerPriorConfig
+from stages.tokenizer.quantizers import FSQConfig
+from stages.tokenizer.sit import SITConfig
+from stages.tokenizer.transformer import TransformerConfig
+from stages.weights import WeightsError, file_sha256, load_tokenizer, save_prior, save_tokenizer
+
+CLASSES = ["bright", "dark"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 20 training and 8 held-out pictures."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 8)):
+        for index, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 128, (16, 16, 3)) + (128 if index == 0 else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+def toy_run(folder: Path, images: Path, with_prior: bool) -> Config:
+    """A run with an untrained tokenizer and, where asked, an untrained prior of its tokens."""
+    width = TransformerConfig(depth=1, width=16, heads=2)
+    tokenizer_config = SITConfig(
+        path=str(folder / "tokenizer/tokenizer.safetensors"),
+        scales=2,
+        patch=4,
+        attention="sit-scd",
+        encoder=width,
+        decoder=width,
+        quantizer=FSQConfig(levels=[3, 3]),
+    )
+    config = Config(
+        name="toy",
+        run=str(folder),
+        images=ImagesConfig(kind="folder", path=str(images), size=16),
+        tokenizer=tokenizer_config,
+        condition=ClassConditionConfig(),
+        prior=TransformerPriorConfig(path=str(folder / "prior/prior.safetensors"), depth=1, width=16, heads=2),
+        eval=EvalConfig(num_images=16, num_samples=6, batch_size=4, classifier_steps=5, neighbours=2),
+    )
+    config.tokens.path = str(folder / "tokens")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(tokenizer_config, (16, 16), 3)
+    path = Path(tokenizer_config.path)
+    save_tokenizer(path, tokenizer, tokenizer_config)
+    if with_prior:
+        prior = build_prior(config.prior, config.condition, tokenizer.layout, CLASSES)
+        extra = {"tokenizer_sha256": file_sha256(path)}
+        save_prior(Path(config.prior.path), prior, config.prior, config.condition, extra)
+    return config
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+class References(HTMLParser):
+    """All that a page would fetch, and the pictures inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object", "embed")
+        self.found += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    config = toy_run(run, images, with_prior=True)
+    with SummaryWriter(str(run / "tokenizer" / "logs")) as writer:
+        for step in range(30):
+            writer.add_scalar("loss/pixel", 1 / (step + 1), step)
+        writer.add_scalar("validation/psnr", 20, 30)
+    return evaluate(config)
+
+
+def test_everything_is_written_and_every_number_has_its_company(evaluated: Path) -> None:
+    names = {path.name for path in evaluated.iterdir()}
+    pictures = {f"{name}.png" for name in ("reconstructions", "prefixes", "samples", "neighbours", "curves")}
+    assert names == pictures | {"metrics.json", "report.html", "samples.npz"}
+    metrics = read(evaluated)
+    samples, rate = metrics["samples"], metrics["rate"]
+    assert metrics["skipped"] == []
+    assert len(metrics["settings"]["tokenizer"]["sha256"]) == 64
+    assert metrics["settings"]["config"]["eval"]["num_samples"] == 6
+    assert (
+        metrics["tokenizer"]["fd_lite0"]["too_few_images"] and metrics["tokenizer"]["fd_lite0"]["same_backbone_as_loss"]
+    )
+    assert {"psnr_mean_of_images", "perceptual_lite0", "prior_bits_per_pixel"} <= set(rate)
+    # 2 scales of 4 tokens out of 9 codes, on 256 pixels
+    assert rate["fixed_length_bits_per_pixel"] == pytest.approx(8 * np.log2(9) / 256)
+    assert samples["fd_lite0_of_real_images"]["num_judged"] == 6
+    assert set(samples["class_accuracy"]) >= {"total", "balanced", "per_class", "baseline_held_out"}
+    assert 0 <= samples["coverage_classifier"]["baseline_of_real_images"] <= 1
+    assert [entry["num_scales"] for entry in metrics["tokenizer"]["prefixes"]] == [1, 2]
+    # all scales are the image itself
+    assert metrics["tokenizer"]["prefixes"][-1]["psnr_mean_of_images"] == pytest.approx(rate["psnr_mean_of_images"])
+
+
+def test_samples_are_bytes_with_labels_in_equal_shares(evaluated: Path) -> None:
+    with np.load(evaluated / "samples.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_0"].shape == (6, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_report_fetches_nothing_and_its_pictures_decode(evaluated: Path) -> None:
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    parser = References()
+    parser.feed(page)
+    assert len(parser.found) == 5
+    for reference in parser.found:
+        assert reference.startswith("data:image/png;base64,")
+        with Image.open(io.BytesIO(base64.b64decode(reference.partition(",")[2]))) as picture:
+            picture.load()
+            assert min(picture.size) > 90
+    assert not re.search(r"https?://|url\(|@import|<script", page)
+    assert "bright" in page and "Twemoji" not in page
+
+
+def test_without_a_prior_the_tokenizer_is_evaluated_alone(tmp_path: Path, images: Path) -> None:
+    config = toy_run(tmp_path, images, with_prior=False)
+    config.images.size = 32
+    with pytest.raises(RunError, match="16x16"):
+        evaluate(config)
+    config.images.size = 16
+    folder = evaluate(config)
+    metrics = read(folder)
+    assert "samples" not in metrics and metrics["rate"]["prior_bits_per_pixel"] is None
+    assert any("no prior" in line for line in metrics["skipped"])
+    assert not (folder / "samples.npz").exists()
+    assert "tokenizer alone" in (folder / "report.html").read_text()
+
+
+def test_without_a_classifier_its_measures_are_named_as_skipped(tmp_path: Path, images: Path) -> None:
+    config = toy_run(tmp_path, images, with_prior=True)
+    config.eval.classifier = False
+    metrics = read(evaluate(config))
+    assert "class_accuracy" not in metrics["samples"] and "coverage_lite0" in metrics["samples"]
+    assert any("eval.classifier is off" in line for line in metrics["skipped"])
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, images: Path) -> None:
+    config = toy_run(tmp_path, images, with_prior=True)
+    config.sampling.scales = 1
+    with pytest.raises(RunError, match="sampling.scales"):
+        evaluate(config)
+    config.sampling.scales = 0
+    prior = build_prior(config.prior, config.condition, load_tokenizer(config.tokenizer.path)[0].layout, ["a", "b"])
+    extra = {"tokenizer_sha256": file_sha256(Path(config.tokenizer.path))}
+    save_prior(Path(config.prior.path), prior, config.prior, config.condition, extra)
+    with pytest.raises(RunError, match="classes a, b"):
+        evaluate(config)
+    torch.manual_seed(1)
+    save_tokenizer(Path(config.tokenizer.path), build_tokenizer(config.tokenizer, (16, 16), 3), config.tokenizer)
+    with pytest.raises(WeightsError, match="another tokenizer"):
+        evaluate(config)
+    Path(config.tokenizer.path).unlink()
+    with pytest.raises(RunError, match="train-tokenizer"):
+        evaluate(config)
+
+
+def test_curves_join_the_files_of_a_resumed_run(tmp_path: Path) -> None:
+    for part, steps in enumerate((range(0, 6), range(4, 10))):
+        with SummaryWriter(str(tmp_path / "logs"), filename_suffix=f".{part}") as writer:
+            for step in steps:
+                writer.add_scalar("loss/pixel", step + 100 * part, step)
+                writer.add_scalar("gradient_norm", 1, step)
+    scalars = read_scalars(tmp_path)
+    steps, values = scalars["loss/pixel"]
+    assert steps == list(range(10)) and values[:4] == [0, 1, 2, 3] and values[4:] == [104, 105, 106, 107, 108, 109]
+    assert panels_of(scalars) == {"loss/pixel": ["loss/pixel"]}
+    assert smoothed([2.0] * 5) == pytest.approx([2.0] * 5)
