@@ -1,4 +1,4 @@
-"""A deterministic toy tokenizer, toy images, and the command that caches them: run with ``python -m`` by the cache tests."""
+"""A deterministic toy tokenizer, toy images, and the command that caches them (``python -m``, by the cache tests)."""
 
 from __future__ import annotations
 
