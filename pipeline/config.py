@@ -85,9 +85,19 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "images.eval_view": ("center", "pad"),
     "tokens.precision": ("32", "bf16"),
     "tokenizer_training.precision": ("32", "bf16"),
+    "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
     "prior_training.precision": ("32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
 }
+
+SHARES = (
+    "images.val_share",
+    "images.max_corrupt_share",
+    "condition.dropout",
+    "prior.dropout",
+    "tokenizer_training.ema_decay",
+    "prior_training.ema_decay",
+)
 
 POSITIVE = (
     "images.size",
@@ -122,13 +132,20 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = OmegaConf.load(path)
         if not isinstance(raw, DictConfig):
             raise ConfigError(f"{path}: a config is a mapping of sections")
-        given = OmegaConf.merge({"name": path.stem}, raw, OmegaConf.from_dotlist(list(overrides)))
+        chosen = OmegaConf.from_dotlist(list(overrides))
         schema = OmegaConf.structured(Config)
         for section, (default, lookup) in KINDS.items():
-            if section == "tokenizer.quantizer" and "quantizer" not in schema.tokenizer:
-                continue
-            kind = OmegaConf.select(given, f"{section}.kind", default=default)
-            OmegaConf.update(schema, section, OmegaConf.structured(lookup(kind)[0](kind=kind)), merge=False)
+            if OmegaConf.select(schema, section) is None:
+                continue  # this kind of the outer section has no such part
+            written = OmegaConf.select(raw, f"{section}.kind", default=default)
+            kind = OmegaConf.select(chosen, f"{section}.kind", default=written)
+            part = OmegaConf.structured(lookup(kind)[0](kind=kind))
+            OmegaConf.update(schema, section, part, merge=False)
+            if kind != written and OmegaConf.select(raw, section) is not None:
+                # another kind from the command line: the YAML's keys of the old one no longer count
+                kept = {key: value for key, value in OmegaConf.select(raw, section).items() if key in part}
+                OmegaConf.update(raw, section, kept | {"kind": kind}, merge=False)
+        given = OmegaConf.merge({"name": path.stem}, raw, chosen)
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0].removesuffix(".")
@@ -154,16 +171,19 @@ def check(config: Config) -> None:
     for key in POSITIVE:
         if get(config, key) < 1:
             raise ConfigError(f"{key}={get(config, key)}; allowed: 1 or more")
+    for key in SHARES:
+        if not 0 <= get(config, key) < 1:
+            raise ConfigError(f"{key}={get(config, key)}; allowed: 0 to 1, without 1")
     for refuses, message in ILLEGAL:
         if refuses(config):
             raise ConfigError(message(config))
 
 
 def get(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """The value of a dotted key; 0 for a key that the chosen kind does not have."""
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, 0)
     return value
 
 
@@ -172,10 +192,6 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
     (
         lambda c: len(c.images.crop_scale) != 2 or not 0 < c.images.crop_scale[0] <= c.images.crop_scale[1] <= 1,
         lambda c: f"images.crop_scale={c.images.crop_scale}; allowed: two shares of the area, 0 < low <= high <= 1",
-    ),
-    (
-        lambda c: not 0 < c.images.val_share < 1,
-        lambda c: f"images.val_share={c.images.val_share}; allowed: between 0 and 1",
     ),
     (
         lambda c: c.images.kind in ("folder", "webdataset") and c.images.path is None,

@@ -1,0 +1,103 @@
+"""Config: every shipped experiment builds, and a mistake ends before any work with one line."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from data.layout import Tokens
+from pipeline.config import CONFIG_FOLDER, ConfigError, load_config, to_plain
+from stages.factory import build_prior, build_tokenizer
+from stages.tokenizer.module import TokenizerModule
+from stages.tokenizer.transformer import TransformerConfig
+
+SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def test_the_shipped_experiments_are_there():
+    assert {"demo", "fashion", "photos64", "imagenet256"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_shipped_config_builds_at_full_size(name):
+    config = load_config(name)
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(config.tokenizer, (config.images.size,) * 2, config.images.channels)
+        prior = build_prior(config.prior, config.condition, tokenizer.layout, ["a", "b"])
+    assert tokenizer.layout.image_size == (config.images.size, config.images.size)
+    assert sum(parameter.numel() for parameter in prior.parameters()) > 1e6
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
+    torch.manual_seed(0)
+    config = load_config(name)
+    small = TransformerConfig(depth=1, width=32, heads=4)
+    side = 2 ** (config.tokenizer.scales - 1) * config.tokenizer.patch * 2
+    tokenizer_config = dataclasses.replace(config.tokenizer, encoder=small, decoder=small)
+    training = dataclasses.replace(config.tokenizer_training, perceptual="none", discriminator_width=8)
+    tokenizer = build_tokenizer(tokenizer_config, (side, side), config.images.channels)
+    pixels = torch.rand(2, config.images.channels, side, side) * 2 - 1
+    tokenizer.fit([pixels])
+    terms, _, ids = TokenizerModule(tokenizer, training, 0).loss_terms(pixels)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert all(parameter.grad is not None for parameter in tokenizer.parameters())
+    prior_config = dataclasses.replace(config.prior, depth=1, width=32, heads=4)
+    prior = build_prior(prior_config, config.condition, tokenizer.layout, ["a", "b"])
+    nll = prior.nll(Tokens.fixed(ids), torch.tensor([0, 1]))
+    nll.mean().backward()
+    assert nll.shape == ids.shape and torch.isfinite(nll).all()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokenizer.scalse=4", "scalse"),
+        ("prior_training.max_steps=many", "many"),
+        ("tokenizer.kind=vqgan", "tokenizer.kind='vqgan'; allowed: sit, vit-vqgan"),
+        ("tokenizer.quantizer.kind=ema", "tokenizer.quantizer.kind='ema'; allowed: cosine, fsq"),
+        ("prior.kind=rnn", "prior.kind='rnn'; allowed: transformer"),
+        ("images.kind=cifar", "images.kind='cifar'; allowed: folder, webdataset, fashion, demo, photos"),
+        ("images.size=0", "images.size=0; allowed: 1 or more"),
+        ("images.size=null", "size"),
+        ("--seed=1", "is no override; write key=value"),
+        ("seed", "is no override"),
+        ("trainer.devices=0", "trainer.devices=0; allowed"),
+        ("images.crop_scale=[0.5,1.5]", "images.crop_scale"),
+        ("images.kind=folder", "images.path is not set"),
+        ("sampling.guidance=nan", "finite"),
+        ("tokenizer_training.perceptual=vgg", "perceptual"),
+        ("condition.dropout=1.5", "condition.dropout"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(ConfigError, match=None) as caught:
+        load_config("demo", [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_kind_picks_the_keys_of_its_section():
+    config = load_config("demo", ["tokenizer.quantizer.kind=cosine"])
+    assert config.tokenizer.quantizer.codes == 8192 and config.tokenizer.patch == 1
+    config = load_config("demo", ["tokenizer.kind=vit-vqgan", "tokenizer.scales=1", "tokenizer.patch=8"])
+    assert config.tokenizer.transform == "identity" and config.tokenizer.encoder.width == 128
+    with pytest.raises(ConfigError, match="levels"):
+        load_config("demo", ["tokenizer.quantizer.kind=cosine", "tokenizer.quantizer.levels=[2,2]"])
+
+
+def test_a_missing_config_lists_the_shipped_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"CONFIG=nothing: no such file.*demo, fashion"):
+        load_config("nothing")
+    (tmp_path / "broken.yaml").write_text("images: {kind: [}")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_overrides_reach_interpolations_and_the_plain_config():
+    config = load_config("demo", ["run=/tmp/elsewhere"])
+    assert config.name == "demo" and config.prior.path == "/tmp/elsewhere/prior/prior.safetensors"
+    assert to_plain(config)["tokenizer"]["quantizer"]["levels"] == [8, 5, 5, 5]
