@@ -8,3 +8,7 @@ class OctavesError(Exception):
 
     Commands print it as one line; every other exception is a defect and keeps its traceback.
     """
+
+
+class InputError(OctavesError, ValueError):
+    """A value outside what is allowed: an id, a size, a setting."""

@@ -23,12 +23,12 @@ class Throughput(L.Callback):
         self._ended = self._window_start = self._started = time.perf_counter()
         self._first_step = pl_module.step
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._waited += time.perf_counter() - self._ended
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = self._ended = time.perf_counter()
         self._samples += len(batch["index"]) * trainer.world_size
         step = pl_module.step

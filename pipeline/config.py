@@ -18,12 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import OctavesError
 from data.images.config import ImagesConfig
 from data.tokens.config import TokensConfig
-from stages.measures.config import EvalConfig
+from stages.conditions.config import ConditionConfig
 from stages.factory import condition_kind, prior_kind, quantizer_kind, tokenizer_kind
+from stages.measures.config import EvalConfig
 from stages.prior.config import PriorConfig, PriorTrainingConfig
 from stages.prior.sampling import SamplingConfig
 from stages.tokenizer.config import TokenizerConfig, TokenizerTrainingConfig
-from stages.conditions.config import ConditionConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 

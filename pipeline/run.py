@@ -91,4 +91,3 @@ def need(path: str | Path, what: str, command: str, config: Config) -> Path:
             f"{path} is missing: no {what} yet. Run `python -m pipeline {command} <your config> run={config.run}` first"
         )
     return Path(path)
-

@@ -24,7 +24,6 @@ from pipeline.callbacks import StepProgressBar, Throughput
 from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
 from pipeline.run import RunError, need, stage_folder
-from stages.contract import Tokenizer
 from stages.factory import build_prior, build_tokenizer
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule

@@ -1,4 +1,4 @@
-"""The contract between the stages: a Tokenizer makes tokens, a Condition says what they shall show, a Prior models them.
+"""The contract between the stages: a Tokenizer makes tokens, a Condition says what of, a Prior models them.
 
 A new tokenizer is one file with a subclass of ``Tokenizer``, one line in ``stages/factory.py``, one YAML and one test.
 The sampling engine sees ``begin / logits / advance`` of a Prior and nothing else.
@@ -45,7 +45,7 @@ class Tokenizer(nn.Module, ABC):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Measure and store statistics of the data (pixels [B, C, H, W]) before training. Default: nothing to measure."""
+        """Measure and store statistics of pixels [B, C, H, W] before training. Default: nothing to measure."""
 
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """One training pass of a learned tokenizer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from data.errors import InputError
+
 if TYPE_CHECKING:
     from data.layout import TokenLayout
     from stages.contract import Condition, Prior, Tokenizer
@@ -31,7 +33,7 @@ PRIORS: Registry = {
 
 def _look_up(registry: Registry, section: str, kind: str) -> tuple[Any, Any]:
     if kind not in registry:
-        raise ValueError(f"{section}.kind={kind!r}; allowed: {', '.join(sorted(registry))}")
+        raise InputError(f"{section}.kind={kind!r}; allowed: {', '.join(sorted(registry))}")
     module, config, cls = registry[kind]
     loaded = import_module(module)
     return getattr(loaded, config), getattr(loaded, cls)

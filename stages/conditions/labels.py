@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from data.errors import InputError
 from stages.conditions.config import ConditionConfig
 from stages.contract import Condition
 
@@ -34,7 +35,7 @@ class ClassCondition(Condition):
     def __init__(self, config: ConditionConfig, class_names: list[str], width: int) -> None:
         super().__init__()
         if not class_names:
-            raise ValueError("condition.kind=class, but the cache has no class names; use condition.kind=none")
+            raise InputError("condition.kind=class, but the cache has no class names; use condition.kind=none")
         self.num_classes = len(class_names)
         self.dropout = config.dropout
         self.table = nn.Embedding(self.num_classes + 1, width)
@@ -43,7 +44,7 @@ class ClassCondition(Condition):
     def forward(self, labels: Tensor) -> Tensor:
         if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             wrong = int(labels.max()) if int(labels.max()) >= self.num_classes else int(labels.min())
-            raise ValueError(f"class id {wrong}; allowed: 0 to {self.num_classes - 1}, or -1 for none")
+            raise InputError(f"class id {wrong}; allowed: 0 to {self.num_classes - 1}, or -1 for none")
         return self.table(torch.where(labels < 0, self.num_classes, labels)).unsqueeze(1)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.contract import Prior
 
@@ -46,15 +47,15 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
     for name, low, high in (("temperature", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 1e-9, 1)):
         values = getattr(settings, name)
         if len(values) not in (1, num_scales):
-            raise ValueError(f"sampling.{name} has {len(values)} values; allowed: 1, or {num_scales} (one per scale)")
+            raise InputError(f"sampling.{name} has {len(values)} values; allowed: 1, or {num_scales} (one per scale)")
         if not all(low <= value <= high for value in values):
-            raise ValueError(f"sampling.{name}={values}; allowed: {low} to {high}")
+            raise InputError(f"sampling.{name}={values}; allowed: {low} to {high}")
     if settings.guidance_schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(
+        raise InputError(
             f"sampling.guidance_schedule={settings.guidance_schedule!r}; allowed: constant, linear, cosine"
         )
     if not 0 <= settings.scales <= num_scales:
-        raise ValueError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
+        raise InputError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
 
 
 def guidance_at(settings: SamplingConfig, position: int, length: int) -> float:
@@ -80,14 +81,14 @@ def sample(
     check_sampling(settings, layout)
     batch, device = len(labels), labels.device
     if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} samples")
+        raise InputError(f"{len(seeds)} seeds for {batch} samples")
     length = layout.prefix_length(settings.scales) if settings.scales else layout.length
     ids = torch.zeros(batch, length, layout.num_fields, dtype=torch.int64, device=device)
     start = 0
     if prefix is not None:
         start = prefix.ids.shape[1]
         if start > length or len(prefix) != batch:
-            raise ValueError(f"a prefix of {len(prefix)}x{start} elements for {batch} sequences of {length}")
+            raise InputError(f"a prefix of {len(prefix)}x{start} elements for {batch} sequences of {length}")
         ids[:, :start] = prefix.ids
         if start == length:
             return Tokens.fixed(ids)

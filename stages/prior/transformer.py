@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.attention import attend
 from stages.conditions.config import ConditionConfig
@@ -114,9 +115,9 @@ class TransformerPrior(Prior):
     ) -> None:
         super().__init__()
         if layout.ends != "fixed" or layout.header:
-            raise ValueError(f"prior.kind=transformer models layouts of fixed length; this one ends by {layout.ends}")
+            raise InputError(f"prior.kind=transformer models layouts of fixed length; this one ends by {layout.ends}")
         if config.width % config.heads:
-            raise ValueError(f"prior.width={config.width} is no multiple of prior.heads={config.heads}")
+            raise InputError(f"prior.width={config.width} is no multiple of prior.heads={config.heads}")
         self.config = config
         self.condition_config = condition
         self.layout = layout
@@ -236,7 +237,14 @@ class TransformerPrior(Prior):
         weight = self.table.weight
         dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else None
         cache = torch.zeros(
-            len(self.blocks), 2, batch, self.config.heads, size, width, device=weight.device, dtype=dtype or weight.dtype
+            len(self.blocks),
+            2,
+            batch,
+            self.config.heads,
+            size,
+            width,
+            device=weight.device,
+            dtype=dtype or weight.dtype,
         )
         x = self._slots(labels, ids, ids.shape[1])
         return DecodingState(cache, ids.shape[1], self._step(x, torch.arange(x.shape[1], device=x.device), cache))

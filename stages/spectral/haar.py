@@ -81,9 +81,7 @@ def haar_dwt(x: Tensor, levels: int, scaling: Scaling = "orthonormal") -> list[T
     return [approximation, *reversed(details)]
 
 
-def haar_idwt(
-    bands: Sequence[Tensor], scaling: Scaling = "orthonormal", size: tuple[int, int] | None = None
-) -> Tensor:
+def haar_idwt(bands: Sequence[Tensor], scaling: Scaling = "orthonormal", size: tuple[int, int] | None = None) -> Tensor:
     """The inverse of ``haar_dwt``. ``size`` is the image's (height, width), needed where a side was odd on the way."""
     sizes: list[tuple[int, int] | None] = [None] * (len(bands) - 1)
     if size is not None:

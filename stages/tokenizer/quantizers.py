@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional
 
+from data.errors import InputError
 from data.layout import Field
 
 
@@ -84,7 +85,7 @@ class Quantizer(nn.Module, ABC):
             low, high = int(ids[..., index].min()), int(ids[..., index].max())
             if low < 0 or high >= part.vocabulary_size:
                 seen = low if low < 0 else high
-                raise ValueError(f"id {seen} of field {part.name}; allowed: 0 to {part.vocabulary_size - 1}")
+                raise InputError(f"id {seen} of field {part.name}; allowed: 0 to {part.vocabulary_size - 1}")
 
     def copy_revived(self, average: Quantizer) -> None:
         """Copy rows that were revived since the last call into ``average``, the averaged copy of this module."""
@@ -99,7 +100,7 @@ class FSQ(Quantizer):
     def __init__(self, config: FSQConfig, width_in: int, width_out: int) -> None:
         super().__init__()
         if not config.levels or min(config.levels) < 2:
-            raise ValueError(f"tokenizer.quantizer.levels={config.levels}; allowed: two or more values a number")
+            raise InputError(f"tokenizer.quantizer.levels={config.levels}; allowed: two or more values a number")
         self.fields = (Field("code", math.prod(config.levels)),)
         self.project_in = nn.Linear(width_in, len(config.levels))
         self.project_out = nn.Linear(len(config.levels), width_out)
@@ -140,7 +141,7 @@ class CosineVQ(Quantizer):
     def __init__(self, config: CosineVQConfig, width_in: int, width_out: int) -> None:
         super().__init__()
         if config.codes < 2:
-            raise ValueError(f"tokenizer.quantizer.codes={config.codes}; allowed: 2 or more")
+            raise InputError(f"tokenizer.quantizer.codes={config.codes}; allowed: 2 or more")
         self.config = config
         self.fields = (Field("code", config.codes),)
         self.project_in = nn.Linear(width_in, config.code_dim)

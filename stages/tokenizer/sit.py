@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from data.errors import InputError
 from data.layout import Scale, TokenLayout, Tokens
 from stages.contract import PrefixUnsupported, Tokenizer, TokenizerOutput
 from stages.factory import build_quantizer
@@ -90,12 +91,17 @@ class SIT(Tokenizer):
 
         num_codebooks = min(config.scales, 2)
         self.quantizers = nn.ModuleList(
-            [build_quantizer(config.quantizer, config.encoder.width, config.decoder.width) for _ in range(num_codebooks)]
+            [
+                build_quantizer(config.quantizer, config.encoder.width, config.decoder.width)
+                for _ in range(num_codebooks)
+            ]
         )
         self.layout = TokenLayout(
             scales=tuple(
                 Scale(
-                    name="approximation" if index == 0 and config.transform == "haar" else f"detail{index}"
+                    name="approximation"
+                    if index == 0 and config.transform == "haar"
+                    else f"detail{index}"
                     if index
                     else "raster",
                     length=tokens,
@@ -112,9 +118,7 @@ class SIT(Tokenizer):
             encodes_prefixes=causal_encoder and config.scales > 1,
             decodes_prefixes=causal_decoder and config.scales > 1,
         )
-        widths = [
-            channels * (1 if index == 0 else 3) * patch * patch for index, patch in enumerate(self.patches)
-        ]
+        widths = [channels * (1 if index == 0 else 3) * patch * patch for index, patch in enumerate(self.patches)]
         scale_lengths = [tokens] * config.scales
         separate = config.specialised and config.scales > 1
         groups = [tokens, tokens * self.levels] if separate else [tokens * config.scales]
@@ -135,7 +139,7 @@ class SIT(Tokenizer):
         size = tuple(pixels.shape[-2:])
         rungs = [scale.image_size for scale in self.layout.scales]
         if size not in rungs:
-            raise ValueError(f"an image of {size[0]}x{size[1]}; this tokenizer takes {_sizes(rungs)}")
+            raise InputError(f"an image of {size[0]}x{size[1]}; this tokenizer takes {_sizes(rungs)}")
         bands = haar_dwt(pixels, rungs.index(size), "averaging")
         return [
             to_patches(band if index == 0 else band.flatten(1, 2), patch)
@@ -159,7 +163,7 @@ class SIT(Tokenizer):
                 total[index] += part.sum()
                 squares[index] += part.square().sum()
         if count[0] == 0:
-            raise ValueError("no images to measure coefficient statistics from")
+            raise InputError("no images to measure coefficient statistics from")
         mean = total / count
         mean[1:] = 0  # details are centred by nature; what is measured is chance
         std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
@@ -172,18 +176,14 @@ class SIT(Tokenizer):
     def _encode_features(self, pixels: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, enabled=False):
             parts = self.analyse(pixels)
-            parts = [
-                (part - self.scale_mean[index]) / self.scale_std[index] for index, part in enumerate(parts)
-            ]
+            parts = [(part - self.scale_mean[index]) / self.scale_std[index] for index, part in enumerate(parts)]
         return self.encoder(torch.cat([embed(part) for embed, part in zip(self.embed, parts, strict=False)], dim=1))
 
     def _decode_features(self, features: Tensor) -> Tensor:
         hidden = self.decoder(features).split(self.grid[0] * self.grid[1], dim=1)
         parts = [head(part) for head, part in zip(self.heads, hidden, strict=False)]
         with torch.autocast(features.device.type, enabled=False):
-            parts = [
-                part.float() * self.scale_std[index] + self.scale_mean[index] for index, part in enumerate(parts)
-            ]
+            parts = [part.float() * self.scale_std[index] + self.scale_mean[index] for index, part in enumerate(parts)]
             return self.synthesise(parts)
 
     def _by_codebook(self, x: Tensor) -> list[Tensor]:
@@ -217,7 +217,7 @@ class SIT(Tokenizer):
     def decode(self, tokens: Tokens) -> Tensor:
         num_scales = self.layout.num_scales_in(tokens.ids.shape[1])
         if num_scales == 0:
-            raise ValueError("no tokens to decode")
+            raise InputError("no tokens to decode")
         if num_scales < len(self.layout.scales) and not self.layout.decodes_prefixes:
             raise PrefixUnsupported(
                 f"{num_scales} of {len(self.layout.scales)} scales given to a decoder ({self.config.attention}) that "
@@ -235,18 +235,18 @@ class SIT(Tokenizer):
 def check_config(config: SITConfig, image_size: tuple[int, int]) -> None:
     """Raise ValueError for a config that has no geometry, naming what is allowed."""
     if config.attention not in CAUSAL:
-        raise ValueError(f"tokenizer.attention={config.attention!r}; allowed: {', '.join(CAUSAL)}")
+        raise InputError(f"tokenizer.attention={config.attention!r}; allowed: {', '.join(CAUSAL)}")
     if config.transform not in ("haar", "identity"):
-        raise ValueError(f"tokenizer.transform={config.transform!r}; allowed: haar, identity")
+        raise InputError(f"tokenizer.transform={config.transform!r}; allowed: haar, identity")
     if config.transform == "identity" and config.scales != 1:
-        raise ValueError(f"tokenizer.scales={config.scales}; transform identity has 1")
+        raise InputError(f"tokenizer.scales={config.scales}; transform identity has 1")
     if config.scales < 1 or config.patch < 1:
-        raise ValueError(f"tokenizer.scales={config.scales}, tokenizer.patch={config.patch}; allowed: 1 or more")
+        raise InputError(f"tokenizer.scales={config.scales}, tokenizer.patch={config.patch}; allowed: 1 or more")
     unit = 2 ** (config.scales - 1) * config.patch
     for side in image_size:
         if side % unit:
             near = (max(1, side // unit) * unit, (side // unit + 1) * unit)
-            raise ValueError(
+            raise InputError(
                 f"images.size={side}: {config.scales} scales with patch {config.patch} need a multiple of {unit} "
                 f"(nearest: {near[0]}, {near[1]})"
             )

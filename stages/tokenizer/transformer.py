@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from data.errors import InputError
 from stages.attention import attend
 
 
@@ -84,7 +85,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         if config.width % config.heads:
-            raise ValueError(f"width={config.width} is no multiple of heads={config.heads}")
+            raise InputError(f"width={config.width} is no multiple of heads={config.heads}")
         self.group_lengths = tuple(group_lengths)
         self.position = nn.Parameter(torch.randn(1, sum(scale_lengths), config.width) * 0.02)
         self.blocks = nn.ModuleList([Block(config, len(group_lengths)) for _ in range(config.depth)])

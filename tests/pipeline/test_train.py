@@ -20,7 +20,6 @@ from stages.training import NonFiniteLoss, trainer_steps
 from stages.weights import read_weights
 
 
-
 def run_ddp(tmp_path, tiny, name, *overrides):
     folder = tmp_path / name
     folder.mkdir()

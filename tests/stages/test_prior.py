@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data.layout import Tokens
-from stages.factory import build_prior
 from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
+from stages.factory import build_prior
 from stages.prior.transformer import TransformerPriorConfig
 from stages.weights import WeightsError, check_pair, load_prior, load_tokenizer, save_prior
 from tests.stages.toys import layout, prior

@@ -20,7 +20,7 @@ def test_lookup_of_ids_is_what_was_quantised(config):
     result = quantizer(torch.randn(3, 40, 16) * 3)
     assert result.features.shape == (3, 40, 24) and result.ids.shape == (3, 40, 1)
     torch.testing.assert_close(quantizer.lookup(result.ids), result.features, atol=1e-5, rtol=1e-5)
-    assert 0 <= result.ids.min() and result.ids.max() < quantizer.fields[0].vocabulary_size
+    assert result.ids.min() >= 0 and result.ids.max() < quantizer.fields[0].vocabulary_size
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -3,9 +3,9 @@
 import torch
 
 from data.layout import Field, Scale, TokenLayout
+from stages.conditions.labels import ClassConditionConfig
 from stages.contract import Prior
 from stages.factory import build_prior
-from stages.conditions.labels import ClassConditionConfig
 from stages.prior.transformer import TransformerPriorConfig
 
 
@@ -14,9 +14,7 @@ def layout(vocabulary=11, num_fields=1, scales=3, decodes_prefixes=True):
     coarse = tuple(Field(f"field{index}", vocabulary) for index in range(num_fields))
     fine = tuple(Field(f"field{index}", vocabulary + 2) for index in range(num_fields))
     return TokenLayout(
-        tuple(
-            Scale(f"scale{k}", 4, (2, 2), min(k, 1), fine if k else coarse, (4 << k, 4 << k)) for k in range(scales)
-        ),
+        tuple(Scale(f"scale{k}", 4, (2, 2), min(k, 1), fine if k else coarse, (4 << k, 4 << k)) for k in range(scales)),
         decodes_prefixes=decodes_prefixes,
     )
 
