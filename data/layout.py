@@ -137,7 +137,7 @@ class TokenLayout:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TokenLayout:
-        """The inverse of ``to_dict``, also after a trip through JSON. Raises TypeError or ValueError on foreign data."""
+        """The inverse of ``to_dict``, also after JSON. Raises TypeError or ValueError on foreign data."""
 
         def fields(items: list[dict[str, Any]]) -> tuple[Field, ...]:
             return tuple(Field(**item) for item in items)

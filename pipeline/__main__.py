@@ -65,7 +65,7 @@ def run(command: str, arguments: list[str]) -> None:
             request = OmegaConf.merge(
                 {"run": config.run}, OmegaConf.structured(SampleRequest), OmegaConf.from_dotlist(chosen)
             )
-            sample_images(config, SampleRequest(**{str(key): request[key] for key in own}))
+            sample_images(config, SampleRequest(**{key: OmegaConf.select(request, key) for key in own}))
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from error
         return

@@ -235,17 +235,10 @@ class TransformerPrior(Prior):
         ids = labels.new_zeros(batch, 0, self.layout.num_fields) if prefix is None else prefix.ids
         size = self.condition.num_states + length - 1
         weight = self.table.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else None
-        cache = torch.zeros(
-            len(self.blocks),
-            2,
-            batch,
-            self.config.heads,
-            size,
-            width,
-            device=weight.device,
-            dtype=dtype or weight.dtype,
-        )
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        shape = (len(self.blocks), 2, batch, self.config.heads, size, width)
+        cache = torch.zeros(shape, device=weight.device, dtype=dtype)
         x = self._slots(labels, ids, ids.shape[1])
         return DecodingState(cache, ids.shape[1], self._step(x, torch.arange(x.shape[1], device=x.device), cache))
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def to_patches(band: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] → [B, (H/p)(W/p), C·p·p], tokens in raster order. Raises ValueError when p does not divide a side."""
+    """[B, C, H, W] → [B, (H/p)(W/p), C·p·p], in raster order. Raises ValueError when p does not divide a side."""
     batch, channels, height, width = band.shape
     if height % patch or width % patch:
         raise ValueError(f"a band of {height}x{width} cannot be cut into patches of {patch}")

@@ -136,7 +136,7 @@ class TokenizerModule(L.LightningModule):
             optimizer = cast(LightningOptimizer, optimizer)
             schedule.step_update(step)
             logs[f"gradient_norm/{name}"] = gradient_norm(cast(torch.nn.Module, network))
-            self.clip_gradients(optimizer, self.config.gradient_clip_norm, "norm")
+            self.clip_gradients(optimizer.optimizer, self.config.gradient_clip_norm, "norm")
             optimizer.step()
             optimizer.zero_grad()
             logs[f"learning_rate/{name}"] = torch.tensor(optimizer.param_groups[0]["lr"])

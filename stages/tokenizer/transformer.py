@@ -98,7 +98,7 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             for layers in (block.project, [mlp[-1] for mlp in block.mlp]):  # type: ignore[index]
                 for layer in layers:
-                    nn.init.normal_(layer.weight, std=0.02 / (2 * config.depth) ** 0.5)
+                    nn.init.normal_(layer.weight, std=0.02 / (2 * config.depth) ** 0.5)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] → [B, L, D]; L may be a prefix of whole scales."""

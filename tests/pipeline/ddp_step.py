@@ -1,4 +1,4 @@
-"""``python -m tests.pipeline.ddp_step FOLDER <command> CONFIG …``: a command whose ranks leave their weights in FOLDER."""
+"""``python -m tests.pipeline.ddp_step FOLDER <command> CONFIG …``: each rank leaves its weights in FOLDER."""
 
 import os
 import sys

@@ -71,7 +71,7 @@ def weights(path):
 
 
 def test_accumulated_batches_equal_the_large_batch(tmp_path, tiny):
-    """Without the adversary: spectral norms take a power step at every forward pass, so there the two differ a little."""
+    """Without the adversary: spectral norms move at every forward pass, so there the two differ a little."""
     without_codebook(tiny)
     common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_weight=0"]
     large = load_config(tiny, [f"run={tmp_path}/large", *common, "tokenizer_training.batch_size_per_device=8"])
