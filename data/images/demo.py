@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from data.images.config import ImagesConfig
-from data.images.source import ImageSource, PackedStrings, Sample, decode, hashed_order, sha256_of
+from data.images.source import ImagesError, ImageSource, PackedStrings, Sample, decode, hashed_order, sha256_of
 from data.images.views import view_pixels
 
 TWIN_SIZE = 32
@@ -45,7 +45,7 @@ class Icon:
 class DemoSource(ImageSource):
     """One side of the icons: 72 x 72 PNG in nine categories, caption = name and keywords.
 
-    Raises ModuleNotFoundError that names the extra to install.
+    Raises ImagesError that names the extra to install.
     """
 
     small = True
@@ -76,10 +76,10 @@ class DemoSource(ImageSource):
 
 
 def package_folder(package: str) -> Path:
-    """The folder of an installed package, without importing it. Raises ModuleNotFoundError."""
+    """The folder of an installed package, without importing it. Raises ImagesError."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"images.kind=demo needs the package {package}: pip install 'octaves[demo]'")
+        raise ImagesError(f"images.kind=demo needs the package {package}: pip install 'octaves[demo]'")
     return Path(spec.submodule_search_locations[0])
 
 

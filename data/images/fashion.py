@@ -10,7 +10,7 @@ import numpy as np
 
 from data.images.config import ImagesConfig
 from data.images.home import data_home
-from data.images.source import ImageSource, Sample, sha256_of
+from data.images.source import ImagesError, ImageSource, Sample, sha256_of
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -30,7 +30,7 @@ PREFIXES = {"train": "train", "val": "t10k"}
 class FashionSource(ImageSource):
     """60,000 training and 10,000 held-out grey images, uint8 [28, 28], in 10 classes; the caption is the class name.
 
-    Raises FileNotFoundError that says how to get the files, ValueError for a damaged file.
+    Raises ImagesError that says how to get the files, or which file is damaged.
     """
 
     class_names = CLASS_NAMES
@@ -42,7 +42,7 @@ class FashionSource(ImageSource):
         self.images = read_idx(folder, f"{self.prefix}-images-idx3-ubyte", 3)
         self.labels = read_idx(folder, f"{self.prefix}-labels-idx1-ubyte", 1)
         if len(self.images) != len(self.labels):
-            raise ValueError(
+            raise ImagesError(
                 f"{folder}: {len(self.images)} images but {len(self.labels)} labels; fetch the files again"
             )
 
@@ -61,7 +61,7 @@ class FashionSource(ImageSource):
 
 
 def find_folder(config: ImagesConfig) -> Path:
-    """The folder with the idx files. Raises FileNotFoundError that lists where it looked and how to get them."""
+    """The folder with the idx files. Raises ImagesError that lists where it looked and how to get them."""
     roots = [Path(config.path).expanduser()] if config.path else [data_home()]
     candidates = [root / below for root in roots for below in (".", "fashion-mnist", "FashionMNIST/raw")]
     if not config.path:
@@ -69,7 +69,7 @@ def find_folder(config: ImagesConfig) -> Path:
     for folder in candidates:
         if find_file(folder, "train-images-idx3-ubyte") is not None:
             return folder
-    raise FileNotFoundError(
+    raise ImagesError(
         f"Fashion-MNIST is in none of {', '.join(str(folder) for folder in candidates)}. Install it with "
         "`apt-get install dataset-fashion-mnist`, or download it with "
         f"`python -c \"import torchvision; torchvision.datasets.FashionMNIST('{data_home()}', download=True)\"`"
@@ -82,17 +82,17 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def read_idx(folder: Path, name: str, num_dimensions: int) -> np.ndarray:
-    """A uint8 array of an idx file. Raises FileNotFoundError, or ValueError when it is damaged."""
+    """A uint8 array of an idx file. Raises ImagesError when it is missing or damaged."""
     path = find_file(folder, name)
     if path is None:
-        raise FileNotFoundError(f"{folder / name}.gz is missing beside the other Fashion-MNIST files")
+        raise ImagesError(f"{folder / name}.gz is missing beside the other Fashion-MNIST files")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+        raise ImagesError(f"{path} is damaged ({error}); fetch it again") from error
     start = 4 + 4 * num_dimensions
     shape = tuple(np.frombuffer(data[4:start], dtype=">u4").tolist())
     # Bytes 0-2 of an idx file say "unsigned bytes", byte 3 the number of dimensions.
     if data[:4] != bytes([0, 0, 8, num_dimensions]) or len(data) - start != int(np.prod(shape)):
-        raise ValueError(f"{path} is no idx file of {num_dimensions} dimensions, or cut short; fetch it again")
+        raise ImagesError(f"{path} is no idx file of {num_dimensions} dimensions, or cut short; fetch it again")
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)

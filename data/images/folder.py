@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from data.images.config import ImagesConfig
-from data.images.source import ImageSource, PackedStrings, Sample, decode, seeded_split, sha256_of
+from data.images.source import ImagesError, ImageSource, PackedStrings, Sample, decode, seeded_split, sha256_of
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -24,21 +24,21 @@ class FolderSource(ImageSource):
 
     ``class_names`` fixes the classes of a second folder (the held-out one) by those of the first.
 
-    Raises FileNotFoundError for a missing folder or one without images, ValueError for a class that is not in
+    Raises ImagesError for a missing folder, one without images, or a class that is not in
     ``class_names``.
     """
 
     def __init__(self, root: Path, class_names: tuple[str, ...] | None = None) -> None:
         if not root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; images.path names a folder of images")
+            raise ImagesError(f"{root}: no such folder; images.path names a folder of images")
         keys = sorted(walk(root))
         if not keys:
-            raise FileNotFoundError(f"{root} holds no images; accepted endings: {', '.join(ENDINGS)}")
+            raise ImagesError(f"{root} holds no images; accepted endings: {', '.join(ENDINGS)}")
         classes = [key.split("/", 1)[0] if "/" in key else None for key in keys]
         found = tuple(sorted({name for name in classes if name is not None}))
         foreign = set(found).difference(found if class_names is None else class_names)
         if foreign:
-            raise ValueError(f"{root}: the classes {', '.join(sorted(foreign))} are not among the training images")
+            raise ImagesError(f"{root}: the classes {', '.join(sorted(foreign))} are not among the training images")
         self.class_names = found if class_names is None else class_names
         numbers = {name: number for number, name in enumerate(self.class_names)}
         self.root = root
@@ -87,9 +87,9 @@ def split_roots(path: Path, val_path: str | None) -> tuple[Path, Path | None]:
 
 
 def open_folder(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """One side of the images under ``config.path``. Raises ValueError without a path, and like ``FolderSource``."""
+    """One side of the images under ``config.path``. Raises ImagesError without a path, and like ``FolderSource``."""
     if not config.path:
-        raise ValueError("images.kind=folder needs images.path=<folder of images>")
+        raise ImagesError("images.kind=folder needs images.path=<folder of images>")
     train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)
     train = FolderSource(train_root)
     if val_root is None:

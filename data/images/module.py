@@ -118,7 +118,7 @@ class ImageDataModule(L.LightningDataModule):
         )
 
 
-def as_read(batch: Batch) -> Batch:
+def as_read(batch: Any) -> Any:
     """The data sets of this module read whole batches: there is nothing left to collate."""
     return batch
 

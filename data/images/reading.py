@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from data.images.config import ImagesConfig
-from data.images.source import CorruptImage, ImageSource
+from data.images.source import CorruptImage, ImagesError, ImageSource
 from data.images.views import flips, train_pixels, view_pixels
 
 MIN_TRIED = 100
@@ -25,14 +25,14 @@ MIN_TRIED = 100
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Put the image's name before the message of a ValueError: a view does not know what it looks at."""
+    """Put the image's name before the message of an ImagesError: a view does not know what it looks at."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+    except ImagesError as error:
+        raise ImagesError(f"{key}: {error}") from error
 
 
-class TooManyCorrupt(RuntimeError):
+class TooManyCorrupt(ImagesError):
     """More unreadable images than ``images.max_corrupt_share`` allows."""
 
 
@@ -170,7 +170,7 @@ def read_eval(
 ) -> EvalView:
     """A deterministic view; ``eval`` stands for ``config.eval_view``.
 
-    Raises CorruptImage unless ``config.skip_corrupt``, and ValueError that names an image which does not fit the view.
+    Raises CorruptImage unless ``config.skip_corrupt``, and ImagesError that names an image which does not fit the view.
     """
     try:
         sample = source[index]

@@ -25,7 +25,16 @@ from braceexpand import braceexpand
 from data.images.config import ImagesConfig
 from data.images.folder import split_roots
 from data.images.home import data_home
-from data.images.source import CorruptImage, ImageSource, PackedStrings, Sample, decode, seeded_split, sha256_of
+from data.images.source import (
+    CorruptImage,
+    ImagesError,
+    ImageSource,
+    PackedStrings,
+    Sample,
+    decode,
+    seeded_split,
+    sha256_of,
+)
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 TEXT_ENDINGS = ("txt", "json")
@@ -39,8 +48,8 @@ class ShardSource(ImageSource):
     ``cls`` (or ``label`` in ``json``) gives the class, ``txt`` (or ``text`` or ``caption`` in ``json``) the caption.
     ``classes.txt`` beside the shards, one name a line, names the classes; else they are called by number.
 
-    Raises ValueError for a shard that is no complete tar or has a class that is no number, FileNotFoundError when no
-    record holds an image.
+    Raises ImagesError for a shard that is no complete tar or has a class that is no number, and when no record holds an
+    image.
     """
 
     def __init__(self, shards: list[Path], class_names: tuple[str, ...] | None = None) -> None:
@@ -52,7 +61,7 @@ class ShardSource(ImageSource):
             for key in PackedStrings(packed=(index["key_bytes"], index["key_borders"]))
         )
         if not self.keys:
-            raise FileNotFoundError(
+            raise ImagesError(
                 f"no record with an image in {shards[0]} … ({len(shards)} shards); "
                 f"accepted endings: {', '.join(IMAGE_ENDINGS)}"
             )
@@ -63,7 +72,7 @@ class ShardSource(ImageSource):
         num_classes = int(self.labels.max()) + 1
         self.class_names = read_class_names(shards[0].parent, num_classes) if class_names is None else class_names
         if num_classes > len(self.class_names):
-            raise ValueError(
+            raise ImagesError(
                 f"{shards[0].parent}: class {num_classes - 1} is beyond the {len(self.class_names)} known ones"
             )
         self._open: dict[int, int] = {}
@@ -135,7 +144,7 @@ def caption_of(record: dict[str, Any]) -> str:
 def shard_index(shard: Path) -> dict[str, np.ndarray]:
     """Names, places and labels of a shard's records, from the kept index or by a scan.
 
-    The kept index belongs to (path, size, time of change). Raises FileNotFoundError, and like ``scan_shard``.
+    The kept index belongs to (path, size, time of change). Raises ImagesError, and like ``scan_shard``.
     """
     stat = shard.stat()
     identity = f"{INDEX_VERSION} {shard.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -147,7 +156,7 @@ def shard_index(shard: Path) -> dict[str, np.ndarray]:
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **index)
+        np.savez(temporary, allow_pickle=False, **index)
         temporary.replace(path)
     except OSError as error:
         warnings.warn(f"the index of {shard} is not kept, so it is scanned each time: {error}", stacklevel=2)
@@ -157,7 +166,7 @@ def shard_index(shard: Path) -> dict[str, np.ndarray]:
 def scan_shard(shard: Path) -> dict[str, np.ndarray]:
     """The index of a shard by a walk over its headers: ``key_bytes``, ``key_borders``, ``places``, ``label``.
 
-    Raises ValueError for a damaged or compressed tar and for a class that is no number.
+    Raises ImagesError for a damaged or compressed tar and for a class that is no number.
     """
     keys: list[str] = []
     places: list[tuple[int, int, int, int, int]] = []
@@ -181,7 +190,7 @@ def scan_shard(shard: Path) -> dict[str, np.ndarray]:
                 )
                 labels.append(label_of(tar, members, f"{shard}: {key}"))
     except tarfile.TarError as error:
-        raise ValueError(f"{shard} is no complete, uncompressed tar ({error}); write it again") from error
+        raise ImagesError(f"{shard} is no complete, uncompressed tar ({error}); write it again") from error
     key_bytes, key_borders = PackedStrings(keys).arrays
     return {
         "key_bytes": key_bytes,
@@ -193,7 +202,8 @@ def scan_shard(shard: Path) -> dict[str, np.ndarray]:
 
 def records(tar: tarfile.TarFile) -> Iterable[tuple[str, dict[str, tarfile.TarInfo]]]:
     """(key, members by ending) of each record: neighbours whose names agree up to the first dot, as in webdataset."""
-    last, members = "", {}
+    last = ""
+    members: dict[str, tarfile.TarInfo] = {}
     for member in tar:
         folder, _, name = member.name.rpartition("/")
         stem, dot, ending = name.partition(".")
@@ -210,7 +220,7 @@ def records(tar: tarfile.TarFile) -> Iterable[tuple[str, dict[str, tarfile.TarIn
 
 
 def label_of(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], key: str) -> int:
-    """The class of a record, -1 for none. Raises ValueError for one that is no number."""
+    """The class of a record, -1 for none. Raises ImagesError for one that is no number."""
     ending = next((name for name in ("cls", "json") if name in members), None)
     if ending is None:
         return -1
@@ -223,13 +233,13 @@ def label_of(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], key: str
         record = json.loads(content)
         return max(-1, int(record.get("label", -1)))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{key}.{ending} gives no class number: {content[:40]!r}") from error
+        raise ImagesError(f"{key}.{ending} gives no class number: {content[:40]!r}") from error
 
 
 def find_shards(pattern: str | Path) -> list[Path]:
     """Shards of a folder (every .tar in it) or of a pattern with braces, ``*`` or ``?``.
 
-    Raises FileNotFoundError that names what is missing.
+    Raises ImagesError that names what is missing.
     """
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -242,16 +252,16 @@ def find_shards(pattern: str | Path) -> list[Path]:
         what = (
             f"{missing[0]} (and {len(missing) - 1} more)" if len(missing) > 1 else str(missing[0] if missing else path)
         )
-        raise FileNotFoundError(
+        raise ImagesError(
             f"no shards at {what}; give a folder of .tar files or a pattern such as shard-{{000..009}}.tar"
         )
     return shards
 
 
 def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """One side of the shards at ``config.path``. Raises ValueError without a path, and like ``ShardSource``."""
+    """One side of the shards at ``config.path``. Raises ImagesError without a path, and like ``ShardSource``."""
     if not config.path:
-        raise ValueError("images.kind=webdataset needs images.path=<folder or pattern of .tar shards>")
+        raise ImagesError("images.kind=webdataset needs images.path=<folder or pattern of .tar shards>")
     train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)
     train = ShardSource(find_shards(train_root))
     if val_root is None:
@@ -260,8 +270,8 @@ def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSo
 
 
 def open_photos(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """One side of the crops that `make photos` gathered. Raises FileNotFoundError that says so when there are none."""
+    """One side of the crops that `make photos` gathered. Raises ImagesError that says so when there are none."""
     folder = Path(config.path).expanduser() if config.path else data_home() / f"photos{config.size}"
     if not (folder / "index.json").is_file():
-        raise FileNotFoundError(f"no photo crops at {folder} yet; gather them with `octaves photos size={config.size}`")
+        raise ImagesError(f"no photo crops at {folder} yet; gather them with `octaves photos size={config.size}`")
     return ShardSource(find_shards(folder / split))

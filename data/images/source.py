@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.errors import OctavesError
 
-class CorruptImage(ValueError):
+
+class ImagesError(OctavesError):
+    """Images that are missing, damaged or do not fit what was asked; the message says what to do."""
+
+
+class CorruptImage(ImagesError):
     """An image that cannot be read: ``key`` names it, ``reason`` says why."""
 
     def __init__(self, key: str, reason: str = "") -> None:
@@ -139,10 +145,10 @@ def hashed_order(keys: Iterable[str], seed: int) -> np.ndarray:
 def seeded_split(source: ImageSource, split: str, val_share: float, seed: int) -> Subset:
     """The train or val side of a source without a split of its own.
 
-    Raises ValueError when there are fewer than two images, since each side needs one.
+    Raises ImagesError when there are fewer than two images, since each side needs one.
     """
     if len(source) < 2:
-        raise ValueError(f"{len(source)} image(s) cannot be split into train and val; give images.val_path")
+        raise ImagesError(f"{len(source)} image(s) cannot be split into train and val; give images.val_path")
     order = hashed_order((source.key(index) for index in range(len(source))), seed)
     num_val = min(max(1, round(val_share * len(source))), len(source) - 1)
     # Training shuffles anyway, so its side keeps the order of the disk; the held-out side stays shuffled, because

@@ -9,7 +9,7 @@ from data.images.demo import DemoSource
 from data.images.fashion import FashionSource
 from data.images.folder import open_folder
 from data.images.shards import open_photos, open_shards
-from data.images.source import ImageSource
+from data.images.source import ImagesError, ImageSource
 
 SOURCES = {
     "folder": open_folder,
@@ -23,9 +23,9 @@ SOURCES = {
 def open_source(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
     """The training or held-out images of a config.
 
-    Raises ValueError for an unknown kind, and what the source itself raises when its files are missing: the message
+    Raises ImagesError for an unknown kind, and what the source itself raises when its files are missing: the message
     says where it looked and what to do.
     """
     if config.kind not in SOURCES:
-        raise ValueError(f"images.kind={config.kind!r}; allowed: {', '.join(SOURCES)}")
+        raise ImagesError(f"images.kind={config.kind!r}; allowed: {', '.join(SOURCES)}")
     return SOURCES[config.kind](config, split)

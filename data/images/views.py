@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.images.config import ImagesConfig
+from data.images.source import ImagesError
 
 DETERMINISTIC_VIEWS = ("center", "pad")
 
@@ -70,13 +71,13 @@ def view_pixels(
     (``crop_scale``) of that area anywhere in the image, without changing proportions; ``random_crop`` cuts without
     resizing; ``pad`` puts a black border around. The random views need ``generator``.
 
-    Raises ValueError for an image too small for ``random_crop`` or too large for ``pad``, and for an unknown view.
+    Raises ImagesError for an image too small for ``random_crop`` or too large for ``pad``, and for an unknown view.
     """
     plain = plain_image(image, config.channels, config.background)
     size = config.size
     width, height = plain.size
     if view == "center":
-        side = min(width, height)
+        side: float = min(width, height)
         plain = resized_square(plain, (width - side) / 2, (height - side) / 2, side, size)
     elif view == "random_resized_crop":
         assert generator is not None, "random_resized_crop needs a generator"
@@ -87,7 +88,7 @@ def view_pixels(
     elif view == "random_crop":
         assert generator is not None, "random_crop needs a generator"
         if min(width, height) < size:
-            raise ValueError(
+            raise ImagesError(
                 f"an image of {width} x {height} is too small to cut {size} x {size} from; "
                 "use images.train_view=center or random_resized_crop, which resize"
             )
@@ -95,7 +96,7 @@ def view_pixels(
         plain = plain.crop((x, y, x + size, y + size))
     elif view == "pad":
         if max(width, height) > size:
-            raise ValueError(
+            raise ImagesError(
                 f"an image of {width} x {height} does not fit into {size} x {size}; the view pad never resizes: "
                 f"use center, or images.size={max(width, height)} or more"
             )
@@ -103,7 +104,7 @@ def view_pixels(
         framed.paste(plain, ((size - width) // 2, (size - height) // 2))
         plain = framed
     else:
-        raise ValueError(f"unknown view {view!r}; allowed: center, random_resized_crop, random_crop, pad")
+        raise ImagesError(f"unknown view {view!r}; allowed: center, random_resized_crop, random_crop, pad")
     pixels = torch.from_numpy(np.array(plain, dtype=np.uint8).reshape(size, size, config.channels))
     pixels = pixels.permute(2, 0, 1)
     return (pixels.flip(-1) if flip else pixels).contiguous()
