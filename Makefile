@@ -10,7 +10,9 @@ TOKENS    ?= $(RUN)/tokens
 BIN    := $(VENV)/bin
 PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
-KEYS    = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS) $(ARGS)
+PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
+# what only `sample` understands must not reach the stages that it may have to run first
+KEYS    = $(PLACES) $(if $(filter sample,$(MAKECMDGOALS)),$(filter-out classes=% count=% seed=% out=%,$(ARGS)),$(ARGS))
 SOURCES := data stages pipeline tests
 
 .PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample photos clean
@@ -69,7 +71,7 @@ $(PRIOR): $(TOKENS)/manifest.json | install
 eval: $(PRIOR) ## Measure both stages: metrics.json and report.html
 	$(OCTAVES) eval $(KEYS)
 sample: $(PRIOR) ## Draw new images: ARGS="classes=3 count=8 seed=1"
-	$(OCTAVES) sample $(KEYS)
+	$(OCTAVES) sample $(PLACES) $(ARGS)
 
 SIZE ?= 64
 photos: install ## Gather colour photos from installable packages into shards, split by picture: SIZE=64

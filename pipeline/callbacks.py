@@ -17,7 +17,7 @@ class Throughput(L.Callback):
         self.max_steps, self.log_every = max_steps, log_every
         self._ended = self._started = self._window_start = 0.0
         self._waited, self._samples = 0.0, 0
-        self._first_step, self._projected = 0, False
+        self._first_step, self._logged_step, self._projected = 0, 0, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._ended = self._window_start = self._started = time.perf_counter()
@@ -32,7 +32,8 @@ class Throughput(L.Callback):
         now = self._ended = time.perf_counter()
         self._samples += len(batch["index"]) * trainer.world_size
         step = pl_module.step
-        if step and step % self.log_every == 0 and self._samples:
+        if step % self.log_every == 0 and step != self._logged_step:
+            self._logged_step = step
             span = now - self._window_start
             if trainer.logger is not None and trainer.is_global_zero:
                 values = {"samples_per_second": self._samples / span, "data_wait_share": self._waited / span}

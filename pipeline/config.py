@@ -109,7 +109,25 @@ POSITIVE = (
     "prior_training.max_steps",
     "prior_training.batch_size_per_device",
     "prior_training.accumulate_batches",
+    "tokenizer_training.log_every",
+    "tokenizer_training.checkpoint_every",
+    "tokenizer_training.validate_every",
+    "tokenizer_training.validation_images",
+    "tokenizer_training.fit_images",
+    "prior_training.log_every",
+    "prior_training.checkpoint_every",
+    "prior_training.validate_every",
+    "prior_training.validation_samples",
+    "eval.num_images",
     "eval.num_samples",
+    "eval.batch_size",
+    "eval.neighbours",
+)
+
+# Sizes of networks, checked where the chosen kinds have them.
+NETWORK_SIZES = (
+    *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
+    *(f"prior.{key}" for key in ("depth", "width", "heads")),
 )
 
 
@@ -171,8 +189,11 @@ def check(config: Config) -> None:
     for key in POSITIVE:
         if get(config, key) < 1:
             raise ConfigError(f"{key}={get(config, key)}; allowed: 1 or more")
+    for key in NETWORK_SIZES:
+        if get(config, key) is not None and get(config, key) < 1:
+            raise ConfigError(f"{key}={get(config, key)}; allowed: 1 or more")
     for key in SHARES:
-        if not 0 <= get(config, key) < 1:
+        if not 0 <= (get(config, key) or 0) < 1:
             raise ConfigError(f"{key}={get(config, key)}; allowed: 0 to 1, without 1")
     for refuses, message in ILLEGAL:
         if refuses(config):
@@ -180,10 +201,10 @@ def check(config: Config) -> None:
 
 
 def get(config: Config, key: str) -> Any:
-    """The value of a dotted key; 0 for a key that the chosen kind does not have."""
+    """The value of a dotted key; None for a key that the chosen kind does not have."""
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part, 0)
+        value = getattr(value, part, None)
     return value
 
 
@@ -200,6 +221,13 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
     (
         lambda c: c.trainer.devices == 0 or c.trainer.devices < -1,
         lambda c: f"trainer.devices={c.trainer.devices}; allowed: 1 or more, or -1 for every GPU",
+    ),
+    (
+        lambda c: c.sampling.guidance != 1 and (c.condition.kind == "none" or c.condition.dropout == 0),
+        lambda c: (
+            f"sampling.guidance={c.sampling.guidance} with condition.kind={c.condition.kind} and condition.dropout="
+            f"{c.condition.dropout}: guidance needs a condition that training drops at times; set sampling.guidance=1"
+        ),
     ),
     (
         lambda c: not math.isfinite(c.sampling.guidance),

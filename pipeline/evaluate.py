@@ -31,7 +31,7 @@ from data.layout import Tokens
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.report import write_report
-from pipeline.run import RunError, need
+from pipeline.run import RunError, device_of, need
 from pipeline.sample import draw_images
 from stages.contract import Prior, Tokenizer
 from stages.measures.backbones import BackboneError
@@ -85,7 +85,7 @@ def evaluate(config: Config) -> Path:
     skipped: list[str] = []
     source = open_source(config.images, "val")
     val = read_images(source, config.images, config.eval.num_images)
-    judge = load_judge(config, tokenizer, device, skipped)
+    judge = load_judge(metadata.get("perceptual", "none"), device, skipped)
     made = reconstruct(tokenizer, val.pixels, config.eval.batch_size, device)
     measured = measure_reconstruction(val.pixels, made, judge)
     measured["prefixes"] = measure_prefixes(tokenizer, val.pixels, made.tokens, config.eval.batch_size, device)
@@ -98,6 +98,8 @@ def evaluate(config: Config) -> Path:
         skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
     else:
         prior.to(device)
+        if config.sampling.compile:
+            prior.compile_step()
         bits = measure_nll(prior, made.tokens, val.labels, config.eval.batch_size, device)
         metrics["samples"] = measure_samples(config, folder, tokenizer, prior, source, val, judge, device, skipped)
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured)
@@ -136,14 +138,6 @@ def load_matching_prior(config: Config, tokenizer_path: Path) -> Prior | None:
     return prior
 
 
-def device_of(config: Config) -> torch.device:
-    """The device that ``trainer.accelerator`` means. Raises RunError for a GPU that is not there."""
-    available = torch.cuda.is_available()
-    if config.trainer.accelerator == "gpu" and not available:
-        raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
-    return torch.device("cuda" if available and config.trainer.accelerator != "cpu" else "cpu")
-
-
 def empty_folder(folder: Path) -> Path:
     """The folder without the files of an earlier evaluation: a killed one must not leave a mixture."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,13 +163,13 @@ def settings(config: Config, path: Path, kind: str, device: torch.device) -> dic
     }
 
 
-def load_judge(config: Config, tokenizer: Tokenizer, device: torch.device, skipped: list[str]) -> Judge | None:
-    """Lite0's distance and features, or None and a line in ``skipped`` where the weights are not installed."""
-    training = config.tokenizer_training
-    learned = any(True for _ in tokenizer.parameters())
-    same = learned and training.perceptual == "lite0" and training.perceptual_weight > 0
+def load_judge(trained_with: str, device: torch.device, skipped: list[str]) -> Judge | None:
+    """Lite0's distance and features, or None and a line in ``skipped`` where the weights are not installed.
+
+    ``trained_with`` is the backbone of the tokenizer's own perceptual loss: figures of the same one flatter it.
+    """
     try:
-        return Judge(Lite0Perceptual().to(device), device, same)
+        return Judge(Lite0Perceptual().to(device), device, trained_with == Lite0Perceptual.name)
     except BackboneError as error:
         skipped.append(f"perceptual distance and fd_lite0: {error}")
         return None
@@ -218,7 +212,7 @@ def measure_samples(
     labels = torch.arange(count) % num_classes if conditional else torch.full((count,), -1)
     seeds = [config.eval.seed + index for index in range(count)]
     started = time.perf_counter()
-    drawn = to_uint8(draw_images(tokenizer, prior, labels, config.sampling, seeds, config.eval.batch_size, device))
+    drawn = draw_images(tokenizer, prior, labels, config, seeds, device)
     seconds = time.perf_counter() - started
     np.savez_compressed(folder / "samples.npz", arr_0=drawn.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
 

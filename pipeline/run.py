@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from data.errors import OctavesError
@@ -27,11 +28,17 @@ class RunError(OctavesError):
 
 
 def stage_config(config: Config, stage: str) -> dict[str, Any]:
-    """The plain config of one stage's sections, without the paths: a run folder may be moved."""
+    """The plain config of one stage's sections.
+
+    Without the paths, for a run folder may be moved, and without what to do with unreadable images: who meets one after
+    a day changes that and goes on (the manifest counts them).
+    """
     plain = to_plain(config)
     sections = {section: plain[section] for section in STAGE_SECTIONS[stage]}
     for name in ("tokenizer", "tokens", "prior"):
         sections.get(name, {}).pop("path", None)
+    for key in ("skip_corrupt", "max_corrupt_share"):
+        sections.get("images", {}).pop(key, None)
     return sections
 
 
@@ -55,9 +62,13 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
 
 
 def hold_to_config(folder: Path, plain: dict[str, Any]) -> None:
-    """Write ``folder/config.yaml``, or raise RunError that names the first key in which the written one differs."""
+    """Write ``folder/config.yaml``, or raise RunError that names the first key in which the written one differs.
+
+    A folder in which nothing was made yet takes the new config: a typo in the first call must not stick.
+    """
     path = folder / "config.yaml"
-    if path.exists():
+    made = any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "checkpoints/*.ckpt", "*/*.tar"))
+    if path.exists() and made:
         written = OmegaConf.to_container(OmegaConf.load(path))
         difference = first_difference(written, plain)
         if difference:
@@ -91,3 +102,11 @@ def need(path: str | Path, what: str, command: str, config: Config) -> Path:
             f"{path} is missing: no {what} yet. Run `python -m pipeline {command} <your config> run={config.run}` first"
         )
     return Path(path)
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that ``trainer.accelerator`` means. Raises RunError for a GPU that is not there."""
+    available = torch.cuda.is_available()
+    if config.trainer.accelerator == "gpu" and not available:
+        raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
+    return torch.device("cuda" if available and config.trainer.accelerator != "cpu" else "cpu")

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 from data.images.views import to_uint8
+from data.layout import Tokens
 from pipeline.config import Config
-from pipeline.run import RunError, need
+from pipeline.run import RunError, device_of, need
 from stages.contract import Prior, Tokenizer
-from stages.prior.sampling import SamplingConfig, check_sampling, sample
+from stages.prior.sampling import check_sampling, sample
 from stages.weights import check_pair, load_prior, load_tokenizer
 
 
@@ -38,8 +40,9 @@ def load_models(config: Config) -> tuple[Tokenizer, Prior, torch.device]:
     prior, metadata = load_prior(prior_path)
     check_pair(metadata, prior_path, tokenizer_path)
     tokenizer, _ = load_tokenizer(tokenizer_path)
-    use_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if use_gpu else "cpu")
+    device = device_of(config)
+    if config.sampling.compile:
+        prior.compile_step()
     return tokenizer.to(device), prior.to(device), device
 
 
@@ -57,10 +60,9 @@ def sample_images(config: Config, request: SampleRequest) -> Path:
     labels = parse_classes(request.classes, prior.class_names)
     rows = torch.tensor(labels).repeat_interleave(request.count)
     seeds = [request.seed + index for index in range(len(rows))]
-    images = draw_images(tokenizer, prior, rows, config.sampling, seeds, config.eval.batch_size, device)
+    pictures = draw_images(tokenizer, prior, rows, config, seeds, device)
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = to_uint8(images)
     for label, seed, picture in zip(rows.tolist(), seeds, pictures, strict=True):
         name = "sample" if label < 0 else _file_name(prior.class_names[label])
         save_image(picture.float() / 255, out / f"{name}-{seed:06d}.png")
@@ -73,18 +75,25 @@ def draw_images(
     tokenizer: Tokenizer,
     prior: Prior,
     labels: Tensor,
-    settings: SamplingConfig,
+    config: Config,
     seeds: list[int],
-    batch_size: int,
     device: torch.device,
 ) -> Tensor:
-    """Images [N, C, h, w] in [-1, 1] for class ids int64 [N], drawn in batches; the batch size changes speed only."""
+    """Images uint8 [N, C, h, w] for class ids int64 [N], drawn in batches; the batch size changes speed only."""
     parts = []
-    for start in range(0, len(labels), batch_size):
-        part = slice(start, start + batch_size)
-        tokens = sample(prior, labels[part].to(device), settings, seeds[part])
-        with torch.no_grad():
-            parts.append(tokenizer.decode(tokens).float().cpu())
+    size = min(config.eval.batch_size, len(labels))
+    for start in tqdm(range(0, len(labels), size), "Sampling", disable=not config.trainer.progress):
+        batch = labels[start : start + size]
+        chosen = seeds[start : start + size]
+        # a compiled step wants one shape: the last batch is filled up and cut
+        padded = torch.cat([batch, batch.new_full((size - len(batch),), -1)])
+        filled = [*chosen, *([0] * (size - len(batch)))]
+        # bfloat16 where it is fast; a CPU samples in float32
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            tokens = sample(prior, padded.to(device), config.sampling, filled)
+        tokens = Tokens.fixed(tokens.ids[: len(batch)])
+        with torch.inference_mode():
+            parts.append(to_uint8(tokenizer.decode(tokens)).cpu())
     return torch.cat(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from data.images.module import ImageDataModule
 from data.images.reading import pixels_of
 from data.images.sources import open_source
 from data.images.views import to_float
+from data.tokens.files import file_sha256
 from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule
 from pipeline.callbacks import StepProgressBar, Throughput
@@ -30,9 +32,9 @@ from stages.prior.module import PriorModule
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
-from stages.weights import file_sha256, save_prior, save_tokenizer
+from stages.weights import save_prior, save_tokenizer
 
-CHECKPOINT_PATTERN = "step*.ckpt"
+CHECKPOINT_PATTERN = "step????????.ckpt"
 
 
 def train_tokenizer(config: Config) -> Path:
@@ -47,7 +49,7 @@ def train_tokenizer(config: Config) -> Path:
         L.seed_everything(config.seed, verbose=False)
         tokenizer = build_tokenizer(config.tokenizer, size, config.images.channels)
         images = ImageDataModule(
-            config.images,
+            dataclasses.replace(config.images, skip_corrupt=True),  # in-training validation leaves broken files out
             training.batch_size_per_device,
             config.trainer.num_workers,
             config.seed,
@@ -58,9 +60,10 @@ def train_tokenizer(config: Config) -> Path:
             module = TokenizerModule(tokenizer, training, config.seed)
             trainer = fit(module, images, config.trainer, training, path.parent, 1 + (module.discriminator is not None))
             tokenizer = module.average.module
-            extra = {"steps": module.step, "world_size": trainer.world_size}
+            perceptual = training.perceptual if training.perceptual_weight > 0 else "none"
+            extra = {"steps": module.step, "world_size": trainer.world_size, "perceptual": perceptual}
         else:
-            extra = {"steps": 0, "world_size": 1}
+            extra = {"steps": 0, "world_size": 1, "perceptual": "none"}
         if is_first_process():
             save_tokenizer(path, tokenizer, config.tokenizer, extra)
             print(f"wrote {path}")
@@ -104,10 +107,11 @@ def train_prior(config: Config) -> Path:
 
 def first_images(config: Config, count: int) -> Iterator[Tensor]:
     """The first training images in evaluation view as batches [B, C, H, W] in [-1, 1]: what ``fit`` measures."""
-    source = open_source(config.images, "train")
+    images = dataclasses.replace(config.images, skip_corrupt=True)  # statistics survive a broken file; so does training
+    source = open_source(images, "train")
     indices = range(0, len(source), max(1, len(source) // count))[:count]  # spread: folders are sorted by class
     for start in range(0, len(indices), 64):
-        yield to_float(pixels_of(source, indices[start : start + 64], config.images))
+        yield to_float(pixels_of(source, indices[start : start + 64], images))
 
 
 def fit(
@@ -160,10 +164,15 @@ def fit(
 
 def placement(place: TrainerConfig) -> dict[str, Any]:
     """Trainer arguments that say where work runs; data modules split the data themselves."""
-    many = place.devices != 1 or place.num_nodes != 1
+    devices = place.devices
+    if place.accelerator == "gpu" and not torch.cuda.is_available():
+        raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
+    if devices == -1 and (place.accelerator == "cpu" or not torch.cuda.is_available()):
+        devices = 1  # every GPU of none: the CPU
+    many = devices not in (1, -1) or place.num_nodes != 1 or (devices == -1 and torch.cuda.device_count() > 1)
     return {
         "accelerator": place.accelerator,
-        "devices": place.devices,
+        "devices": devices,
         "num_nodes": place.num_nodes,
         "strategy": "ddp" if many else "auto",
         "use_distributed_sampler": False,

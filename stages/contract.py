@@ -106,3 +106,6 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def advance(self, state: Any, element: Tensor) -> None:
         """Append an element int64 [B, F]."""
+
+    def compile_step(self) -> None:
+        """Compile what ``advance`` runs, where that pays. Default: nothing to compile."""

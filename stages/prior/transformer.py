@@ -154,6 +154,8 @@ class TransformerPrior(Prior):
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
+        self._step = self._prefill
+        self._compiled_cache: Tensor | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -238,18 +240,24 @@ class TransformerPrior(Prior):
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         shape = (len(self.blocks), 2, batch, self.config.heads, size, width)
-        cache = torch.zeros(shape, device=weight.device, dtype=dtype)
+        cache = self._compiled_cache
+        if cache is None or (cache.shape, cache.dtype, cache.device) != (shape, dtype, weight.device):
+            cache = torch.zeros(shape, device=weight.device, dtype=dtype)
+            if self._step != self._prefill:
+                # a CUDA graph writes to one address: the next batch of the same shape takes the same memory
+                torch._dynamo.mark_static_address(cache)
+                self._compiled_cache = cache
         x = self._slots(labels, ids, ids.shape[1])
-        return DecodingState(cache, ids.shape[1], self._step(x, torch.arange(x.shape[1], device=x.device), cache))
+        return DecodingState(cache, ids.shape[1], self._prefill(x, torch.arange(x.shape[1], device=x.device), cache))
 
-    def _step(self, x: Tensor, slots: Tensor, cache: Tensor) -> Tensor:
-        """Last hidden state [B, D] of new slots x [B, n, D]; fixed shapes, so that it can be compiled."""
+    def _prefill(self, x: Tensor, slots: Tensor, cache: Tensor) -> Tensor:
+        """Last hidden state [B, D] of new slots x [B, n, D], whose keys and values go into the cache."""
         mask = torch.arange(cache.shape[4], device=x.device) <= slots[:, None]
         return self._blocks(x, mask, cache, slots)[:, -1]
 
     def compile_step(self) -> None:
-        """Compile the decoding step (CUDA graphs on a GPU)."""
-        self._step = torch.compile(self._step, mode="reduce-overhead", fullgraph=True)  # type: ignore[method-assign]
+        """Compile the step of one element: its shapes never change (CUDA graphs on a GPU)."""
+        self._step = torch.compile(self._prefill, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def logits(self, state: DecodingState, partial: Tensor) -> Tensor:
         codebook = next(codebook for codebook, _, stop in self.runs if state.position < stop)
@@ -262,7 +270,8 @@ class TransformerPrior(Prior):
             return  # the last element of the sequence predicts nothing
         x = self._embed(element.unsqueeze(1), position) + self._position(position + 1, position + 2)
         slot = torch.tensor([self.condition.num_states + position], device=element.device)
-        state.hidden = self._step(x, slot, state.cache)
+        # a CUDA graph writes its next result to the same place
+        state.hidden = self._step(x, slot, state.cache).clone()
 
 
 def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:

@@ -46,7 +46,7 @@ class TokenizerTrainingConfig:
     pixel_weight: float = 1.0
     """Weight of the mean squared error of pixels in [-1, 1]."""
     perceptual: str = "lite0"
-    """Backbone of the perceptual distance: lite0 (EfficientNet-Lite0, offline), lpips-vgg (by torchmetrics), or none."""
+    """Backbone of the perceptual distance: lite0 (EfficientNet-Lite0, offline), lpips-vgg (torchmetrics), or none."""
     perceptual_weight: float = 0.02
     """Lite0's distance is about five times LPIPS, for which the paper takes 0.1."""
     adversarial_weight: float = 0.1

@@ -69,6 +69,10 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("sampling.guidance=nan", "finite"),
         ("tokenizer_training.perceptual=vgg", "perceptual"),
         ("condition.dropout=1.5", "condition.dropout"),
+        ("condition.dropout=0", "sampling.guidance=1.5 with condition.kind=class"),
+        ("condition.kind=none", "set sampling.guidance=1"),
+        ("tokenizer.encoder.heads=0", "tokenizer.encoder.heads=0; allowed: 1 or more"),
+        ("prior_training.log_every=0", "prior_training.log_every=0; allowed: 1 or more"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override, message):
@@ -98,6 +102,6 @@ def test_a_missing_config_lists_the_shipped_ones(tmp_path):
 
 
 def test_overrides_reach_interpolations_and_the_plain_config():
-    config = load_config("demo", ["run=/tmp/elsewhere"])
-    assert config.name == "demo" and config.prior.path == "/tmp/elsewhere/prior/prior.safetensors"
+    config = load_config("demo", ["run=elsewhere"])
+    assert config.name == "demo" and config.prior.path == "elsewhere/prior/prior.safetensors"
     assert to_plain(config)["tokenizer"]["quantizer"]["levels"] == [8, 5, 5, 5]

@@ -71,7 +71,7 @@ def toy_run(folder: Path, images: Path, with_prior: bool) -> Config:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(tokenizer_config, (16, 16), 3)
     path = Path(tokenizer_config.path)
-    save_tokenizer(path, tokenizer, tokenizer_config)
+    save_tokenizer(path, tokenizer, tokenizer_config, {"perceptual": "lite0"})
     if with_prior:
         prior = build_prior(config.prior, config.condition, tokenizer.layout, CLASSES)
         extra = {"tokenizer_sha256": file_sha256(path)}

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipeline.config import load_config
@@ -84,6 +85,15 @@ class Killed(Exception):
     pass
 
 
+def test_two_processes_that_accumulate_train_like_one_large_batch(tmp_path, tiny):
+    without_codebook(tiny)
+    common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_weight=0"]
+    (one,) = run_ddp(tmp_path, tiny, "one", *common, "tokenizer_training.batch_size_per_device=16")
+    two = run_ddp(tmp_path, tiny, "two", *common, "trainer.devices=2", "tokenizer_training.accumulate_batches=2")
+    assert all(torch.equal(two[0][name], two[1][name]) for name in two[0])
+    assert close(one, two[0])
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_tokenizer_equals_an_uninterrupted_one(tmp_path, tiny, monkeypatch, accumulate):
     keys = [f"tokenizer_training.accumulate_batches={accumulate}"]
@@ -140,6 +150,44 @@ def test_the_generator_ignores_the_discriminator_until_its_start_and_never_train
     terms["discriminator"].backward()
     assert all(parameter.grad is None for parameter in module.tokenizer.parameters())
     assert all(parameter.grad is not None for parameter in module.discriminator.parameters())
+
+
+def test_the_exported_weights_are_the_average_over_the_trained_ones(tmp_path, tiny, monkeypatch):
+    """timm's warm-up: step t moves the average by t^(-2/3), at least 1 - decay, towards the trained weights."""
+    trained = []
+
+    def record(self, tokenizer, step=None):
+        trained.append({name: tensor.clone() for name, tensor in tokenizer.state_dict().items()})
+        original(self, tokenizer, step)
+
+    original = ModelEmaV3.update
+    monkeypatch.setattr(ModelEmaV3, "update", record)
+    without_codebook(tiny)
+    exported = weights(train_tokenizer(load_config(tiny, [f"run={tmp_path}/run"])))
+    assert len(trained) == 6
+    expected = trained[0]
+    for step, state in enumerate(trained[1:], 2):
+        share = max(step ** (-2 / 3), 1 - 0.999)
+        expected = {name: tensor + share * (state[name] - tensor) for name, tensor in expected.items()}
+    assert close(exported, expected)
+    for other in (trained[-1], trained[0]):
+        assert not all(torch.allclose(exported[name], other[name], atol=1e-7) for name in exported)
+
+
+def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
+    """Under autocast every loss term is float32 and nearly what float32 gives."""
+    module = TokenizerModule(*fresh(tiny, "tokenizer_training.perceptual=lite0"))
+    pixels = torch.rand(4, 3, 16, 16) * 2 - 1
+    module.tokenizer.fit([pixels])
+    module.tokenizer.eval()
+    exact, _, _ = module.loss_terms(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered, _, _ = module.loss_terms(pixels)
+    for name, value in lowered.items():
+        assert value.dtype == torch.float32, name
+        torch.testing.assert_close(value, exact[name], rtol=0.05, atol=1e-3)
+    run = train_tokenizer(load_config(tiny, [f"run={tmp_path}/bf16", "tokenizer_training.precision=bf16"]))
+    assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
 
 
 def test_hinge_losses():

@@ -79,9 +79,11 @@ def test_early_stop_costs_only_its_tokens_and_gives_the_same_ones(scales):
     sample(model, LABELS, SamplingConfig(scales=scales), range(5))
     assert len(model.seen) == 4 * scales
     model = prior(layout())
-    full = sample(model, LABELS, SamplingConfig(), range(5)).ids
-    part = sample(model, LABELS, SamplingConfig(scales=scales), range(5)).ids
-    assert torch.equal(part, full[:, : 4 * scales])
+    for schedule in ("constant", "linear", "cosine"):
+        keys = {"guidance": 4.0, "guidance_schedule": schedule}
+        full = sample(model, LABELS, SamplingConfig(**keys), range(5)).ids
+        part = sample(model, LABELS, SamplingConfig(**keys, scales=scales), range(5)).ids
+        assert torch.equal(part, full[:, : 4 * scales])
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,14 @@ def test_early_stop_costs_only_its_tokens_and_gives_the_same_ones(scales):
 def test_settings_that_do_not_fit_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         sample(prior(layout()), LABELS, settings, range(5))
+
+
+@pytest.mark.slow
+def test_the_compiled_step_draws_the_same_tokens():
+    model = prior(layout())
+    expected = sample(model, LABELS, SamplingConfig(guidance=2.0), range(5)).ids
+    model.compile_step()
+    assert torch.equal(sample(model, LABELS, SamplingConfig(guidance=2.0), range(5)).ids, expected)
 
 
 def test_sampling_leaves_the_model_and_the_global_generator_alone():
