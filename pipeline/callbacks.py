@@ -7,7 +7,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torchvision.utils import make_grid
+
+from stages.contract import Tokenizer
+from stages.prior.sampling import SamplingConfig, sample
 
 
 class Throughput(L.Callback):
@@ -50,6 +55,25 @@ class Throughput(L.Callback):
         # validation is neither training nor waiting
         self._ended = self._window_start = time.perf_counter()
         self._waited, self._samples = 0.0, 0
+
+
+class SamplePictures(L.Callback):
+    """Puts a picture of new samples into TensorBoard after each validation: the first classes, the same seeds."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: SamplingConfig, count: int = 16) -> None:
+        self.tokenizer, self.settings, self.count = tokenizer, settings, count
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        writer = getattr(trainer.logger, "experiment", None)
+        if writer is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        prior = pl_module.average.module
+        numbers = torch.arange(self.count, device=pl_module.device)
+        labels = numbers % len(prior.class_names) if prior.class_names else torch.full_like(numbers, -1)
+        tokens = sample(prior, labels, self.settings, range(self.count))
+        with torch.no_grad():
+            images = self.tokenizer.to(pl_module.device).decode(tokens).float().cpu()
+        writer.add_image("validation/samples", make_grid((images + 1) / 2, nrow=8), pl_module.step)
 
 
 class StepProgressBar(TQDMProgressBar):

@@ -42,8 +42,8 @@ class TrainerConfig:
     """Processes on this machine; -1: every GPU."""
     num_nodes: int = 1
     """Machines."""
-    num_workers: int = 1
-    """Loader processes for each training process; 0 loads in the training process itself."""
+    num_workers: int = 0
+    """Loader processes for each training process; 0 loads in the training process itself, best for few cores."""
     progress: bool = True
     """Show progress bars."""
 

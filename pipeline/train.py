@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from data.images.views import to_float
 from data.tokens.files import file_sha256
 from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule
-from pipeline.callbacks import StepProgressBar, Throughput
+from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
 from pipeline.run import RunError, need, stage_folder
@@ -32,7 +32,7 @@ from stages.prior.module import PriorModule
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
-from stages.weights import save_prior, save_tokenizer
+from stages.weights import load_tokenizer, save_prior, save_tokenizer
 
 CHECKPOINT_PATTERN = "step????????.ckpt"
 
@@ -87,12 +87,15 @@ def train_prior(config: Config) -> Path:
             training.validation_samples,
         )
         manifest = tokens.manifest
-        if Path(config.tokenizer.path).exists():
+        pictures: list[Callback] = []
+        if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path)
+            settings = dataclasses.replace(config.sampling, compile=False)
+            pictures.append(SamplePictures(load_tokenizer(config.tokenizer.path)[0], settings))
         L.seed_everything(config.seed, verbose=False)
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names))
         module = PriorModule(prior, training, config.seed)
-        trainer = fit(module, tokens, config.trainer, training, path.parent, 1)
+        trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)
         if is_first_process():
             extra = {
                 "tokenizer_sha256": manifest.tokenizer_sha256,
@@ -121,6 +124,7 @@ def fit(
     training: TokenizerTrainingConfig | PriorTrainingConfig,
     folder: Path,
     num_optimizers: int,
+    pictures: Sequence[Callback] = (),
 ) -> L.Trainer:
     """Train to ``max_steps``, from the newest checkpoint in ``folder`` if there is one."""
     quiet_lightning()
@@ -134,7 +138,7 @@ def fit(
         every_n_train_steps=trainer_steps(training.checkpoint_every, num_optimizers),
     )
     micro_batches = training.max_steps * training.accumulate_batches
-    callbacks: list[Callback] = [checkpoints, Throughput(training.max_steps, training.log_every)]
+    callbacks: list[Callback] = [checkpoints, Throughput(training.max_steps, training.log_every), *pictures]
     if place.progress:
         callbacks.append(StepProgressBar(micro_batches))
     manual = not module.automatic_optimization

