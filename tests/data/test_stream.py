@@ -1,0 +1,53 @@
+"""The index stream: the same batches for one process or many, from the start or in the middle."""
+
+from itertools import chain, islice
+
+import pytest
+
+from data.stream import IndexStream
+
+SHAPES = [(10, 4, 2), (3, 4, 3), (64, 8, 1), (7, 1, 2)]
+
+
+def first(count: int, **options: int) -> list[list[tuple[int, int]]]:
+    return list(islice(IndexStream(**options), count))
+
+
+@pytest.mark.parametrize(("length", "batch_size", "world_size"), SHAPES)
+def test_ranks_together_take_the_batches_of_one_process(length: int, batch_size: int, world_size: int) -> None:
+    alone = first(12, length=length, batch_size=batch_size * world_size, seed=5)
+    ranks = [
+        first(12, length=length, batch_size=batch_size, rank=rank, world_size=world_size, seed=5)
+        for rank in range(world_size)
+    ]
+    assert alone == [list(chain(*batches)) for batches in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize(("length", "batch_size", "world_size"), SHAPES)
+def test_every_epoch_covers_every_index_once(length: int, batch_size: int, world_size: int) -> None:
+    pairs = list(chain(*first(60, length=length, batch_size=batch_size * world_size, seed=1)))
+    for epoch in range(pairs[-1][0]):
+        assert sorted(index for number, index in pairs if number == epoch) == list(range(length))
+
+
+@pytest.mark.parametrize(("length", "batch_size", "world_size"), SHAPES)
+@pytest.mark.parametrize("start", [1, 3, 11])
+def test_resumed_stream_continues_exactly(length: int, batch_size: int, world_size: int, start: int) -> None:
+    options = {"length": length, "batch_size": batch_size, "rank": world_size - 1, "world_size": world_size, "seed": 2}
+    assert first(8, **options, start_batch=start) == first(8 + start, **options)[start:]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    one, two = first(2, length=50, batch_size=50, seed=0)
+    other = first(1, length=50, batch_size=50, seed=1)[0]
+    orders = [[index for _, index in batch] for batch in (one, two, other)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"length": 0}, {"batch_size": 0}, {"rank": 2}, {"start_batch": -1}],
+)
+def test_impossible_streams_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        IndexStream(**{"length": 4, "batch_size": 2, "world_size": 2, **wrong})
