@@ -85,7 +85,7 @@ def evaluate(config: Config) -> Path:
     skipped: list[str] = []
     source = open_source(config.images, "val")
     val = read_images(source, config.images, config.eval.num_images)
-    judge = load_judge(metadata.get("perceptual", "none"), device, skipped)
+    judge = load_judge(metadata.get("perceptual", config.tokenizer_training.perceptual), device, skipped)
     made = reconstruct(tokenizer, val.pixels, config.eval.batch_size, device)
     measured = measure_reconstruction(val.pixels, made, judge)
     measured["prefixes"] = measure_prefixes(tokenizer, val.pixels, made.tokens, config.eval.batch_size, device)
@@ -202,7 +202,7 @@ def measure_samples(
 ) -> dict[str, Any]:
     """Draw images, write them and their pictures, and measure them against held-out and training images."""
     count = config.eval.num_samples
-    conditional = bool(source.class_names) and config.condition.kind == "class"
+    conditional = prior.condition.uses_labels
     num_classes = len(source.class_names)
     if conditional and list(source.class_names) != list(prior.class_names):
         raise RunError(

@@ -57,7 +57,7 @@ def sample_images(config: Config, request: SampleRequest) -> Path:
         )
     if request.count < 1:
         raise RunError(f"count={request.count}; allowed: 1 or more")
-    labels = parse_classes(request.classes, prior.class_names)
+    labels = parse_classes(request.classes, prior.class_names if prior.condition.uses_labels else [])
     rows = torch.tensor(labels).repeat_interleave(request.count)
     seeds = [request.seed + index for index in range(len(rows))]
     pictures = draw_images(tokenizer, prior, rows, config, seeds, device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -22,6 +23,7 @@ from data.images.views import to_float
 from data.tokens.files import file_sha256
 from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule
+from data.tokens.reader import TokenReader
 from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
@@ -58,6 +60,7 @@ def train_tokenizer(config: Config) -> Path:
         tokenizer.fit(first_images(config, training.fit_images))
         if tokenizer.trainable:
             module = TokenizerModule(tokenizer, training, config.seed)
+            module.names = lambda indices: [images.source("train").key(index) for index in indices]
             trainer = fit(module, images, config.trainer, training, path.parent, 1 + (module.discriminator is not None))
             tokenizer = module.average.module
             perceptual = training.perceptual if training.perceptual_weight > 0 else "none"
@@ -95,6 +98,7 @@ def train_prior(config: Config) -> Path:
         L.seed_everything(config.seed, verbose=False)
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names))
         module = PriorModule(prior, training, config.seed)
+        module.names = lambda indices: TokenReader(config.tokens.path, "train").keys(np.array(indices))
         trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)
         if is_first_process():
             extra = {

@@ -76,6 +76,8 @@ class Condition(nn.Module, ABC):
     """What a prior is told about a sample, as states [B, num_states, width] that stand before its tokens."""
 
     num_states: int
+    uses_labels: bool
+    """False where every sample gets the same states."""
     dropout: float
     """Share of training samples whose condition is dropped."""
 

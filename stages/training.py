@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -59,15 +59,21 @@ def seed_batch(seed: int, rank: int, batches_seen: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, rank, batches_seen]).generate_state(1)[0]))
 
 
-def check_finite(terms: Mapping[str, Tensor], step: int, batch: Mapping[str, Any]) -> None:
-    """Raise NonFiniteLoss for the first term that is NaN or infinite."""
-    for name, value in terms.items():
-        if not bool(torch.isfinite(value).all()):
-            samples = batch["index"].tolist()
-            raise NonFiniteLoss(
-                f"step {step}: {name} is {value.item()}; sample indices {samples}. "
-                "The last checkpoint is from before this step. Lower the learning rate, or train with precision=32"
-            )
+class NamesSamples(Protocol):
+    """Names of samples, asked for only when something is wrong with them."""
+
+    def __call__(self, indices: list[int]) -> list[str]: ...
+
+
+def check_finite(terms: Mapping[str, Tensor], step: int, indices: Tensor, names: NamesSamples) -> None:
+    """Raise NonFiniteLoss for the first term that is NaN or infinite; ``indices`` [B] are the batch's samples."""
+    if bool(torch.isfinite(torch.stack(list(terms.values()))).all()):
+        return
+    name, value = next((name, value) for name, value in terms.items() if not torch.isfinite(value))
+    raise NonFiniteLoss(
+        f"step {step}: {name} is {value.item()}; samples: {', '.join(names(indices.tolist()))}. "
+        "The last checkpoint is from before this step. Lower the learning rate, or train with precision=32"
+    )
 
 
 def gradient_norm(module: nn.Module) -> Tensor:

@@ -31,6 +31,7 @@ class ClassCondition(Condition):
     """One learned state for each class, and one for no class. Raises ValueError without classes."""
 
     num_states = 1
+    uses_labels = True
 
     def __init__(self, config: ConditionConfig, class_names: list[str], width: int) -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class NoCondition(Condition):
     """One learned start state, whatever the label."""
 
     num_states = 1
+    uses_labels = False
 
     def __init__(self, config: ConditionConfig, class_names: list[str], width: int) -> None:
         super().__init__()

@@ -13,7 +13,15 @@ from torchmetrics import MeanMetric
 from data.layout import Tokens
 from stages.contract import Prior
 from stages.prior.config import PriorTrainingConfig
-from stages.training import build_average, build_optimizer, build_schedule, check_finite, gradient_norm, seed_batch
+from stages.training import (
+    NamesSamples,
+    build_average,
+    build_optimizer,
+    build_schedule,
+    check_finite,
+    gradient_norm,
+    seed_batch,
+)
 
 Batch = dict[str, Tensor]
 NATS_PER_BIT = math.log(2)
@@ -28,6 +36,8 @@ class PriorModule(L.LightningModule):
         self.seed = seed
         self.prior = prior
         self.average = build_average(prior, training.ema_decay)
+        self.names: NamesSamples = lambda indices: [str(index) for index in indices]
+        """Names samples for error messages; the command knows where they come from."""
         self.batches_seen = 0
         """Micro-batches this process has trained on; the data stream resumes there."""
         names = ["all", *(scale.name for scale in prior.layout.scales)]
@@ -50,7 +60,7 @@ class PriorModule(L.LightningModule):
         dropped = torch.rand(len(labels), device=labels.device) < self.prior.condition.dropout
         nll = self.prior.nll(Tokens.fixed(batch["ids"]), torch.where(dropped, -1, labels))
         loss = nll.mean()
-        check_finite({"nll": loss}, self.step, batch)
+        check_finite({"nll": loss}, self.step, batch["index"], self.names)
         self.batches_seen += 1
         self.log("bits_per_token", loss.detach() * nll.shape[2] / NATS_PER_BIT, prog_bar=True, logger=False)
         if self.batches_seen % (self.config.accumulate_batches * self.config.log_every) == 0 or self.batches_seen == 1:

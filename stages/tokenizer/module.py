@@ -30,7 +30,15 @@ from stages.measures.perceptual import build_perceptual
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.discriminator import PatchDiscriminator, hinge_discriminator, hinge_generator
 from stages.tokenizer.quantizers import Quantizer
-from stages.training import build_average, build_optimizer, build_schedule, check_finite, gradient_norm, seed_batch
+from stages.training import (
+    NamesSamples,
+    build_average,
+    build_optimizer,
+    build_schedule,
+    check_finite,
+    gradient_norm,
+    seed_batch,
+)
 
 Batch = dict[str, Tensor]
 
@@ -51,6 +59,8 @@ class TokenizerModule(L.LightningModule):
             else None
         )
         self.perceptual = build_perceptual(training.perceptual)
+        self.names: NamesSamples = lambda indices: [str(index) for index in indices]
+        """Names samples for error messages; the command knows where they come from."""
         self.batches_seen = 0
         """Micro-batches this process has trained on; the data stream resumes there."""
         self.recent_ids: list[Tensor] = []
@@ -117,7 +127,7 @@ class TokenizerModule(L.LightningModule):
         step = self.step
         with self._synchronised(last):
             terms, logs, ids = self.loss_terms(batch["pixels"])
-            check_finite(terms, step, batch)
+            check_finite(terms, step, batch["index"], self.names)
             self.manual_backward(torch.stack(list(terms.values())).sum() / config.accumulate_batches)
         self.recent_ids.append(ids)
         if last:
