@@ -56,8 +56,13 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-        """[B, L, D] → [B, L, D]. With ``cache`` [2, B, H, T, D/H], keys and values go to ``slots`` [L] of it."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        """[B, L, D] → [B, L, D], causal without a mask.
+
+        With ``cache`` [2, B, H, T, D/H], keys and values go to its ``slots`` [L], and ``mask`` [L, T] says what counts.
+        """
         batch, length, width = x.shape
         qkv = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -65,7 +70,8 @@ class Attention(nn.Module):
             cache[0].index_copy_(2, slots, key.to(cache.dtype))
             cache[1].index_copy_(2, slots, value.to(cache.dtype))
             key, value = cache[0].to(query.dtype), cache[1].to(query.dtype)
-        return self.project(attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width))
+        mixed = attend(query, key, value, mask, causal=mask is None)
+        return self.project(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
 class Block(nn.Module):
@@ -80,8 +86,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.width, hidden, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        """[B, L, D] → [B, L, D]; arguments as in ``Attention``."""
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, slots))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -188,11 +196,13 @@ class TransformerPrior(Prior):
         predicted = self._position(0, upto + 1)
         return x + functional.pad(predicted, (0, 0, x.shape[1] - len(predicted), 0))
 
-    def _blocks(self, x: Tensor, mask: Tensor, cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    def _blocks(
+        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
         x = self.embedding_dropout(x)
         for index, block in enumerate(self.blocks):
             if self.config.checkpoint_gradients and self.training and cache is None:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, mask, None if cache is None else cache[index], slots)
         return self.norm(x)
@@ -207,8 +217,7 @@ class TransformerPrior(Prior):
         ids = tokens.ids
         length = ids.shape[1]
         x = self._slots(labels, ids[:, :-1], length - 1)
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        hidden = self._blocks(x, mask)[:, -length:]
+        hidden = self._blocks(x)[:, -length:]
         parts = []
         for codebook, start, stop in self.runs:
             stop = min(stop, length)
