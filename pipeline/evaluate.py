@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.images.config import ImagesConfig
 from data.images.module import validation_indices
@@ -101,7 +102,9 @@ def evaluate(config: Config) -> Path:
         if config.sampling.compile:
             prior.compile_step()
         bits = measure_nll(prior, made.tokens, val.labels, config.eval.batch_size, device)
-        metrics["samples"] = measure_samples(config, folder, tokenizer, prior, source, val, judge, device, skipped)
+        metrics["samples"] = measure_samples(
+            config, folder, tokenizer, prior, source, val, made.pixels, judge, device, skipped
+        )
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured)
     metrics["codes"] = [use.to_dict() for use in uses]
     metrics["skipped"] = skipped
@@ -196,6 +199,7 @@ def measure_samples(
     prior: Prior,
     source: ImageSource,
     val: Images,
+    val_decoded: Tensor,
     judge: Judge | None,
     device: torch.device,
     skipped: list[str],
@@ -228,6 +232,12 @@ def measure_samples(
         "images_per_second": count / seconds,
         "memorised_in_pixels": measure_memorised(fake, train.pixels, real, f"pixels of {real.shape[-1]} px"),
     }
+    # A copied sequence of tokens decodes to the training image *as the tokenizer sees it*: against the originals the
+    # tokenizer's own error would hide the copy.
+    train_decoded = decoded_thumbnails(tokenizer, train_source, train.indices, config, device)
+    measured["memorised_as_decoded"] = measure_memorised(
+        fake, train_decoded, thumbnails(val_decoded), "pixels, all sides decoded by the tokenizer"
+    )
     spaces: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     if judge is not None:
         clean = read_images(train_source, config.images, count).pixels
@@ -261,6 +271,18 @@ def measure_samples(
     show_samples(folder, drawn, labels, source.class_names if conditional else ())
     show_neighbours(folder, config.images, drawn, fake, train, train_source, spaces.get("classifier"))
     return measured
+
+
+def decoded_thumbnails(
+    tokenizer: Tokenizer, source: ImageSource, indices: list[int], config: Config, device: torch.device
+) -> Tensor:
+    """Images of a source after a pass through the tokenizer, uint8 [n, C, ≤32, ≤32]."""
+    size = config.eval.batch_size
+    parts = []
+    for start in tqdm(range(0, len(indices), size), "Decoding training images", disable=not config.trainer.progress):
+        pixels = pixels_of(source, indices[start : start + size], config.images)
+        parts.append(thumbnails(reconstruct(tokenizer, pixels, size, device).pixels))
+    return torch.cat(parts)
 
 
 def fit_classifier(

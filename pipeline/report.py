@@ -176,7 +176,11 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
             beside = f"{entry['baseline_of_real_images']:.1%} by {entry['num_baseline']:,} training images"
             meaning = f"Share of held-out images with a sample in their neighbourhood, in {words}: lost modes lower it."
             rows.append(Row(f"Coverage ({space})", f"{entry['value']:.1%}", beside, meaning))
-    for key, space in (("memorised_in_pixels", "pixels"), ("memorised_in_features", "features")):
+    for key, space in (
+        ("memorised_as_decoded", "pixels after the tokenizer"),
+        ("memorised_in_pixels", "pixels"),
+        ("memorised_in_features", "features"),
+    ):
         if key in samples:
             entry = samples[key]
             meaning = f"Samples as near to a training image as the nearest 1 % of held-out ones, in {space}."

@@ -15,6 +15,7 @@ from data.layout import Tokens
 from pipeline.config import Config
 from pipeline.run import RunError, device_of, need
 from stages.contract import Prior, Tokenizer
+from stages.measures.pictures import sheet
 from stages.prior.sampling import check_sampling, sample
 from stages.weights import check_pair, load_prior, load_tokenizer
 
@@ -47,7 +48,7 @@ def load_models(config: Config) -> tuple[Tokenizer, Prior, torch.device]:
 
 
 def sample_images(config: Config, request: SampleRequest) -> Path:
-    """Write ``grid.png`` (a row a class) and one PNG an image. Returns the grid's path."""
+    """Write ``grid.png`` (a row a class, enlarged) and one PNG an image. Returns the grid's path."""
     tokenizer, prior, device = load_models(config)
     check_sampling(config.sampling, prior.layout)
     if config.sampling.scales and not prior.layout.decodes_prefixes:
@@ -66,7 +67,8 @@ def sample_images(config: Config, request: SampleRequest) -> Path:
     for label, seed, picture in zip(rows.tolist(), seeds, pictures, strict=True):
         name = "sample" if label < 0 else _file_name(prior.class_names[label])
         save_image(picture.float() / 255, out / f"{name}-{seed:06d}.png")
-    save_image(pictures.float() / 255, out / "grid.png", nrow=request.count, padding=2, pad_value=1.0)
+    names = [prior.class_names[label] if label >= 0 else "" for label in labels]
+    sheet(pictures.split(request.count), names if any(names) else ()).save(out / "grid.png")
     print(f"wrote {out / 'grid.png'} and {len(pictures)} images beside it")
     return out / "grid.png"
 

@@ -16,18 +16,23 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from data.images.config import ImagesConfig
+from data.images.reading import pixels_of
+from data.images.sources import open_source
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.report import panels_of, read_scalars, smoothed
 from pipeline.run import RunError
+from stages import factory
 from stages.conditions.labels import ClassConditionConfig
 from stages.factory import build_prior, build_tokenizer
 from stages.measures.config import EvalConfig
+from stages.measures.reconstruction import reconstruct
 from stages.prior.transformer import TransformerPriorConfig
 from stages.tokenizer.quantizers import FSQConfig
 from stages.tokenizer.sit import SITConfig
 from stages.tokenizer.transformer import TransformerConfig
 from stages.weights import WeightsError, file_sha256, load_tokenizer, save_prior, save_tokenizer
+from tests.pipeline.mean_colour import MeanColourConfig
 
 CLASSES = ["bright", "dark"]
 
@@ -202,3 +207,26 @@ def test_curves_join_the_files_of_a_resumed_run(tmp_path: Path) -> None:
     assert steps == list(range(10)) and values[:4] == [0, 1, 2, 3] and values[4:] == [104, 105, 106, 107, 108, 109]
     assert panels_of(scalars) == {"loss/pixel": ["loss/pixel"]}
     assert smoothed([2.0] * 5) == pytest.approx([2.0] * 5)
+
+
+def test_copies_of_training_images_are_seen_through_the_tokenizers_own_error(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the samples are training images as the tokenizer decodes them, half are noise: the share is one half."""
+    line = ("tests.pipeline.mean_colour", "MeanColourConfig", "MeanColour")
+    monkeypatch.setitem(factory.TOKENIZERS, "mean-colour", line)
+    config = toy_run(tmp_path, images, with_prior=False)
+    config.tokenizer = MeanColourConfig(path=config.tokenizer.path, steps=64)
+    config.eval.num_samples = 8
+    tokenizer = build_tokenizer(config.tokenizer, (16, 16), 3)
+    save_tokenizer(Path(config.tokenizer.path), tokenizer, config.tokenizer)
+    prior = build_prior(config.prior, config.condition, tokenizer.layout, CLASSES)
+    extra = {"tokenizer_sha256": file_sha256(Path(config.tokenizer.path))}
+    save_prior(Path(config.prior.path), prior, config.prior, config.condition, extra)
+    originals = pixels_of(open_source(config.images, "train"), range(4), config.images)
+    copies = reconstruct(tokenizer, originals, 4, torch.device("cpu")).pixels
+    noise = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    monkeypatch.setattr("pipeline.evaluate.draw_images", lambda *args: torch.cat([copies, noise]))
+    measured = read(evaluate(config))["samples"]
+    assert measured["memorised_as_decoded"]["share"] == 0.5
+    assert measured["memorised_in_pixels"]["threshold"] > measured["memorised_as_decoded"]["threshold"]
