@@ -25,6 +25,7 @@ from data.images.reading import read_eval
 from data.images.source import ImageSource
 from data.images.views import to_float
 from data.layout import Tokens
+from data.stream import as_it_is
 from data.tokens import order
 from data.tokens.shards import Block, ShardWriter, finished_shard
 from pipeline.config import Config
@@ -135,7 +136,7 @@ class Encoding(L.LightningModule):
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's pieces in order; a batch of the loader is a piece."""
         images = PieceImages(self._pieces, self._plans, self._config)
-        return DataLoader(images, batch_size=None, num_workers=self._config.trainer.num_workers, collate_fn=_as_it_is)
+        return DataLoader(images, batch_size=None, num_workers=self._config.trainer.num_workers, collate_fn=as_it_is)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Encode a piece in every view; write the block, and commit the shard, that it ends. Returns the images."""
@@ -205,7 +206,3 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 def _padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:
     widths = [(0, length - array.shape[axis]) if at == axis else (0, 0) for at in range(array.ndim)]
     return np.pad(array, widths)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ from PIL import Image
 from data.errors import OctavesError
 from data.images.home import data_home
 from data.images.source import decode, hashed_order
+from data.tokens.files import write_atomically
 from pipeline.photo_packages import PACKAGES, Package, package_root
 
 FORMAT_VERSION = 1
@@ -244,13 +244,3 @@ def write_side(pictures: list[Picture], folder: Path, config: PhotosConfig) -> i
                 writer.write(records[name])
         write_atomically(folder / f"{number:06d}.tar", buffer.getvalue())
     return len(order)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under another name, then rename: a file that is there is whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

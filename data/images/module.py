@@ -25,7 +25,7 @@ from data.images.reading import EvalView, PreloadedDataset, TrainDataset, read_e
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.images.views import DETERMINISTIC_VIEWS, to_float
-from data.stream import IndexStream
+from data.stream import IndexStream, as_it_is
 
 MAX_PRELOADED_BYTES = 1 << 30
 Batch = dict[str, Tensor]
@@ -111,16 +111,11 @@ class ImageDataModule(L.LightningDataModule):
             dataset,
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=as_read,
+            collate_fn=as_it_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-
-def as_read(batch: Any) -> Any:
-    """The data sets of this module read whole batches: there is nothing left to collate."""
-    return batch
 
 
 def validation_indices(length: int, count: int, seed: int) -> list[int]:

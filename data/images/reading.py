@@ -184,24 +184,6 @@ def read_eval(
     return EvalView(pixels, sample.label, sample.text, sample.key, index, readable=True)
 
 
-class EvalDataset(Dataset[EvalView]):
-    """The eval view of chosen images, in their order; ``flip`` gives the mirrored view. Raises like ``read_eval``."""
-
-    def __init__(
-        self, source: ImageSource, config: ImagesConfig, indices: Sequence[int] | None = None, flip: bool = False
-    ) -> None:
-        self.source = source
-        self.config = config
-        self.indices = range(len(source)) if indices is None else indices
-        self.flip = flip
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> EvalView:
-        return read_eval(self.source, int(self.indices[position]), self.config, flip=self.flip)
-
-
 def pixels_of(
     source: ImageSource, indices: Sequence[int], config: ImagesConfig, view: str = "eval", flip: bool = False
 ) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.stream import IndexStream
+from data.stream import IndexStream, as_it_is
 from data.tokens.manifest import Manifest
 from data.tokens.order import random_bits
 from data.tokens.reader import TokenReader
@@ -68,11 +68,6 @@ class ValidationTokens(Dataset[Batch]):
         batch = to_tensors(self.reader.read(np.where(real, places, 0)))
         batch["weight"] = torch.from_numpy(real.astype(np.float32))
         return batch
-
-
-def as_it_is(batch: Any) -> Any:
-    """Collate function for data sets that give whole batches."""
-    return batch
 
 
 class TokenDataModule(L.LightningDataModule):

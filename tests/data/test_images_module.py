@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.images.config import ImagesConfig
 from data.images.module import ImageDataModule, PaddedBatches
-from data.images.reading import EvalDataset, PreloadedDataset, TooManyCorrupt, TrainDataset, pixels_of
+from data.images.reading import PreloadedDataset, TooManyCorrupt, TrainDataset, pixels_of, read_eval
 from data.images.source import CorruptImage, ImagesError, ImageSource, Sample
 from data.images.sources import open_source
 from data.stream import IndexStream
@@ -190,11 +190,11 @@ def test_evaluation_fails_by_name_or_leaves_out() -> None:
     with pytest.raises(CorruptImage, match="picture-1"):
         pixels_of(source, range(4), config)
     with pytest.raises(CorruptImage, match="picture-1"):
-        EvalDataset(source, config)[1]
+        read_eval(source, 1, config)
     config.skip_corrupt = True
     assert pixels_of(source, range(4), config).shape == (3, 3, 8, 8)
-    views = EvalDataset(source, config, [3, 1])
-    assert [view.readable for view in (views[0], views[1])] == [True, False]
+    views = [read_eval(source, index, config) for index in (3, 1)]
+    assert [view.readable for view in views] == [True, False]
     assert torch.equal(pixels_of(source, [3], config, flip=True)[0], views[0].pixels.flip(-1))
 
 
