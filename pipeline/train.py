@@ -31,6 +31,7 @@ from pipeline.run import RunError, need, stage_folder
 from stages.factory import build_prior, build_tokenizer
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
+from stages.prior.sampling import check_sampling
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
@@ -93,7 +94,8 @@ def train_prior(config: Config) -> Path:
         pictures: list[Callback] = []
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path)
-            settings = dataclasses.replace(config.sampling, compile=False)
+            settings = dataclasses.replace(config.sampling, compile=False, scales=0)
+            check_sampling(settings, manifest.layout)  # now, not at the first validation
             pictures.append(SamplePictures(load_tokenizer(config.tokenizer.path)[0], settings))
         L.seed_everything(config.seed, verbose=False)
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names))
