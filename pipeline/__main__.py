@@ -4,7 +4,9 @@ train-tokenizer   learn pixels → tokens → pixels                (stage 1)
 cache-tokens      write the tokens of all images to disk
 train-prior       learn to write such tokens                    (stage 2)
 eval              measure both, write metrics.json and report.html
-sample            draw new images: classes=… count=… seed=… out=…
+sample            draw new images: classes=… text=… count=… seed=… out=…
+upsample          make a small image large: input=… to=… and the keys of sample
+edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
 photos            gather colour photos from installed packages: size=64
 
 CONFIG is a YAML or the name of a shipped experiment; every key of it can be overridden by key=value.
@@ -13,17 +15,29 @@ CONFIG is a YAML or the name of a shipped experiment; every key of it can be ove
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
+from importlib import import_module
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import OctavesError
 from pipeline.config import ConfigError, load_config
 from pipeline.processes import end_with_parent
 
-COMMANDS = ("train-tokenizer", "cache-tokens", "train-prior", "eval", "sample", "photos")
+# command: (module, function, the dataclass of its own keys or None)
+COMMANDS: dict[str, tuple[str, str, str | None]] = {
+    "train-tokenizer": ("pipeline.train", "train_tokenizer", None),
+    "cache-tokens": ("pipeline.cache", "cache_tokens", None),
+    "train-prior": ("pipeline.train", "train_prior", None),
+    "eval": ("pipeline.evaluate", "evaluate", None),
+    "sample": ("pipeline.sample", "sample_images", "SampleRequest"),
+    "upsample": ("pipeline.upsample", "upsample_images", "UpsampleRequest"),
+    "edit": ("pipeline.edit", "edit_images", "EditRequest"),
+    "photos": ("pipeline.photos", "run_photos", None),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,44 +60,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Run one command; imports are local, so that a wrong key is answered before torch is loaded twice."""
+    """Run one command; its module is imported only now, so that a wrong key is answered before anything is loaded."""
+    module, function, request_name = COMMANDS[command]
     if command == "photos":
-        from pipeline.photos import run_photos
-
-        run_photos(arguments)
+        getattr(import_module(module), function)(arguments)
         return
     if not arguments:
         raise ConfigError(f"octaves {command} needs a CONFIG: a YAML, or the name of a shipped experiment")
     name, *overrides = arguments
-    if command == "sample":
-        from pipeline.sample import SampleRequest, sample_images
-
-        own = {field.name for field in fields(SampleRequest)}
-        chosen = [item for item in overrides if item.split("=")[0] in own - {"seed"} or item.startswith("seed=")]
-        config = load_config(name, [item for item in overrides if item not in chosen])
-        try:
-            request = OmegaConf.merge(
-                {"run": config.run}, OmegaConf.structured(SampleRequest), OmegaConf.from_dotlist(chosen)
-            )
-            sample_images(config, SampleRequest(**{key: OmegaConf.select(request, key) for key in own}))
-        except OmegaConfBaseException as error:
-            raise ConfigError(str(error).splitlines()[0]) from error
+    if request_name is None:
+        config = load_config(name, overrides)
+        getattr(import_module(module), function)(config)
         return
-    config = load_config(name, overrides)
-    stage: dict[str, Callable[..., object]] = {}
-    if command in ("train-tokenizer", "train-prior"):
-        from pipeline.train import train_prior, train_tokenizer
+    loaded = import_module(module)
+    request_class = getattr(loaded, request_name)
+    own = {field.name for field in fields(request_class)}
+    chosen = [item for item in overrides if item.split("=")[0] in own]
+    config = load_config(name, [item for item in overrides if item not in chosen])
+    getattr(loaded, function)(config, read_request(request_class, config.run, chosen))
 
-        stage = {"train-tokenizer": train_tokenizer, "train-prior": train_prior}
-    elif command == "cache-tokens":
-        from pipeline.cache import cache_tokens
 
-        stage = {"cache-tokens": cache_tokens}
-    else:
-        from pipeline.evaluate import evaluate
+def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -> Any:
+    """A command's own keys. Raises ConfigError for a value of the wrong type.
 
-        stage = {"eval": evaluate}
-    stage[command](config)
+    Values are taken as they are written: OmegaConf would read a caption such as ``1, 2`` or ``no`` as YAML.
+    """
+    request = OmegaConf.merge({"run": run_folder}, OmegaConf.structured(request_class))
+    assert isinstance(request, DictConfig)
+    try:
+        for item in chosen:
+            key, _, value = item.partition("=")
+            request[key] = value
+        return request_class(**{field.name: request[field.name] for field in fields(request_class)})
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
 
 
 if __name__ == "__main__":

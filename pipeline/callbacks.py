@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torchvision.utils import make_grid
 
-from stages.contract import Tokenizer
+from stages.contract import Prompts, Tokenizer
 from stages.prior.sampling import SamplingConfig, sample
 
 
@@ -70,7 +70,7 @@ class SamplePictures(L.Callback):
         prior = pl_module.average.module
         numbers = torch.arange(self.count, device=pl_module.device)
         labels = numbers % len(prior.class_names) if prior.class_names else torch.full_like(numbers, -1)
-        tokens = sample(prior, labels, self.settings, range(self.count))
+        tokens = sample(prior, Prompts.of_labels(labels), self.settings, range(self.count))
         with torch.no_grad():
             images = self.tokenizer.to(pl_module.device).decode(tokens).float().cpu()
         writer.add_image("validation/samples", make_grid((images + 1) / 2, nrow=8), pl_module.step)

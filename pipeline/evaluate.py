@@ -27,19 +27,16 @@ from data.images.module import validation_indices
 from data.images.reading import pixels_of, read_eval
 from data.images.source import ImageSource
 from data.images.sources import open_source
-from data.images.views import to_uint8
-from data.layout import Tokens
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
+from pipeline.evaluation_pictures import show_neighbours, show_prefixes, show_reconstructions, show_samples
+from pipeline.models import Models, assemble
 from pipeline.report import write_report
 from pipeline.run import RunError, device_of, need
-from pipeline.sample import draw_images
-from stages.contract import Prior, Tokenizer
+from stages.contract import Prompts, Tokenizer
 from stages.measures.backbones import BackboneError
 from stages.measures.classifier import Classifier, accuracy, thumbnails, train_classifier
-from stages.measures.neighbours import nearest
 from stages.measures.perceptual import Lite0Perceptual
-from stages.measures.pictures import error_picture, sheet
 from stages.measures.reconstruction import (
     Judge,
     measure_nll,
@@ -49,12 +46,7 @@ from stages.measures.reconstruction import (
     reconstruct,
 )
 from stages.measures.samples import measure_coverage, measure_memorised
-from stages.prior.sampling import check_sampling
 from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer
-
-NUM_SHOWN = 10
-"""Images in a row of a sheet."""
-MAX_CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,8 @@ class Images:
     """int64 [N]; -1 for none."""
     indices: list[int]
     """Where each lies in its source."""
+    texts: list[str]
+    """Captions; empty for none."""
 
 
 def evaluate(config: Config) -> Path:
@@ -80,7 +74,7 @@ def evaluate(config: Config) -> Path:
     check_parts(config, tokenizer, path)
     device = device_of(config)
     tokenizer.to(device)
-    prior = load_matching_prior(config, path)
+    models = load_matching_prior(config, tokenizer, path)
     folder = empty_folder(Path(config.run) / "eval" / config.eval.name)
 
     skipped: list[str] = []
@@ -95,16 +89,12 @@ def evaluate(config: Config) -> Path:
 
     metrics: dict[str, Any] = {"settings": settings(config, path, metadata["kind"], device), "tokenizer": measured}
     bits = None
-    if prior is None:
+    if models is None:
         skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
     else:
-        prior.to(device)
-        if config.sampling.compile:
-            prior.compile_step()
-        bits = measure_nll(prior, made.tokens, val.labels, config.eval.batch_size, device)
-        metrics["samples"] = measure_samples(
-            config, folder, tokenizer, prior, source, val, made.pixels, judge, device, skipped
-        )
+        asked = prompts_of(models, val.labels, val.texts)
+        bits = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
+        metrics["samples"] = measure_samples(config, folder, models, source, val, made.pixels, judge, skipped)
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured)
     metrics["codes"] = [use.to_dict() for use in uses]
     metrics["skipped"] = skipped
@@ -130,15 +120,22 @@ def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
         check_belongs(Manifest.load(config.tokens.path), path)
 
 
-def load_matching_prior(config: Config, tokenizer_path: Path) -> Prior | None:
-    """The prior, or None where there is none yet. Raises WeightsError for one of another tokenizer."""
+def load_matching_prior(config: Config, tokenizer: Tokenizer, tokenizer_path: Path) -> Models | None:
+    """The models, or None where there is no prior yet. Raises WeightsError for a prior of another tokenizer."""
     path = Path(config.prior.path)
     if not path.exists():
         return None
     prior, metadata = load_prior(path)
     check_pair(metadata, path, tokenizer_path)
-    check_sampling(config.sampling, prior.layout)
-    return prior
+    return assemble(config, tokenizer, prior)
+
+
+def prompts_of(models: Models, labels: Tensor, texts: list[str]) -> Prompts:
+    """Prompts of images with class ids int64 [N] and captions, as far as the prior knows of them."""
+    told = models.prior.condition
+    return models.prompts(
+        labels.tolist() if told.uses_labels else [-1] * len(labels), texts if told.uses_text else [""] * len(labels)
+    )
 
 
 def empty_folder(folder: Path) -> Path:
@@ -182,41 +179,46 @@ def read_images(source: ImageSource, config: ImagesConfig, count: int, small: bo
     """The first ``count`` images (or all) of a fixed permutation; ``small`` keeps only thumbnails of 32 px."""
     views = (read_eval(source, index, config) for index in validation_indices(len(source), count, config.split_seed))
     rows = [
-        (thumbnails(view.pixels.unsqueeze(0))[0] if small else view.pixels, view.label, view.index)
+        (thumbnails(view.pixels.unsqueeze(0))[0] if small else view.pixels, view.label, view.index, view.text)
         for view in views
         if view.readable
     ]
     if not rows:
         raise RunError("none of the images can be read")
-    pixels, labels, indices = zip(*rows, strict=True)
-    return Images(torch.stack(pixels), torch.tensor(labels), list(indices))
+    pixels, labels, indices, texts = zip(*rows, strict=True)
+    return Images(torch.stack(pixels), torch.tensor(labels), list(indices), list(texts))
 
 
 def measure_samples(
     config: Config,
     folder: Path,
-    tokenizer: Tokenizer,
-    prior: Prior,
+    models: Models,
     source: ImageSource,
     val: Images,
     val_decoded: Tensor,
     judge: Judge | None,
-    device: torch.device,
     skipped: list[str],
 ) -> dict[str, Any]:
     """Draw images, write them and their pictures, and measure them against held-out and training images."""
-    count = config.eval.num_samples
-    conditional = prior.condition.uses_labels
+    count, prior, device, tokenizer = config.eval.num_samples, models.prior, models.device, models.tokenizer
+    by_text = prior.condition.uses_text
+    conditional = prior.condition.uses_labels or (by_text and bool((val.labels >= 0).any()))
     num_classes = len(source.class_names)
-    if conditional and list(source.class_names) != list(prior.class_names):
+    if prior.condition.uses_labels and list(source.class_names) != list(prior.class_names):
         raise RunError(
             f"the prior knows the classes {', '.join(prior.class_names)}, the images have "
             f"{', '.join(source.class_names)}; set images to those that the tokens were made of"
         )
-    labels = torch.arange(count) % num_classes if conditional else torch.full((count,), -1)
+    texts = [""] * count
+    if by_text:  # the captions of held-out images: what the prior has never read
+        rows = torch.arange(count) % len(val.labels)
+        labels, texts = val.labels[rows], [val.texts[row] for row in rows.tolist()]
+    else:
+        labels = torch.arange(count) % num_classes if conditional else torch.full((count,), -1)
     seeds = [config.eval.seed + index for index in range(count)]
+    prompts = prompts_of(models, labels, texts)
     started = time.perf_counter()
-    drawn = draw_images(tokenizer, prior, labels, config, seeds, device)
+    drawn = models.decode(models.draw(prompts, config.sampling, seeds))
     seconds = time.perf_counter() - started
     np.savez_compressed(folder / "samples.npz", arr_0=drawn.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
 
@@ -225,7 +227,7 @@ def measure_samples(
     real, fake = thumbnails(val.pixels), thumbnails(drawn)
     measured: dict[str, Any] = {
         "num_samples": count,
-        "labels": "equal shares" if conditional else "none",
+        "prompts": "captions of held-out images" if by_text else "classes in equal shares" if conditional else "none",
         "seeds": [seeds[0], seeds[-1]],
         "sampling": to_plain(config.sampling),
         "seconds": seconds,
@@ -257,10 +259,11 @@ def measure_samples(
             "held_out": held_out.to_dict(),
         }
         if conditional:
-            judged = accuracy(classifier.predict(drawn), labels, num_classes)
+            known = labels >= 0
+            judged = accuracy(classifier.predict(drawn[known]), labels[known], num_classes)
             measured["class_accuracy"] = {**judged.to_dict(), "baseline_held_out": held_out.balanced}
         else:
-            skipped.append("class accuracy of samples: the prior is not conditioned on classes")
+            skipped.append("class accuracy of samples: the prior knows neither classes nor captions of labelled images")
         features = classifier.features(real), classifier.features(fake), classifier.features(train.pixels)
         spaces["classifier"] = features
         measured["memorised_in_features"] = measure_memorised(features[1], features[2], features[0], "classifier")
@@ -268,8 +271,10 @@ def measure_samples(
         if len(held) > config.eval.neighbours:
             found = measure_coverage(held, judged_features, others, config.eval.neighbours, space)
             measured[f"coverage_{space}"] = found
-    show_samples(folder, drawn, labels, source.class_names if conditional else ())
-    show_neighbours(folder, config.images, drawn, fake, train, train_source, spaces.get("classifier"))
+    show_samples(folder, drawn, labels, source.class_names if conditional else (), texts)
+    show_neighbours(
+        folder, config.images, drawn, fake, train.pixels, train.indices, train_source, spaces.get("classifier")
+    )
     return measured
 
 
@@ -296,62 +301,3 @@ def fit_classifier(
         return None
     steps = config.eval.classifier_steps
     return train_classifier(train.pixels[known], train.labels[known], num_classes, steps, config.eval.seed, device)
-
-
-def show_reconstructions(folder: Path, pixels: Tensor, decoded: Tensor) -> None:
-    """Originals, reconstructions and what differs."""
-    original, made = pixels[:NUM_SHOWN], decoded[:NUM_SHOWN]
-    rows = (original, made, error_picture(made, original))
-    sheet(rows, ("original", "decoded", "error x4")).save(folder / "reconstructions.png")
-
-
-@torch.inference_mode()
-def show_prefixes(folder: Path, tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, device: torch.device) -> None:
-    """The first images scale by scale, where the decoder can stop."""
-    layout = tokenizer.layout
-    if not layout.decodes_prefixes:
-        return
-    first = Tokens(tokens.ids[:6], tokens.lengths[:6], tokens.header[:6]).to(device)
-    columns = [to_uint8(tokenizer.decode(first.prefix(layout.prefix_length(k)))).cpu() for k in layout.prefixes]
-    sizes = [layout.scales[k - 1].image_size[1] for k in layout.prefixes]
-    labels = [f"{k} ({size} px)" for k, size in zip(layout.prefixes, sizes, strict=True)]
-    rows = [[*images, original] for *images, original in zip(*columns, pixels[:6], strict=True)]
-    sheet(rows, column_labels=[*labels, "original"]).save(folder / "prefixes.png")
-
-
-def show_samples(folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
-    """Samples row by row: one class a row, or the first ones where there are no classes."""
-    if class_names:
-        shown = range(min(len(class_names), MAX_CLASSES_SHOWN))
-        rows = [drawn[labels == label][:NUM_SHOWN] for label in shown]
-        kept = [(row, class_names[label]) for label, row in zip(shown, rows, strict=True) if len(row)]
-        picture = sheet([row for row, _ in kept], [name for _, name in kept])
-    else:
-        picture = sheet(drawn[: 6 * NUM_SHOWN].split(NUM_SHOWN))
-    picture.save(folder / "samples.png")
-
-
-def show_neighbours(
-    folder: Path,
-    config: ImagesConfig,
-    drawn: Tensor,
-    small: Tensor,
-    train: Images,
-    source: ImageSource,
-    features: tuple[Tensor, Tensor, Tensor] | None,
-) -> None:
-    """The first samples, and those nearest to any training image, each above its nearest training images."""
-    by_pixels = nearest(small, train.pixels)
-    by_features = None if features is None else nearest(features[1], features[2])
-    rows: list[Tensor] = []
-    labels: list[str] = []
-    closest = by_pixels.distances[:, 0].argsort()[:NUM_SHOWN]
-    for name, chosen in (("sample", torch.arange(min(NUM_SHOWN, len(small)))), ("closest sample", closest)):
-        rows.append(drawn[chosen])
-        labels.append(name)
-        for space, found in (("pixels", by_pixels), ("features", by_features)):
-            if found is not None:
-                places = [train.indices[i] for i in found.indices[chosen, 0].tolist()]
-                rows.append(pixels_of(source, places, config))
-                labels.append(f"nearest in {space}")
-    sheet(rows, labels).save(folder / "neighbours.png")

@@ -28,7 +28,8 @@ from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
 from pipeline.run import RunError, need, stage_folder
-from stages.factory import build_prior, build_tokenizer
+from stages.conditions.text import TextCondition
+from stages.factory import build_prior, build_tokenizer, condition_kind
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
 from stages.prior.sampling import check_sampling
@@ -89,6 +90,7 @@ def train_prior(config: Config) -> Path:
             config.trainer.num_workers,
             config.seed,
             training.validation_samples,
+            with_text=condition_kind(config.condition.kind)[1].uses_text,
         )
         manifest = tokens.manifest
         pictures: list[Callback] = []
@@ -98,7 +100,9 @@ def train_prior(config: Config) -> Path:
             check_sampling(settings, manifest.layout)  # now, not at the first validation
             pictures.append(SamplePictures(load_tokenizer(config.tokenizer.path)[0], settings))
         L.seed_everything(config.seed, verbose=False)
-        prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names))
+        prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names), manifest.text)
+        if isinstance(prior.condition, TextCondition):
+            prior.condition.set_empty(TokenReader(config.tokens.path, "train").empty_caption())
         module = PriorModule(prior, training, config.seed)
         module.names = lambda indices: TokenReader(config.tokens.path, "train").keys(np.array(indices))
         trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention of [B, H, L, D] with keys [B, H, M, D]; ``mask`` [L, M] is True where to look.
+    """Scaled dot-product attention of [B, H, L, D] with keys [B, H, M, D]; ``mask`` is True where to look: [L, M], or
+    anything that broadcasts to [B, H, L, M].
 
     ``causal`` stands for a lower triangular mask, which lets a GPU take its fastest kernel.
 

@@ -25,6 +25,8 @@ QUANTIZERS: Registry = {
 CONDITIONS: Registry = {
     "none": ("stages.conditions.labels", "NoConditionConfig", "NoCondition"),
     "class": ("stages.conditions.labels", "ClassConditionConfig", "ClassCondition"),
+    "text": ("stages.conditions.text", "TextConditionConfig", "TextCondition"),
+    "class-text": ("stages.conditions.text", "ClassTextConditionConfig", "ClassTextCondition"),
 }
 PRIORS: Registry = {
     "transformer": ("stages.prior.transformer", "TransformerPriorConfig", "TransformerPrior"),
@@ -69,11 +71,13 @@ def build_quantizer(config: Any, width_in: int, width_out: int) -> Quantizer:
     return quantizer_kind(config.kind)[1](config, width_in, width_out)
 
 
-def build_condition(config: Any, class_names: list[str], width: int) -> Condition:
-    """A condition of ``config.kind`` that speaks to a prior of that width."""
-    return condition_kind(config.kind)[1](config, class_names, width)
+def build_condition(config: Any, class_names: list[str], width: int, text: dict[str, Any] | None = None) -> Condition:
+    """A condition of ``config.kind`` that speaks to a prior of that width; ``text`` is the text encoder's spec."""
+    return condition_kind(config.kind)[1](config, class_names, width, text)
 
 
-def build_prior(config: Any, condition: Any, layout: TokenLayout, class_names: list[str]) -> Prior:
+def build_prior(
+    config: Any, condition: Any, layout: TokenLayout, class_names: list[str], text: dict[str, Any] | None = None
+) -> Prior:
     """A prior of ``config.kind`` with fresh weights over ``layout``, conditioned as ``condition`` says."""
-    return prior_kind(config.kind)[1](config, condition, layout, class_names)
+    return prior_kind(config.kind)[1](config, condition, layout, class_names, text)

@@ -107,6 +107,7 @@ def save_prior(path: Path, prior: Prior, config: Any, condition: Any, extra: dic
         "condition": asdict(condition),
         "layout": prior.layout.to_dict(),
         "class_names": prior.class_names,
+        "text": prior.text,
         **extra,
     }
     save_weights(path, prior, metadata)
@@ -122,7 +123,7 @@ def load_prior(path: str | Path) -> tuple[Prior, dict[str, Any]]:
         config = from_plain(prior_kind(metadata["kind"])[0], metadata["config"])
         condition = from_plain(condition_kind(metadata["condition"]["kind"])[0], metadata["condition"])
         layout = TokenLayout.from_dict(metadata["layout"])
-        prior = build_prior(config, condition, layout, metadata["class_names"])
+        prior = build_prior(config, condition, layout, metadata["class_names"], metadata.get("text"))
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: metadata do not describe a prior ({error})") from error
     load_state(path, prior, tensors)

@@ -10,6 +10,6 @@ class ConditionConfig:
     """Conditioning of the prior."""
 
     kind: str = "class"
-    """class or none."""
+    """none, class, text or class-text; the kinds with text need tokens.text_encoder."""
     dropout: float = 0.1
     """Share of training samples whose condition is dropped, for classifier-free guidance."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
 from stages.conditions.config import ConditionConfig
-from stages.contract import Condition
+from stages.contract import Condition, ConditionStates, Prompts
 
 
 @dataclass
@@ -33,16 +34,24 @@ class ClassCondition(Condition):
     num_states = 1
     uses_labels = True
 
-    def __init__(self, config: ConditionConfig, class_names: list[str], width: int) -> None:
+    def __init__(
+        self, config: ConditionConfig, class_names: list[str], width: int, text: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         if not class_names:
-            raise InputError("condition.kind=class, but the cache has no class names; use condition.kind=none")
+            raise InputError(
+                f"condition.kind={config.kind}, but the cache has no class names; use another condition.kind"
+            )
         self.num_classes = len(class_names)
         self.dropout = config.dropout
         self.table = nn.Embedding(self.num_classes + 1, width)
         nn.init.normal_(self.table.weight, std=0.02)
 
-    def forward(self, labels: Tensor) -> Tensor:
+    def forward(self, prompts: Prompts) -> ConditionStates:
+        return ConditionStates(self.states(prompts.labels))
+
+    def states(self, labels: Tensor) -> Tensor:
+        """[B, 1, width] of class ids int64 [B]; -1 is no class. Raises ValueError out of range."""
         if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             wrong = int(labels.max()) if int(labels.max()) >= self.num_classes else int(labels.min())
             raise InputError(f"class id {wrong}; allowed: 0 to {self.num_classes - 1}, or -1 for none")
@@ -55,10 +64,12 @@ class NoCondition(Condition):
     num_states = 1
     uses_labels = False
 
-    def __init__(self, config: ConditionConfig, class_names: list[str], width: int) -> None:
+    def __init__(
+        self, config: ConditionConfig, class_names: list[str], width: int, text: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
 
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.start.expand(len(labels), 1, -1)
+    def forward(self, prompts: Prompts) -> ConditionStates:
+        return ConditionStates(self.start.expand(len(prompts), 1, -1))

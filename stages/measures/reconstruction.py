@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.images.views import to_float, to_uint8
 from data.layout import Tokens
-from stages.contract import Prior, Tokenizer
+from stages.contract import Prior, Prompts, Tokenizer
 from stages.measures.codes import CodeUse, code_use
 from stages.measures.distortion import SMALLEST_SSIM, decibels, mean_squared_error, psnr, ssim
 from stages.measures.frechet import frechet
@@ -133,10 +133,12 @@ def measure_prefixes(
 
 
 @torch.inference_mode()
-def measure_nll(prior: Prior, tokens: Tokens, labels: Tensor, batch_size: int, device: torch.device) -> list[float]:
-    """Mean bits per image of each scale of held-out tokens with int64 labels [N] (-1: none) under the prior."""
-    pairs = zip(batches_of(tokens, batch_size), labels.split(batch_size), strict=True)
-    nll = torch.cat([prior.nll(part.to(device), some.to(device)).cpu() for part, some in pairs])
+def measure_nll(prior: Prior, tokens: Tokens, prompts: Prompts, batch_size: int, device: torch.device) -> list[float]:
+    """Mean bits per image of each scale of held-out tokens with their prompts under the prior."""
+    starts = range(0, len(prompts), batch_size)
+    some = (prompts[start : start + batch_size].to(device) for start in starts)
+    pairs = zip(batches_of(tokens, batch_size), some, strict=True)
+    nll = torch.cat([prior.nll(part.to(device), asked).cpu() for part, asked in pairs])
     return prior_bits(nll, tokens, prior.layout)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from data.layout import Tokens
-from stages.contract import Prior
+from stages.contract import Prior, Prompts
 from stages.prior.config import PriorTrainingConfig
 from stages.training import (
     NamesSamples,
@@ -28,7 +28,7 @@ NATS_PER_BIT = math.log(2)
 
 
 class PriorModule(L.LightningModule):
-    """Trains ``prior`` on batches {ids [B, L, F], label [B], index [B]}."""
+    """Trains ``prior`` on batches {ids [B, L, F], label [B], index [B]}, and text and text_length for captions."""
 
     def __init__(self, prior: Prior, training: PriorTrainingConfig, seed: int) -> None:
         super().__init__()
@@ -55,10 +55,9 @@ class PriorModule(L.LightningModule):
         return optimizer
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        labels = batch["label"]
         seed_batch(self.seed, self.global_rank, self.batches_seen)
-        dropped = torch.rand(len(labels), device=labels.device) < self.prior.condition.dropout
-        nll = self.prior.nll(Tokens.fixed(batch["ids"]), torch.where(dropped, -1, labels))
+        prompts = self.prior.condition.drop(Prompts.from_batch(batch))
+        nll = self.prior.nll(Tokens.fixed(batch["ids"]), prompts)
         loss = nll.mean()
         check_finite({"nll": loss}, self.step, batch["index"], self.names)
         self.batches_seen += 1
@@ -93,7 +92,7 @@ class PriorModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         prior = cast(Prior, self.average.module)
-        nll = prior.nll(Tokens.fixed(batch["ids"]), batch["label"])
+        nll = prior.nll(Tokens.fixed(batch["ids"]), Prompts.from_batch(batch))
         for metric, values in zip(self.validation, self._by_scale(nll.sum(2) / NATS_PER_BIT).values(), strict=True):
             metric.update(values, batch["weight"])  # type: ignore[operator]
 

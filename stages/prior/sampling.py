@@ -4,7 +4,8 @@ What is notable here:
 
 - each sample has a generator of its own, so the same seed gives the same image whatever the batch it is drawn in;
 - guidance doubles the batch: logits = unconditional + guidance · (conditional - unconditional);
-- temperature, top-k and top-p may differ from scale to scale; a prefix may be forced; k scales may be enough.
+- temperature, top-k and top-p may differ from scale to scale; k scales may be enough;
+- what is there already may be kept: a prefix (upsampling, editing), or single elements (editing under a mask).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
-from stages.contract import Prior
+from stages.contract import Prior, Prompts
 
 
 @dataclass
@@ -68,18 +69,22 @@ def guidance_at(settings: SamplingConfig, position: int, length: int) -> float:
 @torch.no_grad()
 def sample(
     prior: Prior,
-    labels: Tensor,
+    prompts: Prompts,
     settings: SamplingConfig,
     seeds: Sequence[int],
     prefix: Tokens | None = None,
+    known: Tokens | None = None,
+    keep: Tensor | None = None,
 ) -> Tokens:
-    """Draw one sequence for each class id of ``labels`` int64 [B] (-1: none), seeded one by one.
+    """Draw one sequence for each prompt, seeded one by one.
 
-    ``prefix`` [B, l, F] is forced. Raises ValueError when settings, seeds or prefix do not fit.
+    ``prefix`` [B, l, F] is forced. So is ``known`` [B, L, F] wherever ``keep`` bool [B, L] is true; an element knows
+    only what stands before it, so what is kept after it has no say in it.
+    Raises ValueError when settings, seeds, prefix or what is known do not fit.
     """
     layout = prior.layout
     check_sampling(settings, layout)
-    batch, device = len(labels), labels.device
+    batch, device = len(prompts), prompts.labels.device
     if len(seeds) != batch:
         raise InputError(f"{len(seeds)} seeds for {batch} samples")
     length = layout.prefix_length(settings.scales) if settings.scales else layout.length
@@ -92,6 +97,14 @@ def sample(
         ids[:, :start] = prefix.ids
         if start == length:
             return Tokens.fixed(ids)
+    if (known is None) != (keep is None):
+        raise InputError("known tokens and the places to keep are given together")
+    if known is not None and keep is not None:
+        wanted = (batch, layout.length)
+        if keep.shape != wanted or known.ids.shape[:2] != wanted:
+            raise InputError(
+                f"known tokens {tuple(known.ids.shape[:2])}, places {tuple(keep.shape)}; allowed: {wanted}"
+            )
     # one uniform number for each field, drawn on the CPU: the same on every device and in every batch
     noise = torch.stack(
         [
@@ -100,7 +113,7 @@ def sample(
         ]
     ).to(device)
     guided = settings.guidance != 1.0
-    rows = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
+    rows = Prompts.cat([prompts, prompts.without()]) if guided else prompts
     forced = None if prefix is None else Tokens.fixed(torch.cat([prefix.ids] * 2) if guided else prefix.ids)
     was_training = prior.training
     prior.eval()
@@ -116,6 +129,8 @@ def sample(
                     weight = guidance_at(settings, position, layout.length)
                     logits = unconditional + weight * (conditional - unconditional)
                 chosen = draw(logits, noise[:, position, index], settings, scale_of[position])
+                if known is not None and keep is not None:
+                    chosen = torch.where(keep[:, position], known.ids[:, position, index], chosen)
                 element = torch.cat([element, chosen.unsqueeze(-1)], dim=-1)
             ids[:, position] = element
             prior.advance(state, torch.cat([element] * 2) if guided else element)

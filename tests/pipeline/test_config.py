@@ -7,10 +7,12 @@ import torch
 
 from data.layout import Tokens
 from pipeline.config import CONFIG_FOLDER, ConfigError, load_config, to_plain
+from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer
 from stages.tokenizer.module import TokenizerModule
 from stages.tokenizer.transformer import TransformerConfig
 
+TEXT = {"encoder": "minilm", "max_tokens": 16, "width": 384, "empty_length": 2}
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 
 
@@ -23,7 +25,7 @@ def test_each_shipped_config_builds_at_full_size(name):
     config = load_config(name)
     with torch.device("meta"):
         tokenizer = build_tokenizer(config.tokenizer, (config.images.size,) * 2, config.images.channels)
-        prior = build_prior(config.prior, config.condition, tokenizer.layout, ["a", "b"])
+        prior = build_prior(config.prior, config.condition, tokenizer.layout, ["a", "b"], TEXT)
     assert tokenizer.layout.image_size == (config.images.size, config.images.size)
     assert sum(parameter.numel() for parameter in prior.parameters()) > 1e6
 
@@ -44,8 +46,8 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
     assert all(torch.isfinite(value) for value in terms.values())
     assert all(parameter.grad is not None for parameter in tokenizer.parameters())
     prior_config = dataclasses.replace(config.prior, depth=1, width=32, heads=4)
-    prior = build_prior(prior_config, config.condition, tokenizer.layout, ["a", "b"])
-    nll = prior.nll(Tokens.fixed(ids), torch.tensor([0, 1]))
+    prior = build_prior(prior_config, config.condition, tokenizer.layout, ["a", "b"], TEXT)
+    nll = prior.nll(Tokens.fixed(ids), Prompts.of_labels(torch.tensor([0, 1])))
     nll.mean().backward()
     assert nll.shape == ids.shape and torch.isfinite(nll).all()
 

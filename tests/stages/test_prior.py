@@ -5,12 +5,17 @@ import torch
 
 from data.layout import Tokens
 from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
+from stages.contract import Prompts
 from stages.factory import build_prior
 from stages.prior.transformer import TransformerPriorConfig
 from stages.weights import WeightsError, check_pair, load_prior, load_tokenizer, save_prior
 from tests.stages.toys import layout, prior
 
-LABELS = torch.tensor([0, 2, -1])
+LABELS = Prompts.of_labels(torch.tensor([0, 2, -1]))
+
+
+def classes(*ids):
+    return Prompts.of_labels(torch.tensor(ids))
 
 
 def tokens(layout, batch=3, seed=1):
@@ -43,7 +48,7 @@ def test_the_likelihood_is_normalised(num_fields):
     values = torch.cartesian_prod(*[torch.arange(size) for size in sizes]).view(-1, num_fields)
     ids = tokens(model.layout, 1).ids.repeat(len(values), 1, 1)
     ids[:, -1] = values
-    nll = model.nll(Tokens.fixed(ids), torch.zeros(len(values), dtype=torch.int64))
+    nll = model.nll(Tokens.fixed(ids), classes(*[0] * len(values)))
     torch.testing.assert_close((-nll[:, -1].sum(-1)).exp().sum(), torch.tensor(1.0))
 
 
@@ -63,7 +68,7 @@ def test_a_prefix_of_scales_has_the_same_likelihood():
 def test_every_place_and_the_class_matter():
     model, sample = prior(layout()), tokens(layout())
     nll = model.nll(sample, LABELS)
-    assert not torch.allclose(nll, model.nll(sample, torch.tensor([1, 1, 1])))
+    assert not torch.allclose(nll, model.nll(sample, classes(1, 1, 1)))
     for table in (model.scale_embedding, model.row_embedding, model.column_embedding):
         kept = table.weight.data.clone()
         table.weight.data.zero_()
@@ -83,14 +88,14 @@ def test_recomputing_blocks_changes_nothing():
 def test_class_ids_out_of_range_are_refused():
     for wrong in (3, -2):
         with pytest.raises(ValueError, match=f"class id {wrong}; allowed: 0 to 2"):
-            prior(layout()).nll(tokens(layout()), torch.tensor([0, wrong, 1]))
+            prior(layout()).nll(tokens(layout()), classes(0, wrong, 1))
     with pytest.raises(ValueError, match="no class names"):
         build_prior(TransformerPriorConfig(width=32, heads=4), ClassConditionConfig(), layout(), [])
 
 
 def test_an_unconditional_prior_ignores_labels():
     model = build_prior(TransformerPriorConfig(depth=1, width=32, heads=4), NoConditionConfig(), layout(), []).eval()
-    assert torch.equal(model.nll(tokens(layout()), LABELS), model.nll(tokens(layout()), LABELS * 0))
+    assert torch.equal(model.nll(tokens(layout()), LABELS), model.nll(tokens(layout()), classes(0, 0, 0)))
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

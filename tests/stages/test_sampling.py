@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from stages.contract import Prompts
 from stages.prior.sampling import SamplingConfig, draw, guidance_at, sample
 from tests.stages.test_prior import tokens
 from tests.stages.toys import FixedPrior, layout, prior
 
-LABELS = torch.tensor([0, 1, 2, 0, 1])
+LABELS = Prompts.of_labels(torch.tensor([0, 1, 2, 0, 1]))
+
+
+def classes(count):
+    return Prompts.of_labels(torch.zeros(count, dtype=torch.int64))
 
 
 def test_one_seed_gives_one_image_whatever_the_batch():
@@ -20,7 +25,7 @@ def test_one_seed_gives_one_image_whatever_the_batch():
 
 
 def test_guidance_of_one_is_the_conditional_model_and_zero_the_unconditional():
-    model, none = prior(layout()), torch.full_like(LABELS, -1)
+    model, none = prior(layout()), LABELS.without()
     plain = sample(model, LABELS, SamplingConfig(), seeds=range(5)).ids
     unconditional = sample(model, none, SamplingConfig(), seeds=range(5)).ids
     assert not torch.equal(plain, unconditional)
@@ -30,7 +35,7 @@ def test_guidance_of_one_is_the_conditional_model_and_zero_the_unconditional():
 
 def test_draws_follow_the_distribution():
     model = FixedPrior(layout(scales=1), [0.0, 1.0, 2.0] + [-30.0] * 8)
-    ids = sample(model, torch.zeros(3000, dtype=torch.int64), SamplingConfig(), seeds=range(3000)).ids
+    ids = sample(model, classes(3000), SamplingConfig(), seeds=range(3000)).ids
     share = torch.bincount(ids.flatten(), minlength=11)[:3] / ids.numel()
     torch.testing.assert_close(share, torch.tensor([0.0, 1.0, 2.0]).softmax(0), atol=0.02, rtol=0)
 
@@ -38,7 +43,7 @@ def test_draws_follow_the_distribution():
 def test_guidance_moves_the_odds_as_the_formula_says():
     conditional, unconditional = [2.0, 0.0] + [-30.0] * 9, [1.0, 0.0] + [-30.0] * 9
     model = FixedPrior(layout(scales=1), conditional, unconditional)
-    ids = sample(model, torch.zeros(4000, dtype=torch.int64), SamplingConfig(guidance=0.5), seeds=range(4000)).ids
+    ids = sample(model, classes(4000), SamplingConfig(guidance=0.5), seeds=range(4000)).ids
     assert abs((ids == 0).double().mean() - torch.sigmoid(torch.tensor(1.5))) < 0.01
 
 
@@ -71,6 +76,28 @@ def test_a_forced_prefix_stays_and_decides_what_follows():
     assert not torch.equal(ids[:, 4:], sample(model, LABELS, SamplingConfig(), range(5)).ids[:, 4:])
     whole = tokens(layout(), batch=5)
     assert torch.equal(sample(model, LABELS, SamplingConfig(), range(5), prefix=whole).ids, whole.ids)
+
+
+def test_kept_elements_stay_and_the_others_follow_what_stands_before_them():
+    model, known = prior(layout()), tokens(layout(), batch=5)
+    keep = torch.zeros(5, 12, dtype=torch.bool)
+    keep[:, :4] = True
+    kept = sample(model, LABELS, SamplingConfig(guidance=2.0), range(5), known=known, keep=keep).ids
+    assert torch.equal(kept, sample(model, LABELS, SamplingConfig(guidance=2.0), range(5), prefix=known.prefix(4)).ids)
+    keep[:, 7] = True
+    some = sample(model, LABELS, SamplingConfig(), range(5), known=known, keep=keep).ids
+    without = sample(model, LABELS, SamplingConfig(), range(5), prefix=known.prefix(4)).ids
+    assert torch.equal(some[keep], known.ids[keep]) and torch.equal(some[:, :7], without[:, :7])
+    assert not torch.equal(some[:, 8:], without[:, 8:])
+    assert torch.equal(sample(model, LABELS, SamplingConfig(), range(5), known=known, keep=keep | True).ids, known.ids)
+
+
+def test_what_is_kept_must_fit():
+    known = tokens(layout(), batch=5)
+    with pytest.raises(ValueError, match="given together"):
+        sample(prior(layout()), LABELS, SamplingConfig(), range(5), known=known)
+    with pytest.raises(ValueError, match=r"places \(5, 8\); allowed: \(5, 12\)"):
+        sample(prior(layout()), LABELS, SamplingConfig(), range(5), known=known, keep=torch.ones(5, 8).bool())
 
 
 @pytest.mark.parametrize("scales", [1, 2])

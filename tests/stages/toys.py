@@ -40,12 +40,12 @@ class FixedPrior(Prior):
         self.unconditional = self.conditional if unconditional is None else torch.tensor(unconditional)
         self.seen = []
 
-    def nll(self, tokens, labels):
+    def nll(self, tokens, prompts):
         raise AssertionError("sampling asks for logits only")
 
-    def begin(self, labels, prefix, length):
+    def begin(self, prompts, prefix, length):
         self.seen = []
-        return labels
+        return prompts.labels
 
     def logits(self, state, partial):
         return torch.where((state < 0)[:, None], self.unconditional, self.conditional)

@@ -1,0 +1,90 @@
+"""The pictures of an evaluation, one PNG a subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.images.config import ImagesConfig
+from data.images.reading import pixels_of
+from data.images.source import ImageSource
+from data.images.views import to_uint8
+from data.layout import Tokens
+from stages.contract import Tokenizer
+from stages.measures.neighbours import nearest
+from stages.measures.pictures import error_picture, sheet
+
+NUM_SHOWN = 10
+"""Images in a row of a sheet."""
+MAX_CLASSES_SHOWN = 20
+
+
+def show_reconstructions(folder: Path, pixels: Tensor, decoded: Tensor) -> None:
+    """Originals, reconstructions and what differs."""
+    original, made = pixels[:NUM_SHOWN], decoded[:NUM_SHOWN]
+    rows = (original, made, error_picture(made, original))
+    sheet(rows, ("original", "decoded", "error x4")).save(folder / "reconstructions.png")
+
+
+@torch.inference_mode()
+def show_prefixes(folder: Path, tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, device: torch.device) -> None:
+    """The first images scale by scale, where the decoder can stop."""
+    layout = tokenizer.layout
+    if not layout.decodes_prefixes:
+        return
+    first = Tokens(tokens.ids[:6], tokens.lengths[:6], tokens.header[:6]).to(device)
+    columns = [to_uint8(tokenizer.decode(first.prefix(layout.prefix_length(k)))).cpu() for k in layout.prefixes]
+    sizes = [layout.scales[k - 1].image_size[1] for k in layout.prefixes]
+    labels = [f"{k} ({size} px)" for k, size in zip(layout.prefixes, sizes, strict=True)]
+    rows = [[*images, original] for *images, original in zip(*columns, pixels[:6], strict=True)]
+    sheet(rows, column_labels=[*labels, "original"]).save(folder / "prefixes.png")
+
+
+def show_samples(
+    folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...], texts: Sequence[str]
+) -> None:
+    """Samples row by row: one caption or class a row, or the first ones where there are neither."""
+    different = list(dict.fromkeys(text for text in texts if text))[:MAX_CLASSES_SHOWN]
+    if different:
+        rows = [
+            drawn[[index for index, text in enumerate(texts) if text == wanted]][:NUM_SHOWN] for wanted in different
+        ]
+        picture = sheet(rows, [text if len(text) <= 40 else text[:39] + "…" for text in different])
+    elif class_names:
+        shown = range(min(len(class_names), MAX_CLASSES_SHOWN))
+        rows = [drawn[labels == label][:NUM_SHOWN] for label in shown]
+        kept = [(row, class_names[label]) for label, row in zip(shown, rows, strict=True) if len(row)]
+        picture = sheet([row for row, _ in kept], [name for _, name in kept])
+    else:
+        picture = sheet(drawn[: 6 * NUM_SHOWN].split(NUM_SHOWN))
+    picture.save(folder / "samples.png")
+
+
+def show_neighbours(
+    folder: Path,
+    config: ImagesConfig,
+    drawn: Tensor,
+    small: Tensor,
+    train: Tensor,
+    train_indices: list[int],
+    source: ImageSource,
+    features: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """The first samples, and those nearest to any training image, each above its nearest training images."""
+    by_pixels = nearest(small, train)
+    by_features = None if features is None else nearest(features[1], features[2])
+    rows: list[Tensor] = []
+    labels: list[str] = []
+    closest = by_pixels.distances[:, 0].argsort()[:NUM_SHOWN]
+    for name, chosen in (("sample", torch.arange(min(NUM_SHOWN, len(small)))), ("closest sample", closest)):
+        rows.append(drawn[chosen])
+        labels.append(name)
+        for space, found in (("pixels", by_pixels), ("features", by_features)):
+            if found is not None:
+                places = [train_indices[i] for i in found.indices[chosen, 0].tolist()]
+                rows.append(pixels_of(source, places, config))
+                labels.append(f"nearest in {space}")
+    sheet(rows, labels).save(folder / "neighbours.png")

@@ -1,0 +1,127 @@
+"""A run's models together: prompts → tokens → images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from stages.conditions.encoders import TextEncoder, load_text_encoder
+from torch import Tensor
+from tqdm import tqdm
+
+from data.images.views import to_uint8
+from data.layout import Tokens
+from pipeline.config import Config
+from pipeline.run import RunError, device_of, need
+from stages.contract import Prior, Prompts, Tokenizer
+from stages.prior.sampling import SamplingConfig, check_sampling, sample
+from stages.weights import check_pair, load_prior, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Models:
+    """A tokenizer, a prior over its tokens and what reads captions for it, on one device."""
+
+    tokenizer: Tokenizer
+    prior: Prior
+    text_encoder: TextEncoder | None
+    """None where the prior knows no text."""
+    device: torch.device
+    batch_size: int
+    """Sequences sampled at once; changes speed only."""
+    progress: bool
+
+    def prompts(self, labels: Sequence[int], texts: Sequence[str]) -> Prompts:
+        """Prompts of class ids (-1: none) and captions (empty: none), one pair a sample, on the CPU.
+
+        Raises RunError for a text given to a prior that knows none.
+        """
+        if len(labels) != len(texts):
+            raise RunError(f"{len(labels)} classes for {len(texts)} captions; give one pair for each image")
+        plain = Prompts.of_labels(torch.tensor(labels, dtype=torch.int64))
+        different = [text for text in dict.fromkeys(texts) if text]
+        if not different:
+            return plain
+        if self.text_encoder is None:
+            raise RunError("this prior was trained without captions; train one with condition.kind=text or class-text")
+        states = dict(zip(different, map(torch.from_numpy, self.text_encoder.encode(different)), strict=True))
+        lengths = torch.tensor([len(states[text]) if text else 0 for text in texts])
+        some = next(iter(states.values()))
+        kind = torch.float32 if some.is_floating_point() else torch.int64
+        padded = torch.zeros(len(texts), int(lengths.max()), some.shape[1], dtype=kind)
+        for row, text in zip(padded, texts, strict=True):
+            if text:
+                row[: len(states[text])] = states[text]
+        return Prompts(plain.labels, padded, lengths)
+
+    def check(self, settings: SamplingConfig) -> None:
+        """Raise RunError or InputError for settings that this tokenizer and prior cannot follow."""
+        layout = self.prior.layout
+        check_sampling(settings, layout)
+        if settings.scales not in (0, len(layout.scales)) and not layout.decodes_prefixes:
+            raise RunError(
+                f"sampling.scales={settings.scales}: this tokenizer's decoder needs all {len(layout.scales)} "
+                "scales; train one with tokenizer.attention=sit-scd or sit-sc"
+            )
+        if settings.guidance != 1 and not self.prior.condition.dropout:
+            raise RunError(
+                f"guidance {settings.guidance:g}: this prior was trained without dropping its condition; use 1, "
+                "or train one with condition.dropout above 0"
+            )
+
+    def draw(
+        self,
+        prompts: Prompts,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        prefix: Tokens | None = None,
+        known: Tokens | None = None,
+        keep: Tensor | None = None,
+    ) -> Tokens:
+        """Tokens of one sample a prompt, on the CPU, drawn in batches; arguments as in ``stages.prior.sampling``."""
+        count, parts = len(prompts), []
+        size = min(self.batch_size, count)
+        for start in tqdm(range(0, count, size), "Sampling", disable=not self.progress):
+            # a compiled step wants one shape: the last batch is filled up with its last row and cut
+            rows = torch.arange(start, start + size).clamp(max=count - 1)
+            forced, there = _rows(prefix, rows, self.device), _rows(known, rows, self.device)
+            kept = None if keep is None else keep[rows].to(self.device)
+            asked, chosen = prompts[rows].to(self.device), [seeds[row] for row in rows]
+            # bfloat16 where it is fast; a CPU samples in float32
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                tokens = sample(self.prior, asked, settings, chosen, forced, there, kept)
+            parts.append(tokens.ids[: count - start].cpu())
+        return Tokens.fixed(torch.cat(parts))
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tokens) -> Tensor:
+        """Images uint8 [N, C, h, w] of tokens, as far as they reach, on the CPU."""
+        parts = [Tokens.fixed(ids).to(self.device) for ids in tokens.ids.split(self.batch_size)]
+        return torch.cat([to_uint8(self.tokenizer.decode(part)).cpu() for part in parts])
+
+
+def _rows(tokens: Tokens | None, rows: Tensor, device: torch.device) -> Tokens | None:
+    return None if tokens is None else Tokens.fixed(tokens.ids[rows]).to(device)
+
+
+def load_models(config: Config) -> Models:
+    """The models of a run, on the device of ``trainer.accelerator``. Raises RunError, WeightsError, InputError."""
+    tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
+    prior_path = need(config.prior.path, "prior", "train-prior", config)
+    prior, metadata = load_prior(prior_path)
+    check_pair(metadata, prior_path, tokenizer_path)
+    return assemble(config, load_tokenizer(tokenizer_path)[0], prior)
+
+
+def assemble(config: Config, tokenizer: Tokenizer, prior: Prior) -> Models:
+    """Models that belong together, on the device of ``trainer.accelerator``, checked against ``config.sampling``."""
+    device = device_of(config)
+    encoder = load_text_encoder(prior.text) if prior.text is not None and prior.condition.uses_text else None
+    models = Models(
+        tokenizer.to(device), prior.to(device), encoder, device, config.eval.batch_size, config.trainer.progress
+    )
+    models.check(config.sampling)
+    if config.sampling.compile:
+        prior.compile_step()
+    return models

@@ -1,0 +1,142 @@
+"""What sample, upsample and edit are asked for: keys without a section on their command lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+from data.images.config import ImagesConfig
+from data.images.folder import ENDINGS
+from data.images.source import decode
+from data.images.views import plain_image
+from pipeline.run import RunError
+from stages.contract import Prior
+
+
+@dataclass
+class Request:
+    """What every one of them understands."""
+
+    classes: str = ""
+    """Class names or ids, comma-separated; empty: every class, or none where a text is given."""
+    text: str = ""
+    """Captions, separated by |; empty: none."""
+    count: int = 4
+    """Images of each class and caption, and of each input."""
+    seed: int = 0
+    """Image i is drawn with seed + i."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt in plain words."""
+
+    label: int
+    """-1 for no class."""
+    text: str
+    """Empty for no caption."""
+    name: str
+    """For people: the caption, the class's name, both, or nothing."""
+
+    @property
+    def file_name(self) -> str:
+        """The name as part of a file's name."""
+        kept = "".join(letter if letter.isalnum() else "_" for letter in self.name)
+        return kept.encode()[:80].decode(errors="ignore") or "sample"
+
+
+def parse_prompts(request: Request, prior: Prior, every_class: bool = True) -> list[Asked]:
+    """Every combination of the request's captions and classes; ``every_class`` where it names neither.
+
+    Raises RunError for classes or captions that the prior does not know of, and for a count below 1.
+    """
+    if request.count < 1:
+        raise RunError(f"count={request.count}; allowed: 1 or more")
+    texts = parse_texts(request.text, prior.condition.uses_text)
+    names = prior.class_names if prior.condition.uses_labels else []
+    by_class = bool(request.classes) or (every_class and not texts)
+    labels = parse_classes(request.classes, names) if by_class else [-1]
+    asked = []
+    for text in texts or [""]:
+        for label in labels:
+            parts = [part for part in (text, names[label] if label >= 0 else "") if part]
+            asked.append(Asked(label, text, ", ".join(parts)))
+    return asked
+
+
+def parse_texts(text: str, known: bool) -> list[str]:
+    """Captions separated by |; none for an empty text. Raises RunError where the prior reads none, or for a blank."""
+    if not text:
+        return []
+    if not known:
+        raise RunError(
+            "text= is given, but this prior was trained without captions; leave it out, or train one with "
+            "condition.kind=text"
+        )
+    texts = [part.strip() for part in text.split("|")]
+    if not all(texts):
+        raise RunError("text= has a caption without a single letter; leave text= out to sample without one")
+    return texts
+
+
+def parse_classes(text: str, names: list[str]) -> list[int]:
+    """Class ids of comma-separated names or ids; all classes for an empty text, [-1] where there are none.
+
+    Raises RunError for an unknown class.
+    """
+    if not names:
+        if text:
+            raise RunError(f"classes={text}: this prior was trained without classes; leave it out")
+        return [-1]
+    if not text:
+        return list(range(len(names)))
+    ids = []
+    for part in (part.strip() for part in str(text).split(",")):
+        if part in names:
+            ids.append(names.index(part))
+        elif part.isdigit() and int(part) < len(names):
+            ids.append(int(part))
+        else:
+            raise RunError(f"classes={part}: allowed are 0 to {len(names) - 1}, or {', '.join(names[:20])}")
+    return ids
+
+
+def parse_numbers(text: str, key: str, kind: type[int] | type[float] = int) -> list:
+    """Comma-separated numbers. Raises RunError that names the key."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RunError(f"{key}={text}: allowed are numbers, comma-separated") from error
+
+
+def find_inputs(path: str) -> list[Path]:
+    """The image of a path, or all images directly in a folder, by name. Raises RunError where there is none."""
+    if not path:
+        raise RunError("input= is missing: give an image, or a folder of images")
+    given = Path(path).expanduser()
+    if given.is_dir():
+        found = sorted(file for file in given.iterdir() if file.name.lower().endswith(ENDINGS))
+        if not found:
+            raise RunError(f"{given} holds no images; accepted endings: {', '.join(ENDINGS)}")
+        return found
+    if not given.is_file():
+        raise RunError(f"input={path}: no such image or folder")
+    return [given]
+
+
+def read_plain(path: Path, images: ImagesConfig) -> Tensor:
+    """An image at its own size, uint8 [channels, h, w]. Raises CorruptImage."""
+    image = plain_image(decode(path, str(path)), images.channels, images.background)
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, images.channels).permute(2, 0, 1).contiguous()
+
+
+def save_pictures(folder: Path, names: list[str], pictures: Tensor) -> None:
+    """Write uint8 [N, C, h, w] as PNGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in zip(names, pictures, strict=True):
+        save_image(picture.float() / 255, folder / f"{name}.png")

@@ -1,0 +1,111 @@
+"""upsample: a small image becomes a large one. Its tokens are the first scales; the prior writes the others.
+
+What is notable here: nothing is trained for it. A scale-causal encoder gives a small image exactly the tokens with
+which the large one begins, so upsampling is sampling with a prefix (SIT, arXiv 2412.09607).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.images.views import to_float
+from data.layout import TokenLayout, Tokens
+from pipeline.config import Config
+from pipeline.models import Models, load_models
+from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures
+from pipeline.run import RunError
+from stages.contract import Prompts
+from stages.measures.distortion import psnr
+from stages.measures.pictures import sheet
+from stages.measures.upsampling import enlarge, reduce_to
+from stages.prior.sampling import SamplingConfig
+
+NUM_SHOWN = 8
+"""Inputs on the contact sheet."""
+
+
+@dataclass
+class UpsampleRequest(Request):
+    """What to enlarge."""
+
+    input: str = ""
+    """An image, or a folder of images; square, and as large as one of the scales decodes to."""
+    to: int = 0
+    """Side of the result in pixels, one of the scales'; 0: the full size."""
+    out: str = "${run}/upsampled"
+    """Folder for sheet.png and the single images."""
+
+
+def rung_of(layout: TokenLayout, side: int, what: str) -> int:
+    """Number of scales that decode to a square of ``side`` pixels. Raises RunError that lists the sides."""
+    sides = [scale.image_size[0] for scale in layout.scales]
+    if side not in sides:
+        raise RunError(f"{what} has {side} px; allowed: {', '.join(map(str, sides))} (reduce it to one of them first)")
+    return sides.index(side) + 1
+
+
+def encode_small(models: Models, pixels: Tensor) -> Tokens:
+    """The first scales' tokens of small images uint8 [B, C, h, w], on the CPU.
+
+    Raises PrefixUnsupported where the encoder sees all scales at once.
+    """
+    with torch.inference_mode():
+        parts = [
+            models.tokenizer.encode(to_float(part).to(models.device)).ids.cpu()
+            for part in pixels.split(models.batch_size)
+        ]
+    return Tokens.fixed(torch.cat(parts))
+
+
+def upsample_pixels(
+    models: Models, pixels: Tensor, prompts: Prompts, settings: SamplingConfig, seeds: Sequence[int], to: int = 0
+) -> Tensor:
+    """Images uint8 [B, C, to, to] of small ones uint8 [B, C, h, h], one prompt and one seed each; ``to`` 0: full size.
+
+    Raises RunError for sides that are no scale's, or where ``to`` is not larger, and PrefixUnsupported.
+    """
+    layout = models.tokenizer.layout
+    if pixels.shape[-1] != pixels.shape[-2]:
+        raise RunError(f"an image of {pixels.shape[-1]}x{pixels.shape[-2]} px; upsampling takes square ones")
+    start = rung_of(layout, pixels.shape[-1], "the image")
+    stop = rung_of(layout, to, "to=") if to else len(layout.scales)
+    if stop <= start:
+        raise RunError(f"from {pixels.shape[-1]} px to {layout.scales[stop - 1].image_size[0]}: that is no larger")
+    settings = dataclasses.replace(settings, scales=stop if stop < len(layout.scales) else 0)
+    models.check(settings)
+    return models.decode(models.draw(prompts, settings, seeds, prefix=encode_small(models, pixels)))
+
+
+def upsample_images(config: Config, request: UpsampleRequest) -> Path:
+    """Write ``sheet.png`` (input, bicubic, results) and one PNG a result. Returns the sheet's path."""
+    files = find_inputs(request.input)
+    models = load_models(config)
+    asked = parse_prompts(request, models.prior, every_class=False)
+    rows, pictures = [], []
+    for number, file in enumerate(files):
+        small = read_plain(file, config.images)
+        repeated = [prompt for prompt in asked for _ in range(request.count)]
+        seeds = [request.seed + number * len(repeated) + index for index in range(len(repeated))]
+        prompts = models.prompts([prompt.label for prompt in repeated], [prompt.text for prompt in repeated])
+        made = upsample_pixels(
+            models, small.expand(len(repeated), -1, -1, -1), prompts, config.sampling, seeds, request.to
+        )
+        back = psnr(reduce_to(made, small.shape[-1]), small.expand(len(made), -1, -1, -1))
+        print(f"{file}: reduced again, the results agree with the input at {float(back.mean()):.1f} dB")
+        parts = zip(repeated, seeds, strict=True)
+        names = [f"{file.stem}-{prompt.file_name + '-' if prompt.name else ''}{seed:06d}" for prompt, seed in parts]
+        save_pictures(Path(request.out), names, made)
+        rows.append([small, enlarge(small.unsqueeze(0), made.shape[-1])[0], *made])
+        pictures.append(file.stem)
+    path = Path(request.out) / "sheet.png"
+    names = [prompt.name or f"{request.count} results" for prompt in asked]
+    columns = ["input", "bicubic", *(name if not index else "" for name in names for index in range(request.count))]
+    sheet(rows[:NUM_SHOWN], pictures[:NUM_SHOWN], columns).save(path)
+    print(f"wrote {path}")
+    return path
