@@ -86,6 +86,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "tokens.precision": ("32", "bf16"),
     "tokenizer_training.precision": ("32", "bf16"),
     "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
+    "tokenizer_training.discriminator": ("patch", "style"),
+    "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
     "prior_training.precision": ("32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
 }
@@ -114,6 +116,7 @@ POSITIVE = (
     "tokenizer_training.validate_every",
     "tokenizer_training.validation_images",
     "tokenizer_training.fit_images",
+    "tokenizer_training.r1_every",
     "prior_training.log_every",
     "prior_training.checkpoint_every",
     "prior_training.validate_every",

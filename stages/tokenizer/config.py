@@ -50,7 +50,9 @@ class TokenizerTrainingConfig:
     perceptual_weight: float = 0.02
     """Lite0's distance is about five times LPIPS, for which the paper takes 0.1."""
     adversarial_weight: float = 0.1
-    """Weight of the generator's hinge term after the ramp; 0 trains without a discriminator."""
+    """Weight of the generator's adversarial term after the ramp; 0 trains without a discriminator."""
+    adversarial_loss: str = "hinge"
+    """hinge, or logistic: StyleGAN's non-saturating pair."""
     adversarial_start: int = 2_000
     """Step at which the adversarial term begins to reach the generator; the discriminator trains from step 0."""
     adversarial_ramp_steps: int = 1_000
@@ -59,10 +61,18 @@ class TokenizerTrainingConfig:
     """Pull of the encoder to its code (cosine VQ)."""
     codebook_weight: float = 1.0
     """Pull of the code to the encoder (cosine VQ)."""
+    discriminator: str = "patch"
+    """patch: a PatchGAN, one logit a patch; style: StyleGAN2's, one logit an image (sides of 8, 16, 32, 64, ...)."""
     discriminator_width: int = 64
-    """Channels of the discriminator's first layer."""
+    """Channels of the discriminator's first layer; they double at every halving, up to eight times as many."""
     discriminator_layers: int = 3
-    """Strided layers of the PatchGAN; 3 sees 70 pixels."""
+    """Strided layers of the PatchGAN; 3 sees 70 pixels. Style halves down to 4 pixels, whatever stands here."""
+    r1_weight: float = 0.0
+    """Gamma of R1: gamma/2 times the squared gradient of the summed logits of a real image; 0 leaves it out."""
+    r1_every: int = 16
+    """Generator updates between two applications of R1, each of which counts that many times."""
+    lecam_weight: float = 0.0
+    """Weight of LeCam, which holds the logits near their running means of the last 100 updates; 0 leaves it out."""
     fit_images: int = 2048
     """Training images from which coefficient statistics are measured before the first step."""
     log_every: int = 50

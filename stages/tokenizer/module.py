@@ -3,9 +3,10 @@
 Order of one update (manual optimisation), stated once:
 
 1. one forward pass of the tokenizer; the generator's terms see the discriminator as a fixed function;
-2. the discriminator's loss on the same images and the detached reconstruction;
+2. the discriminator's loss on the same images and the detached reconstruction, and from the same verdicts its
+   regularisers: R1 at every n-th update, and LeCam against the running means as the last update left them;
 3. **one** backward pass of the sum: every parameter gets only its own loss, is used once, and DDP reduces once;
-4. clip and step both optimisers, then the averaged copy of the tokenizer.
+4. clip and step both optimisers, then the averaged copy of the tokenizer and LeCam's running means.
 
 The discriminator trains from step 0; its verdict reaches the generator later, and slowly.
 """
@@ -28,7 +29,7 @@ from stages.contract import Tokenizer
 from stages.measures.codes import code_use
 from stages.measures.perceptual import build_perceptual
 from stages.tokenizer.config import TokenizerTrainingConfig
-from stages.tokenizer.discriminator import PatchDiscriminator, hinge_discriminator, hinge_generator
+from stages.tokenizer.discriminator import LOSSES, LeCam, build_discriminator, gradient_penalty
 from stages.tokenizer.quantizers import Quantizer
 from stages.training import (
     NamesSamples,
@@ -54,16 +55,21 @@ class TokenizerModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.average = build_average(tokenizer, training.ema_decay)
         self.discriminator = (
-            PatchDiscriminator(tokenizer.channels, training.discriminator_width, training.discriminator_layers)
+            build_discriminator(training, tokenizer.channels, tokenizer.layout.image_size)
             if training.adversarial_weight > 0
             else None
         )
+        self.lecam = LeCam() if self.discriminator is not None and training.lecam_weight > 0 else None
         self.perceptual = build_perceptual(training.perceptual)
         self.names: NamesSamples = lambda indices: [str(index) for index in indices]
         """Names samples for error messages; the command knows where they come from."""
         self.batches_seen = 0
         """Micro-batches this process has trained on; the data stream resumes there."""
         self.recent_ids: list[Tensor] = []
+        self.recent_logits: list[Tensor] = []
+        """Mean logits (real, fake) of each micro-batch of this update, for LeCam."""
+        self.latest_penalty: dict[str, Tensor] = {}
+        """What the last update with R1 logged: most log entries fall between two of them."""
         self.validation_ids: list[Tensor] = []
         self.validation = torch.nn.ModuleDict({name: MeanMetric() for name in ("mse", "psnr", "perceptual")})
 
@@ -96,18 +102,39 @@ class TokenizerModule(L.LightningModule):
         logs: dict[str, Tensor] = {}
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)
-            raw["adversarial"] = hinge_generator(self.discriminator(reconstruction))
+            raw["adversarial"] = LOSSES[config.adversarial_loss][1](self.discriminator(reconstruction)[0])
             weights["adversarial"] = config.adversarial_weight * self.adversarial_ramp()
             self.discriminator.requires_grad_(True)
-            # real and fake in one pass: they see the same spectral norms
-            real, fake = self.discriminator(torch.cat([pixels, reconstruction.detach()])).chunk(2)
-            raw["discriminator"] = hinge_discriminator(real, fake)
-            weights["discriminator"] = 1.0
-            logs |= {"logits/real": real.detach().float().mean(), "logits/fake": fake.detach().float().mean()}
+            verdicts, more, logs = self._discriminator_terms(pixels, reconstruction.detach())
+            raw |= verdicts
+            weights |= more
         logs |= {f"loss/{name}": value.detach() for name, value in raw.items()}
         terms = {name: value * weights[name] for name, value in raw.items()}
         logs |= {f"weighted/{name}": value.detach() for name, value in terms.items()}
-        return terms, logs, output.ids.detach()
+        if "r1" in terms:
+            self.latest_penalty = {name: logs[name] for name in ("loss/r1", "weighted/r1")}
+        return terms, logs | self.latest_penalty, output.ids.detach()
+
+    def _discriminator_terms(
+        self, pixels: Tensor, reconstruction: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
+        """(loss terms of the discriminator, their weights, what else to log) from one pass over real and fake."""
+        config = self.config
+        assert self.discriminator is not None
+        penalise = config.r1_weight > 0 and self.step % config.r1_every == 0
+        pixels = pixels.detach().requires_grad_(penalise)
+        # second derivatives want float32: where R1 is due, the whole pass stays outside autocast
+        with torch.autocast(pixels.device.type, enabled=False) if penalise else nullcontext():
+            real, fake = self.discriminator(pixels, reconstruction)
+            raw = {"discriminator": LOSSES[config.adversarial_loss][0](real, fake)}
+            weights = {"discriminator": 1.0}
+            if penalise:
+                raw["r1"] = gradient_penalty(real, pixels)
+                weights["r1"] = config.r1_weight / 2 * config.r1_every
+        if self.lecam is not None:
+            raw["lecam"] = self.lecam(real, fake)
+            weights["lecam"] = config.lecam_weight
+        return raw, weights, {"logits/real": real.detach().float().mean(), "logits/fake": fake.detach().float().mean()}
 
     # ------------------------------------------------------------------ training
 
@@ -130,6 +157,8 @@ class TokenizerModule(L.LightningModule):
             check_finite(terms, step, batch["index"], self.names)
             self.manual_backward(torch.stack(list(terms.values())).sum() / config.accumulate_batches)
         self.recent_ids.append(ids)
+        if self.lecam is not None:
+            self.recent_logits.append(torch.stack([logs["logits/real"], logs["logits/fake"]]))
         if last:
             self._update(step, logs)
         self.batches_seen += 1
@@ -154,6 +183,10 @@ class TokenizerModule(L.LightningModule):
         for trained, averaged in zip(self.tokenizer.modules(), self.average.module.modules(), strict=True):
             if isinstance(trained, Quantizer):
                 trained.copy_revived(cast(Quantizer, averaged))
+        if self.lecam is not None:
+            means = torch.stack(self.recent_logits).mean(0)
+            self.recent_logits.clear()
+            self.lecam.update(*self.trainer.strategy.reduce(means, reduce_op="mean"))
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are reduced over ranks at the last micro-batch of an update only."""
