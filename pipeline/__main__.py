@@ -20,7 +20,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import OctavesError
@@ -86,12 +86,11 @@ def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -
     Values are taken as they are written: OmegaConf would read a caption such as ``1, 2`` or ``no`` as YAML.
     """
     request = OmegaConf.merge({"run": run_folder}, OmegaConf.structured(request_class))
-    assert isinstance(request, DictConfig)
     try:
         for item in chosen:
             key, _, value = item.partition("=")
-            request[key] = value
-        return request_class(**{field.name: request[field.name] for field in fields(request_class)})
+            OmegaConf.update(request, key, value)
+        return request_class(**{field.name: OmegaConf.select(request, field.name) for field in fields(request_class)})
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
 

@@ -66,3 +66,15 @@ def tiny(tmp_path: Path, image_folder: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(path=image_folder))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A run with tokenizer, tokens and prior, in ``run`` beside its ``tiny.yaml``. Copy it before changing it."""
+    from pipeline.__main__ import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY.format(path=image_folder))
+    for command in ("train-tokenizer", "cache-tokens", "train-prior"):
+        assert main([command, str(folder / "tiny.yaml"), f"run={folder}/run"]) == 0
+    return folder

@@ -51,6 +51,8 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
             raise InputError(f"sampling.{name} has {len(values)} values; allowed: 1, or {num_scales} (one per scale)")
         if not all(low <= value <= high for value in values):
             raise InputError(f"sampling.{name}={values}; allowed: {low} to {high}")
+    if not math.isfinite(settings.guidance):
+        raise InputError(f"sampling.guidance={settings.guidance}; allowed: a finite number")
     if settings.guidance_schedule not in ("constant", "linear", "cosine"):
         raise InputError(
             f"sampling.guidance_schedule={settings.guidance_schedule!r}; allowed: constant, linear, cosine"

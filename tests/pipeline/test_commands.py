@@ -15,18 +15,6 @@ def octaves(command, config, *overrides):
     return main([command, str(config), *overrides])
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, image_folder):
-    """A run with all four stages done, and its YAML."""
-    from tests.conftest import TINY
-
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.yaml").write_text(TINY.format(path=image_folder))
-    for command in ("train-tokenizer", "cache-tokens", "train-prior"):
-        assert octaves(command, folder / "tiny.yaml", f"run={folder}/run") == 0
-    return folder
-
-
 def copy(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     return tmp_path / "copy/tiny.yaml", f"run={tmp_path}/copy/run", tmp_path / "copy/run"

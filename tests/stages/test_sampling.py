@@ -119,6 +119,7 @@ def test_early_stop_costs_only_its_tokens_and_gives_the_same_ones(scales):
         (SamplingConfig(top_p=[0.0]), "top_p"),
         (SamplingConfig(top_k=[1, 2]), "has 2 values; allowed: 1, or 3"),
         (SamplingConfig(temperature=[-1.0]), "temperature"),
+        (SamplingConfig(guidance=float("nan")), "a finite number"),
         (SamplingConfig(scales=4), "allowed: 1 to 3"),
         (SamplingConfig(guidance_schedule="square"), "guidance_schedule"),
     ],
