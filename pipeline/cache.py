@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from data.images.source import CorruptImage, ImageSource, sha256_of
 from data.images.sources import open_source
 from data.tokens.files import CacheError, file_sha256, write_atomically
 from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
@@ -29,11 +30,17 @@ from pipeline.encoding import Encoding, SplitPlan
 from pipeline.processes import end_with_parent, is_first_process
 from pipeline.run import RunError, need, stage_folder
 from pipeline.train import placement, quiet_lightning
+from stages.conditions.encoders import TextEncoder, build_text_encoder
 from stages.contract import Tokenizer
 from stages.weights import load_tokenizer
 
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 STATE = "state.json"
+STATE_PARTS = {
+    "tokenizer_sha256": "tokens of another tokenizer",
+    "sources": "tokens of other images",
+    "text": "captions of another text encoder",
+}
 VIEWS = ("identity", "flip")
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
 # A rank waits at the end for the slowest one, up to a whole shard: on a CPU longer than torch's 30 minutes.
@@ -47,7 +54,8 @@ def cache_tokens(config: Config) -> Path:
     precision and thread count the files' bytes do not depend on the number of processes or on interruptions.
 
     Raises RunError without a tokenizer, for one of another image size, or when the folder is in use or was made with
-    another config; CacheError when it was begun with another tokenizer or other images; CorruptImage for an unreadable
+    another config; CacheError when it was begun with another tokenizer, other images or another text encoder;
+    InputError for a text encoder that cannot be had, or that has no caption to read; CorruptImage for an unreadable
     image unless ``images.skip_corrupt``.
     """
     end_with_parent()
@@ -74,13 +82,27 @@ def cache_tokens(config: Config) -> Path:
             print(f"{folder}: the token cache is complete, nothing to do")
             return folder
         start = time.perf_counter()
-        if missing:
-            encode(config, tokenizer, plans, missing)
+        text_encoder = build_text_encoder(config.tokens, captions_of(sources["train"], config))
+        text = None if text_encoder is None else text_encoder.spec
         if is_first_process():
-            manifest = make_manifest(config, metadata, tokenizer, plans, state)
+            hold_to_state(folder, {**state, "text": sha256_of([to_json(text)])})
+        if missing:
+            encode(config, tokenizer, text_encoder, plans, missing)
+        if is_first_process():
+            manifest = make_manifest(config, metadata, tokenizer, text, plans, state)
             manifest.save(folder)
             report(folder, manifest, missing, time.perf_counter() - start)
     return folder
+
+
+def captions_of(source: ImageSource, config: Config) -> Iterator[str]:
+    """The captions of a source's images, in order. Raises CorruptImage unless ``images.skip_corrupt``."""
+    for index in range(len(source)):
+        try:
+            yield source.text(index)
+        except CorruptImage:
+            if not config.images.skip_corrupt:
+                raise
 
 
 def check_images(config: Config, tokenizer: Tokenizer) -> None:
@@ -95,23 +117,30 @@ def check_images(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def hold_to_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write down which tokenizer and images this cache is made of; raises CacheError when it was begun with others."""
+    """Write down what this cache is made of; raises CacheError when it was begun with something else.
+
+    ``state`` may grow from one call to the next: the text encoder is known later than tokenizer and images.
+    """
     path = folder / STATE
-    if not path.exists():
+    written: dict[str, Any] = {}
+    if path.exists():
+        try:
+            written = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CacheError(f"{path} is damaged; delete {folder} and {MEND}") from error
+    for key, what in STATE_PARTS.items():
+        if key in state and key in written and written[key] != state[key]:
+            raise CacheError(f"{folder} holds {what} than the one found now; delete it and {MEND}")
+    if not state.keys() <= written.keys():
         write_atomically(path, to_json(state))
-        return
-    try:
-        written = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CacheError(f"{path} is damaged; delete {folder} and {MEND}") from error
-    if written.get("tokenizer_sha256") != state["tokenizer_sha256"]:
-        raise CacheError(f"{folder} holds tokens of another tokenizer than the one given now; delete it and {MEND}")
-    if written != state:
-        raise CacheError(f"{folder} holds tokens of other images than the ones given now; delete it and {MEND}")
 
 
 def encode(
-    config: Config, tokenizer: Tokenizer, plans: Mapping[str, SplitPlan], missing: list[tuple[str, int]]
+    config: Config,
+    tokenizer: Tokenizer,
+    text_encoder: TextEncoder | None,
+    plans: Mapping[str, SplitPlan],
+    missing: list[tuple[str, int]],
 ) -> None:
     """Write the missing shards, (split, number) each, on all devices; returns on every rank when all are done."""
     place = placement(config.trainer)
@@ -123,7 +152,7 @@ def encode(
     trainer = L.Trainer(
         **place, precision=PRECISIONS[config.tokens.precision], logger=False, enable_checkpointing=False
     )
-    encoding = Encoding(tokenizer, plans, missing, config)
+    encoding = Encoding(tokenizer, text_encoder, plans, missing, config)
     try:
         trainer.predict(encoding, return_predictions=False)
     finally:
@@ -134,10 +163,11 @@ def make_manifest(
     config: Config,
     metadata: dict[str, Any],
     tokenizer: Tokenizer,
+    text: dict[str, Any] | None,
     plans: Mapping[str, SplitPlan],
     state: dict[str, Any],
 ) -> Manifest:
-    """The manifest of the shards on disk. Raises CacheError when one is missing."""
+    """The manifest of the shards on disk; ``text``: the text encoder's spec. Raises CacheError for a missing shard."""
     splits = {}
     for name, plan in plans.items():
         shards: list[ShardInfo] = []
@@ -153,6 +183,7 @@ def make_manifest(
             block_size=plan.block_size,
             source_fingerprint=state["sources"][name],
             shards=tuple(shards),
+            captions_cut=sum(shard.captions_cut for shard in shards),
         )
     return Manifest(
         tokenizer_sha256=state["tokenizer_sha256"],
@@ -167,6 +198,7 @@ def make_manifest(
         precision=config.tokens.precision,
         class_names=tuple(plans["train"].source.class_names),
         splits=splits,
+        text=text,
     )
 
 
@@ -179,3 +211,10 @@ def report(folder: Path, manifest: Manifest, written: list[tuple[str, int]], sec
         for name, split in manifest.splits.items()
     )
     print(f"{folder}: {counts}; {size / 1e6:.1f} MB; {images} encoded now at {images / seconds:.0f} images/s")
+    if manifest.text is not None:
+        captions = sum(split.captions for split in manifest.splits.values())
+        cut = sum(split.captions_cut for split in manifest.splits.values())
+        print(
+            f"{folder}: {captions} captions encoded by {manifest.text['encoder']}; {cut} of them longer than "
+            f"{manifest.text['max_tokens']} tokens (tokens.max_caption_tokens) and cut"
+        )

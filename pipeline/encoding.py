@@ -4,6 +4,7 @@ What is notable here:
 
 - a split's order, blocks and encode batches follow from its length and the config alone, never from the processes;
 - encode batches are cut inside a block and the last one is padded, so an image is always encoded in the same company;
+  so is a caption, whose company is its block;
 - Lightning's own sampler would interleave samples, and Lightning fails when a rank has no batch: the missing shards are
   dealt out here, and a rank without one gets an empty batch.
 """
@@ -29,6 +30,7 @@ from data.stream import as_it_is
 from data.tokens import order
 from data.tokens.shards import Block, ShardWriter, finished_shard
 from pipeline.config import Config
+from stages.conditions.encoders import TextEncoder
 from stages.contract import Tokenizer
 
 
@@ -117,10 +119,16 @@ class Encoding(L.LightningModule):
     """Encodes this rank's share of the missing shards and writes them."""
 
     def __init__(
-        self, tokenizer: Tokenizer, plans: Mapping[str, SplitPlan], missing: list[tuple[str, int]], config: Config
+        self,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder | None,
+        plans: Mapping[str, SplitPlan],
+        missing: list[tuple[str, int]],
+        config: Config,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
+        self._text_encoder = text_encoder
         self._plans, self._missing, self._config = plans, missing, config
         self._pieces: list[Piece] = []
         self._parts: list[dict[str, Any]] = []
@@ -132,6 +140,11 @@ class Encoding(L.LightningModule):
         missing = self.trainer.strategy.broadcast(self._missing)
         mine = missing[self.global_rank :: self.trainer.world_size]
         self._pieces = [piece for split, shard in mine for piece in self._plans[split].pieces(shard)]
+
+    def on_predict_start(self) -> None:
+        """Captions are encoded on this rank's device."""
+        if self._text_encoder is not None:
+            self._text_encoder.to(self.device)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's pieces in order; a batch of the loader is a piece."""
@@ -153,7 +166,10 @@ class Encoding(L.LightningModule):
             plan = self._plans[piece.split]
             self._writer = ShardWriter(plan.folder, piece.shard, self.tokenizer.layout)
         if piece.ends_block:
-            self._writer.write(join_parts(piece.block, self._parts))
+            block = join_parts(piece.block, self._parts)
+            if self._text_encoder is not None:
+                add_captions(block, self._text_encoder)
+            self._writer.write(block)
             self._parts = []
         if piece.ends_shard:
             self._writer.commit(self._skipped)
@@ -193,6 +209,14 @@ def join_parts(number: int, parts: list[dict[str, Any]]) -> Block:
         keys=[key for part in parts for key in part["keys"]],
         texts=[text for part in parts for text in part["texts"]],
     )
+
+
+def add_captions(block: Block, encoder: TextEncoder) -> None:
+    """Encode a block's texts and the empty caption. A sample without text has no states of its own."""
+    texts = [text for text in block.texts if text]
+    (empty, *encoded), block.captions_cut = encoder.encode_counting(["", *texts])
+    states = iter(encoded)
+    block.captions = [empty, *(next(states) if text else empty[:0] for text in block.texts)]
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Icon:
 
 
 class DemoSource(ImageSource):
-    """One side of the icons: 72 x 72 PNG in nine categories, caption = name and keywords.
+    """One side of the icons: 72 x 72 PNG in nine categories, captioned as ``caption`` says.
 
     Raises ImagesError that names the extra to install.
     """
@@ -70,6 +70,9 @@ class DemoSource(ImageSource):
     def key(self, index: int) -> str:
         return self.names[index]
 
+    def text(self, index: int) -> str:
+        return self.texts[index]
+
     def fingerprint(self) -> str:
         sizes = [(self.folder / f"{name}.png").stat().st_size for name in self.names]
         return sha256_of([*(name.encode() for name in self.names), np.array(sizes, dtype=np.int64).tobytes()])
@@ -93,16 +96,29 @@ def read_icons(listing: Path, folder: Path, skin_tones: bool) -> list[Icon]:
         name = file_name(entry["unified"], folder)
         if name is None or entry["category"] == "Component":
             continue
-        words = [(entry["name"] or entry["short_name"]).lower()]
-        words += [short.replace("_", " ").replace("-", " ") for short in entry["short_names"]]
-        text = ", ".join(dict.fromkeys(words))
-        icons.append(Icon(name, entry["category"], text, name))
+        icons.append(Icon(name, entry["category"], caption(entry), name))
         for tones, variant in entry.get("skin_variations", {}).items() if skin_tones else ():
             tone_name = file_name(variant["unified"], folder)
             if tone_name is not None:
                 described = " and ".join(dict.fromkeys(SKIN_TONES[tone] for tone in tones.split("-")))
-                icons.append(Icon(tone_name, entry["category"], f"{text}, {described}", name))
+                icons.append(Icon(tone_name, entry["category"], caption(entry, described), name))
     return icons
+
+
+def caption(entry: dict[str, Any], skin_tone: str = "") -> str:
+    """The caption of an entry of ``emoji.json``, such as "red apple, apple, fruit, food & drink".
+
+    The most specific part comes first, since long captions are cut: name, other names, skin tone, subcategory without
+    the words of its category ("food-fruit" of "Food & Drink" is "fruit"), category.
+    """
+    parts = [(entry["name"] or entry["short_name"]).lower()]
+    parts += [short.replace("_", " ").replace("-", " ") for short in entry["short_names"]]
+    category = entry["category"].lower()
+    # "animal-bug" of "Animals & Nature" repeats its category too, but for the plural.
+    repeated = {word.rstrip("s") for word in category.split()}
+    subcategory = [word for word in entry["subcategory"].lower().split("-") if word.rstrip("s") not in repeated]
+    parts += [skin_tone, " ".join(subcategory), category]
+    return ", ".join(part for part in dict.fromkeys(parts) if part)
 
 
 def file_name(unified: str, folder: Path) -> str | None:

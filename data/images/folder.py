@@ -1,14 +1,16 @@
-"""Images in folders: the subfolder is the class."""
+"""Images in folders: the subfolder is the class, a text file or a listing gives the captions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from data.images.captions import LISTINGS, TEXT_ENDING, caption_path, read_caption, read_listing
 from data.images.config import ImagesConfig
 from data.images.source import ImagesError, ImageSource, PackedStrings, Sample, decode, seeded_split, sha256_of
 
@@ -22,16 +24,20 @@ class FolderSource(ImageSource):
     is no class. The walk opens no file and asks for no file's size, so a million files take seconds. Folders and files
     whose names begin with a dot are left out.
 
+    The caption of `name.jpg` is the content of `name.txt` beside it, or stands in a listing `metadata.jsonl` or
+    `metadata.csv` in the root (see ``read_listing``).
+
     ``class_names`` fixes the classes of a second folder (the held-out one) by those of the first.
 
-    Raises ImagesError for a missing folder, one without images, or a class that is not in
-    ``class_names``.
+    Raises ImagesError for a missing folder, one without images, a class that is not in ``class_names``, a listing that
+    does not fit the images, or captions of both kinds.
     """
 
     def __init__(self, root: Path, class_names: tuple[str, ...] | None = None) -> None:
         if not root.is_dir():
             raise ImagesError(f"{root}: no such folder; images.path names a folder of images")
-        keys = sorted(walk(root))
+        files = sorted(walk(root))
+        keys = [file for file in files if not file.endswith(TEXT_ENDING)]
         if not keys:
             raise ImagesError(f"{root} holds no images; accepted endings: {', '.join(ENDINGS)}")
         classes = [key.split("/", 1)[0] if "/" in key else None for key in keys]
@@ -44,25 +50,48 @@ class FolderSource(ImageSource):
         self.root = root
         self.keys = PackedStrings(keys)
         self.labels = np.array([-1 if name is None else numbers[name] for name in classes], dtype=np.int32)
+        listed = read_listing(root, keys)
+        self.listed = None if listed is None else PackedStrings(listed)
+        text_files = {file for file in files if file.endswith(TEXT_ENDING)}
+        # bool [n]: which images have a text file beside them. What else is text, a licence say, is no caption.
+        self.beside = np.array([bool(text_files) and caption_path(key) in text_files for key in keys])
+        if self.listed is not None and self.beside.any():
+            example = caption_path(keys[int(self.beside.argmax())])
+            raise ImagesError(
+                f"{root} has captions in {' or '.join(LISTINGS)} and in {int(self.beside.sum())} text files beside "
+                f"images, such as {example}; keep one kind"
+            )
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
         key = self.key(index)
-        return Sample(decode(self.root / key, key), int(self.labels[index]), "", key)
+        return Sample(decode(self.root / key, key), int(self.labels[index]), self.text(index), key)
 
     def key(self, index: int) -> str:
         return self.keys[index]
 
+    def text(self, index: int) -> str:
+        if self.listed is not None:
+            return self.listed[index]
+        return read_caption(self.root, self.key(index)) if self.beside[index] else ""
+
     def fingerprint(self) -> str:
-        """sha256 over names and sizes. This is the one place that asks the disk for sizes."""
+        """sha256 over names, sizes and captions. This is the one place that asks the disk for sizes."""
         sizes = np.array([os.stat(self.root / key).st_size for key in self.keys], dtype=np.int64)
-        return sha256_of([*(part.tobytes() for part in self.keys.arrays), sizes.tobytes()])
+        parts = [*(part.tobytes() for part in self.keys.arrays), sizes.tobytes()]
+        if self.listed is not None:
+            parts += [part.tobytes() for part in self.listed.arrays]
+        elif self.beside.any():
+            # A caption's content counts, not its size: one word may take another's place.
+            contents = ((self.root / caption_path(self.key(int(i)))).read_bytes() for i in np.flatnonzero(self.beside))
+            return sha256_of(chain(parts, [self.beside.tobytes()], contents))
+        return sha256_of(parts)
 
 
 def walk(root: Path, below: str = "") -> Iterator[str]:
-    """Paths of images relative to ``root``, with forward slashes, in no order."""
+    """Paths of images and text files relative to ``root``, with forward slashes, in no order."""
     with os.scandir(root / below) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -71,6 +100,8 @@ def walk(root: Path, below: str = "") -> Iterator[str]:
                 yield below + entry.name
             elif entry.is_dir():
                 yield from walk(root, f"{below}{entry.name}/")
+            elif entry.name.endswith(TEXT_ENDING):
+                yield below + entry.name
 
 
 def split_roots(path: Path, val_path: str | None) -> tuple[Path, Path | None]:

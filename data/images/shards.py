@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from braceexpand import braceexpand
 
+from data.images.captions import caption_of, clean
 from data.images.config import ImagesConfig
 from data.images.folder import split_roots
 from data.images.home import data_home
@@ -82,15 +83,17 @@ class ShardSource(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         key = self.key(index)
-        image_offset, image_size, text_offset, text_size, is_json = (int(value) for value in self.places[index])
-        image = decode(self._read(index, image_offset, image_size), key)
-        text = self._read(index, text_offset, text_size).decode("utf-8", "replace") if text_size else ""
-        return Sample(
-            image, int(self.labels[index]), caption_of(parse_json(text, key)) if is_json else text.strip(), key
-        )
+        offset, size = (int(value) for value in self.places[index, :2])
+        image = decode(self._read(index, offset, size), key)
+        return Sample(image, int(self.labels[index]), self.text(index), key)
 
     def key(self, index: int) -> str:
         return self.keys[index]
+
+    def text(self, index: int) -> str:
+        offset, size, is_json = (int(value) for value in self.places[index, 2:])
+        text = self._read(index, offset, size).decode("utf-8", "replace") if size else ""
+        return caption_of(parse_json(text, self.key(index))) if is_json else clean(text)
 
     def fingerprint(self) -> str:
         parts = [part.tobytes() for part in self.keys.arrays]
@@ -134,11 +137,6 @@ def parse_json(text: str, key: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CorruptImage(key, "its json is no object")
     return record
-
-
-def caption_of(record: dict[str, Any]) -> str:
-    """The caption in a record's JSON, or an empty text."""
-    return str(record.get("text") or record.get("caption") or "")
 
 
 def shard_index(shard: Path) -> dict[str, np.ndarray]:

@@ -62,9 +62,13 @@ class ImageSource(ABC):
     def key(self, index: int) -> str:
         """The name of the image at ``index``, without reading it."""
 
+    def text(self, index: int) -> str:
+        """The caption at ``index``, empty for none. Raises CorruptImage when it cannot be read."""
+        return self[index].text
+
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 over names and sizes: equal for equal sets, and cheap, since no pixel is decoded."""
+        """sha256 over names, sizes and captions: equal for equal sets, and cheap, since no pixel is decoded."""
 
 
 class Subset(ImageSource):
@@ -84,6 +88,9 @@ class Subset(ImageSource):
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
+
+    def text(self, index: int) -> str:
+        return self.source.text(int(self.indices[index]))
 
     def fingerprint(self) -> str:
         return sha256_of([self.source.fingerprint().encode(), self.indices.tobytes()])

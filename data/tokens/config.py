@@ -19,3 +19,10 @@ class TokensConfig:
     """Seed of the fixed order in which images are stored."""
     precision: str = "32"
     """32 or bf16: the encoder's precision while caching."""
+    text_encoder: str = "none"
+    """none, words (ids of the training captions' most frequent words), minilm (a small encoder that installs as a
+    package), a folder with a transformers text encoder, or its name on the Hugging Face hub."""
+    max_caption_tokens: int = 32
+    """Length at which captions are cut, in the text encoder's tokens, special ones included."""
+    vocabulary_size: int = 8192
+    """Words that the encoder words knows."""

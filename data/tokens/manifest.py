@@ -35,6 +35,8 @@ class SplitInfo:
     source_fingerprint: str
     """Identity of the images, as their source gives it."""
     shards: tuple[ShardInfo, ...]
+    captions_cut: int = 0
+    """Captions that were too long for the text encoder."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -69,6 +71,8 @@ class Manifest:
     """train and val."""
     pixel_range: tuple[int, int] = (-1, 1)
     """Range of the pixels that the tokenizer saw."""
+    text: dict[str, Any] | None = None
+    """Spec of the text encoder whose states stand beside the tokens (``TextEncoder.spec``); None without."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with format and schema version."""

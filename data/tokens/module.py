@@ -32,8 +32,8 @@ def to_tensors(batch: dict[str, np.ndarray]) -> Batch:
 class TrainingTokens(Dataset[Batch]):
     """Whole batches of the train split, asked for by lists of (epoch, position)."""
 
-    def __init__(self, reader: TokenReader, seed: int) -> None:
-        self.reader, self.seed = reader, seed
+    def __init__(self, reader: TokenReader, seed: int, with_text: bool = False) -> None:
+        self.reader, self.seed, self.with_text = reader, seed, with_text
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -42,7 +42,7 @@ class TrainingTokens(Dataset[Batch]):
         """ids [B, L, F] in the type on disk, label and index int64 [B]; the view is drawn by (seed, epoch, index)."""
         epochs, positions = np.asarray(items, dtype=np.int64).T
         views = random_bits(self.seed, epochs, positions) % np.uint64(len(self.reader.manifest.views))
-        return to_tensors(self.reader.read(positions, views.astype(np.int64)))
+        return to_tensors(self.reader.read(positions, views.astype(np.int64), self.with_text))
 
 
 class ValidationTokens(Dataset[Batch]):
@@ -51,8 +51,16 @@ class ValidationTokens(Dataset[Batch]):
     Places behind the last sample repeat sample 0 with ``weight`` 0.
     """
 
-    def __init__(self, reader: TokenReader, batch_size: int, samples: int, rank: int, world_size: int) -> None:
-        self.reader = reader
+    def __init__(
+        self,
+        reader: TokenReader,
+        batch_size: int,
+        samples: int,
+        rank: int,
+        world_size: int,
+        with_text: bool = False,
+    ) -> None:
+        self.reader, self.with_text = reader, with_text
         self.samples = min(samples, len(reader))
         count = -(-self.samples // (batch_size * world_size))
         places = np.arange(count * world_size * batch_size).reshape(count, world_size, batch_size)
@@ -65,7 +73,7 @@ class ValidationTokens(Dataset[Batch]):
         """ids [B, L, F], label and index int64 [B], weight float32 [B]. Raises IndexError behind the last batch."""
         places = self.places[number]
         real = places < self.samples
-        batch = to_tensors(self.reader.read(np.where(real, places, 0)))
+        batch = to_tensors(self.reader.read(np.where(real, places, 0), with_text=self.with_text))
         batch["weight"] = torch.from_numpy(real.astype(np.float32))
         return batch
 
@@ -73,18 +81,28 @@ class ValidationTokens(Dataset[Batch]):
 class TokenDataModule(L.LightningDataModule):
     """Batches of cached tokens: ids int64 [B, L, F], label int64 [B], index (position in the cache) int64 [B].
 
+    With ``with_text``, where the cache has encoded captions, also text (states float32 [B, T, W] or word ids int64
+    [B, T, 1], padded with 0) and text_length int64 [B], 0 for no caption.
+
     Validation batches also have weight float32 [B]. A trained module that counts its batches as ``batches_seen``
     resumes in the middle of an epoch. Raises CacheError when the cache is missing or damaged.
     """
 
     def __init__(
-        self, tokens_path: str | Path, batch_size: int, num_workers: int, seed: int, validation_samples: int
+        self,
+        tokens_path: str | Path,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        validation_samples: int,
+        with_text: bool = False,
     ) -> None:
         super().__init__()
         self.tokens_path = Path(tokens_path)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.validation_samples = validation_samples
         self.manifest = Manifest.load(tokens_path)
+        self.with_text = with_text and self.manifest.text is not None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """An endless loader: the trainer counts steps."""
@@ -94,18 +112,23 @@ class TokenDataModule(L.LightningDataModule):
         stream = IndexStream(
             len(reader), self.batch_size, rank, world_size, self.seed, start_batch=getattr(module, "batches_seen", 0)
         )
-        return self._loader(TrainingTokens(reader, self.seed), batch_sampler=stream)
+        return self._loader(TrainingTokens(reader, self.seed, self.with_text), batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The first ``validation_samples`` of the val split, as many batches on every rank."""
         reader = TokenReader(self.tokens_path, "val")
         rank, world_size = self._place()
-        tokens = ValidationTokens(reader, self.batch_size, self.validation_samples, rank, world_size)
+        tokens = ValidationTokens(
+            reader, self.batch_size, self.validation_samples, rank, world_size, with_text=self.with_text
+        )
         return self._loader(tokens, batch_size=None)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Embeddings want int64; the copy to the device does not."""
-        return {**batch, "ids": batch["ids"].long()}
+        """Embeddings want int64 and projections float32; the copy to the device does with less."""
+        batch = {**batch, "ids": batch["ids"].long()}
+        if "text" in batch:
+            batch["text"] = batch["text"].float() if batch["text"].is_floating_point() else batch["text"].long()
+        return batch
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

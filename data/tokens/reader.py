@@ -33,6 +33,8 @@ class _StoredBlock:
     header: np.ndarray | None
     keys: memoryview
     texts: memoryview | None
+    captions: np.ndarray | None
+    caption_offsets: np.ndarray | None
 
 
 class TokenReader:
@@ -70,11 +72,16 @@ class TokenReader:
         # Maps cannot be pickled; a spawned loader process opens its own.
         return type(self), (self.folder, self.split)
 
-    def read(self, positions: np.ndarray, views: np.ndarray | int = 0) -> dict[str, np.ndarray]:
+    def read(
+        self, positions: np.ndarray, views: np.ndarray | int = 0, with_text: bool = False
+    ) -> dict[str, np.ndarray]:
         """Samples at ``positions`` [B] in the given views: ids [B, L, F] in the type on disk, label and index [B].
 
         ``index`` is the position. Layouts of variable length also give ``length`` [B], with ids padded by 0 to the
-        longest of the batch; layouts with side information give ``header`` [B, S]. Raises IndexError out of range.
+        longest of the batch; layouts with side information give ``header`` [B, S]. ``with_text`` adds encoded captions:
+        text [B, T, W] in the type on disk, padded with 0 to the longest of the batch, and text_length [B], 0 for none.
+
+        Raises IndexError out of range, CacheError for the text of a cache without encoded captions.
         """
         positions = np.asarray(positions, dtype=np.int64)
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
@@ -96,7 +103,17 @@ class TokenReader:
                 assert block.header is not None
                 header[where] = block.header[rows, views[where]]
             batch["header"] = header
+        if with_text:
+            batch.update(self._read_text(groups, len(positions)))
         return batch
+
+    def empty_caption(self) -> np.ndarray:
+        """What the text encoder gives for the empty caption: [t, W] in the type on disk.
+
+        Raises CacheError for a cache without encoded captions.
+        """
+        captions, offsets = _captions_of(self._blocks[0])
+        return captions[: offsets[1]]
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """Names of the samples in their source."""
@@ -143,6 +160,21 @@ class TokenReader:
             ids[place, : len(part)] = part
         return {"ids": ids, "length": lengths}
 
+    def _read_text(
+        self, groups: list[tuple[_StoredBlock, np.ndarray, np.ndarray]], count: int
+    ) -> dict[str, np.ndarray]:
+        first, _ = _captions_of(self._blocks[0])
+        lengths = np.zeros(count, dtype=np.int64)
+        for block, where, rows in groups:
+            offsets = _captions_of(block)[1]
+            lengths[where] = offsets[rows + 2] - offsets[rows + 1]
+        text = np.zeros((count, int(lengths.max(initial=0)), first.shape[1]), first.dtype)
+        for block, where, rows in groups:
+            captions, offsets = _captions_of(block)
+            for place, start, length in zip(where, offsets[rows + 1], lengths[where], strict=True):
+                text[place, :length] = captions[start : start + length]
+        return {"text": text, "text_length": lengths}
+
     def _json_entry(self, position: int, name: str) -> str:
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         stored: memoryview | None = getattr(self._blocks[number], name)
@@ -154,7 +186,11 @@ class TokenReader:
             tokens = read_npy(members["tokens.npy"])
             header = read_npy(members["header.npy"]) if self.layout.header else None
             offsets = read_npy(members["offsets.npy"]) if self.layout.ends != "fixed" else None
-            block = _StoredBlock(tokens, offsets, header, members["keys.json"], members.get("text.json"))
+            captions = caption_offsets = None
+            if self.manifest.text is not None:
+                captions, caption_offsets = self._open_captions(members, len(label))
+            texts = members.get("text.json")
+            block = _StoredBlock(tokens, offsets, header, members["keys.json"], texts, captions, caption_offsets)
         except (KeyError, CacheError) as error:
             raise CacheError(
                 f"{self.folder / self.split}: a record of a shard is foreign or damaged ({error})"
@@ -164,6 +200,28 @@ class TokenReader:
         if self.layout.ends == "fixed" and tokens.shape != wanted:
             raise CacheError(f"{self.folder / self.split}: a block has tokens {tokens.shape}, expected {wanted}")
         return block, label, index
+
+    def _open_captions(self, members: dict[str, memoryview], count: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.manifest.text is not None
+        captions, offsets = read_npy(members["condition.npy"]), read_npy(members["condition_offsets.npy"])
+        width = self.manifest.text["width"] or 1
+        if (
+            captions.shape[1:] != (width,)
+            or offsets.shape != (count + 2,)
+            or offsets[0] != 0
+            or offsets[-1] != len(captions)
+            or (np.diff(offsets) < 0).any()
+        ):
+            raise CacheError(
+                f"captions {captions.shape} of width {width} with {len(offsets)} offsets for {count} samples"
+            )
+        return captions, offsets
+
+
+def _captions_of(block: _StoredBlock) -> tuple[np.ndarray, np.ndarray]:
+    if block.captions is None or block.caption_offsets is None:
+        raise CacheError(f"the cache has no encoded captions; set tokens.text_encoder and {MEND} in a new RUN=")
+    return block.captions, block.caption_offsets
 
 
 def read_npy(buffer: memoryview) -> np.ndarray:

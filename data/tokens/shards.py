@@ -44,6 +44,11 @@ class Block:
     """Names of the samples in the source."""
     texts: list[str] = field(default_factory=list)
     """Captions; empty for none."""
+    captions: list[np.ndarray] = field(default_factory=list)
+    """What a text encoder gives for the empty caption and then for each sample: [t, W], t = 0 for no caption. Empty
+    list: captions are not encoded."""
+    captions_cut: int = 0
+    """How many captions were too long for the text encoder."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class ShardInfo:
     """Samples that have a caption."""
     skipped: tuple[str, ...] = ()
     """Keys of images that could not be read."""
+    captions_cut: int = 0
+    """Captions that were too long for the text encoder."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -97,7 +104,7 @@ class ShardWriter:
         self._limits = _limits(layout)
         self._file = self._temporary.open("wb")
         self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0)
-        self._count = self._blocks = self._captions = 0
+        self._count = self._blocks = self._captions = self._captions_cut = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -111,6 +118,7 @@ class ShardWriter:
         self._count += len(block.labels)
         self._blocks += 1
         self._captions += sum(map(bool, block.texts))
+        self._captions_cut += block.captions_cut
 
     def commit(self, skipped: list[str]) -> ShardInfo:
         """Give the shard its name, then write its sidecar."""
@@ -127,6 +135,7 @@ class ShardWriter:
             sha256=file_sha256(self._temporary),
             captions=self._captions,
             skipped=tuple(skipped),
+            captions_cut=self._captions_cut,
         )
         publish(self._temporary, self._path)
         write_atomically(self._path.with_suffix(".json"), to_json(info.to_dict()))
@@ -166,6 +175,10 @@ class ShardWriter:
         members["keys.json"] = to_json(block.keys)
         if any(block.texts):
             members["text.json"] = to_json(block.texts)
+        if block.captions:
+            lengths = [len(caption) for caption in block.captions]
+            members["condition.npy"] = to_npy(np.concatenate(block.captions))
+            members["condition_offsets.npy"] = to_npy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         return members
 
 
