@@ -105,6 +105,8 @@ POSITIVE = (
     "images.size",
     "tokens.encode_batch_size",
     "tokens.blocks_per_shard",
+    "tokens.max_caption_tokens",
+    "tokens.vocabulary_size",
     "tokenizer_training.max_steps",
     "tokenizer_training.batch_size_per_device",
     "tokenizer_training.accumulate_batches",
