@@ -58,19 +58,17 @@ class Throughput(L.Callback):
 
 
 class SamplePictures(L.Callback):
-    """Puts a picture of new samples into TensorBoard after each validation: the first classes, the same seeds."""
+    """Puts a picture of new samples into TensorBoard after each validation: the same prompts, the same seeds."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: SamplingConfig, count: int = 16) -> None:
-        self.tokenizer, self.settings, self.count = tokenizer, settings, count
+    def __init__(self, tokenizer: Tokenizer, settings: SamplingConfig, prompts: Prompts) -> None:
+        self.tokenizer, self.settings, self.prompts = tokenizer, settings, prompts
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         writer = getattr(trainer.logger, "experiment", None)
         if writer is None or not trainer.is_global_zero or trainer.sanity_checking:
             return
-        prior = pl_module.average.module
-        numbers = torch.arange(self.count, device=pl_module.device)
-        labels = numbers % len(prior.class_names) if prior.class_names else torch.full_like(numbers, -1)
-        tokens = sample(prior, Prompts.of_labels(labels), self.settings, range(self.count))
+        prompts = self.prompts.to(pl_module.device)
+        tokens = sample(pl_module.average.module, prompts, self.settings, range(len(prompts)))
         with torch.no_grad():
             images = self.tokenizer.to(pl_module.device).decode(tokens).float().cpu()
         writer.add_image("validation/samples", make_grid((images + 1) / 2, nrow=8), pl_module.step)

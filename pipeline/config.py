@@ -6,7 +6,6 @@ unknown key, a wrong type or an impossible combination ends here, with one line,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +126,8 @@ POSITIVE = (
     "eval.num_samples",
     "eval.batch_size",
     "eval.neighbours",
+    "eval.num_upsampled",
+    "eval.num_edited",
 )
 
 # Sizes of networks, checked where the chosen kinds have them.
@@ -235,8 +236,15 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
-        lambda c: not math.isfinite(c.sampling.guidance),
-        lambda c: f"sampling.guidance={c.sampling.guidance}; allowed: a finite number",
+        lambda c: "text" in c.condition.kind and c.tokens.text_encoder == "none",
+        lambda c: (
+            f"condition.kind={c.condition.kind} with tokens.text_encoder=none: captions need an encoder; set "
+            "tokens.text_encoder=minilm or words, or condition.kind=class"
+        ),
+    ),
+    (
+        lambda c: c.eval.timing_repeats < 0,
+        lambda c: f"eval.timing_repeats={c.eval.timing_repeats}; allowed: 0 or more",
     ),
 ]
 

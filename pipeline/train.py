@@ -22,13 +22,14 @@ from data.images.sources import open_source
 from data.images.views import to_float
 from data.tokens.files import file_sha256
 from data.tokens.manifest import check_belongs
-from data.tokens.module import TokenDataModule
+from data.tokens.module import TokenDataModule, to_tensors
 from data.tokens.reader import TokenReader
 from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
 from pipeline.run import RunError, need, stage_folder
 from stages.conditions.text import TextCondition
+from stages.contract import Prior, Prompts
 from stages.factory import build_prior, build_tokenizer, condition_kind
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
@@ -93,16 +94,18 @@ def train_prior(config: Config) -> Path:
             with_text=condition_kind(config.condition.kind)[1].uses_text,
         )
         manifest = tokens.manifest
-        pictures: list[Callback] = []
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path)
-            settings = dataclasses.replace(config.sampling, compile=False, scales=0)
-            check_sampling(settings, manifest.layout)  # now, not at the first validation
-            pictures.append(SamplePictures(load_tokenizer(config.tokenizer.path)[0], settings))
+        settings = dataclasses.replace(config.sampling, compile=False, scales=0)
+        check_sampling(settings, manifest.layout)  # now, not at the first validation
         L.seed_everything(config.seed, verbose=False)
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names), manifest.text)
         if isinstance(prior.condition, TextCondition):
             prior.condition.set_empty(TokenReader(config.tokens.path, "train").empty_caption())
+        pictures: list[Callback] = []
+        if Path(config.tokenizer.path).exists():
+            tokenizer, _ = load_tokenizer(config.tokenizer.path)
+            pictures.append(SamplePictures(tokenizer, settings, held_out_prompts(config, prior)))
         module = PriorModule(prior, training, config.seed)
         module.names = lambda indices: TokenReader(config.tokens.path, "train").keys(np.array(indices))
         trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)
@@ -116,6 +119,13 @@ def train_prior(config: Config) -> Path:
             save_prior(path, module.average.module, config.prior, config.condition, extra)
             print(f"wrote {path}")
     return path
+
+
+def held_out_prompts(config: Config, prior: Prior, count: int = 16) -> Prompts:
+    """What the first ``count`` held-out samples of the cache would be asked for by."""
+    reader = TokenReader(config.tokens.path, "val")
+    positions = np.arange(count) % len(reader)
+    return Prompts.from_batch(to_tensors(reader.read(positions, with_text=prior.condition.uses_text)))
 
 
 def first_images(config: Config, count: int) -> Iterator[Tensor]:

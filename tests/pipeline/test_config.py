@@ -72,6 +72,8 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("condition.dropout=1.5", "condition.dropout"),
         ("condition.dropout=0", "sampling.guidance=1.5 with condition.kind=class"),
         ("condition.kind=none", "set sampling.guidance=1"),
+        ("condition.kind=text", "condition.kind=text with tokens.text_encoder=none: captions need an encoder"),
+        ("condition.attend=cross", "attend"),
         ("tokenizer.encoder.heads=0", "tokenizer.encoder.heads=0; allowed: 1 or more"),
         ("prior_training.log_every=0", "prior_training.log_every=0; allowed: 1 or more"),
     ],
@@ -92,7 +94,7 @@ def test_kind_picks_the_keys_of_its_section():
 
 
 def test_a_missing_config_lists_the_shipped_ones(tmp_path):
-    with pytest.raises(ConfigError, match=r"CONFIG=nothing: no such file.*demo, fashion"):
+    with pytest.raises(ConfigError, match=r"CONFIG=nothing: no such file.*demo, emoji64, fashion"):
         load_config("nothing")
     (tmp_path / "broken.yaml").write_text("images: {kind: [}")
     with pytest.raises(ConfigError, match="not valid YAML"):
