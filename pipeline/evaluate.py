@@ -22,20 +22,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.images.config import ImagesConfig
-from data.images.module import validation_indices
-from data.images.reading import pixels_of, read_eval
+from data.images.reading import pixels_of
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
+from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
+from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import show_neighbours, show_prefixes, show_reconstructions, show_samples
 from pipeline.models import Models, assemble
 from pipeline.report import write_report
 from pipeline.run import RunError, device_of, need
-from stages.contract import Prompts, Tokenizer
+from stages.contract import Tokenizer
 from stages.measures.backbones import BackboneError
 from stages.measures.classifier import Classifier, accuracy, thumbnails, train_classifier
+from stages.measures.ladder import Contender
 from stages.measures.perceptual import Lite0Perceptual
 from stages.measures.reconstruction import (
     Judge,
@@ -47,20 +48,6 @@ from stages.measures.reconstruction import (
 )
 from stages.measures.samples import measure_coverage, measure_memorised
 from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Images:
-    """Real images of one side."""
-
-    pixels: Tensor
-    """uint8 [N, C, H, W], full size or thumbnails."""
-    labels: Tensor
-    """int64 [N]; -1 for none."""
-    indices: list[int]
-    """Where each lies in its source."""
-    texts: list[str]
-    """Captions; empty for none."""
 
 
 def evaluate(config: Config) -> Path:
@@ -75,12 +62,15 @@ def evaluate(config: Config) -> Path:
     device = device_of(config)
     tokenizer.to(device)
     models = load_matching_prior(config, tokenizer, path)
+    skipped: list[str] = []
+    judge = load_judge(metadata.get("perceptual", config.tokenizer_training.perceptual), device, skipped)
+    baseline = load_baseline(config, tokenizer, judge, device)
+    source = open_source(config.images, "val")
+    if models is not None:
+        check_classes(models, source)
     folder = empty_folder(Path(config.run) / "eval" / config.eval.name)
 
-    skipped: list[str] = []
-    source = open_source(config.images, "val")
     val = read_images(source, config.images, config.eval.num_images)
-    judge = load_judge(metadata.get("perceptual", config.tokenizer_training.perceptual), device, skipped)
     made = reconstruct(tokenizer, val.pixels, config.eval.batch_size, device)
     measured = measure_reconstruction(val.pixels, made, judge)
     measured["prefixes"] = measure_prefixes(tokenizer, val.pixels, made.tokens, config.eval.batch_size, device)
@@ -88,16 +78,31 @@ def evaluate(config: Config) -> Path:
     show_prefixes(folder, tokenizer, val.pixels, made.tokens, device)
 
     metrics: dict[str, Any] = {"settings": settings(config, path, metadata["kind"], device), "tokenizer": measured}
+    own = Contender(tokenizer, judge)
+    metrics["ladder"] = measure_ladder(config, own, baseline, models, val, made, device, skipped)
     bits = None
     if models is None:
         skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
+        if config.eval.upsample_from or config.eval.edit_frozen:
+            skipped.append("upsampling and editing: without a prior nothing writes the finer scales")
     else:
         asked = prompts_of(models, val.labels, val.texts)
         bits = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
-        metrics["samples"] = measure_samples(config, folder, models, source, val, made.pixels, judge, skipped)
+        train_source = open_source(config.images, "train")
+        train = read_images(train_source, config.images, config.eval.num_train_reference, small=True)
+        classifier = fit_classifier(config, train, len(source.class_names), device, skipped)
+        reference = Reference(val, made.pixels, train, train_source, classifier)
+        metrics["samples"] = measure_samples(config, folder, models, reference, judge, skipped)
+        if config.eval.upsample_from:
+            metrics["upsampling"] = measure_upsampling(config, folder, models, val, made, judge)
+        if config.eval.edit_frozen:
+            metrics["editing"] = measure_editing(
+                config, folder, models, val, made, classifier, source.class_names, skipped
+            )
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured)
     metrics["codes"] = [use.to_dict() for use in uses]
     metrics["skipped"] = skipped
+    metrics = {key: value for key, value in metrics.items() if value is not None}
     write_report(folder, metrics, Path(config.run))
     temporary = folder / "metrics.json.tmp"
     # A value that is not finite would not be JSON: better to fail here than in the reader.
@@ -116,8 +121,19 @@ def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
             f"{path} takes images of {found[0]}x{found[1]} with {found[2]} channels; "
             "set images.size and images.channels to that, or choose another tokenizer.path"
         )
+    check_scales(config, tokenizer)
     if (Path(config.tokens.path) / FILE).exists():
         check_belongs(Manifest.load(config.tokens.path), path)
+
+
+def check_classes(models: Models, source: ImageSource) -> None:
+    """Raise RunError when the prior knows other classes than the images have."""
+    prior = models.prior
+    if prior.condition.uses_labels and list(source.class_names) != list(prior.class_names):
+        raise RunError(
+            f"the prior knows the classes {', '.join(prior.class_names)}, the images have "
+            f"{', '.join(source.class_names)}; set images to those that the tokens were made of"
+        )
 
 
 def load_matching_prior(config: Config, tokenizer: Tokenizer, tokenizer_path: Path) -> Models | None:
@@ -128,14 +144,6 @@ def load_matching_prior(config: Config, tokenizer: Tokenizer, tokenizer_path: Pa
     prior, metadata = load_prior(path)
     check_pair(metadata, path, tokenizer_path)
     return assemble(config, tokenizer, prior)
-
-
-def prompts_of(models: Models, labels: Tensor, texts: list[str]) -> Prompts:
-    """Prompts of images with class ids int64 [N] and captions, as far as the prior knows of them."""
-    told = models.prior.condition
-    return models.prompts(
-        labels.tolist() if told.uses_labels else [-1] * len(labels), texts if told.uses_text else [""] * len(labels)
-    )
 
 
 def empty_folder(folder: Path) -> Path:
@@ -149,10 +157,12 @@ def empty_folder(folder: Path) -> Path:
 def settings(config: Config, path: Path, kind: str, device: torch.device) -> dict[str, Any]:
     """All that the numbers depend on."""
     prior = Path(config.prior.path)
+    baseline = None if config.eval.baseline is None else Path(config.eval.baseline)
     return {
         "config": to_plain(config),
         "tokenizer": {"path": str(path), "sha256": file_sha256(path), "kind": kind},
         "prior": {"path": str(prior), "sha256": file_sha256(prior)} if prior.exists() else None,
+        "baseline": None if baseline is None else {"path": str(baseline), "sha256": file_sha256(baseline)},
         "choice_of_images": "the first of a permutation of each side, fixed by images.split_seed",
         "pixel_range": [-1, 1],
         "fd_lite0": "timm tf_efficientnet_lite0 (ImageNet), mean of block 10, 112 channels; under 64 px enlarged to 64",
@@ -175,40 +185,30 @@ def load_judge(trained_with: str, device: torch.device, skipped: list[str]) -> J
         return None
 
 
-def read_images(source: ImageSource, config: ImagesConfig, count: int, small: bool = False) -> Images:
-    """The first ``count`` images (or all) of a fixed permutation; ``small`` keeps only thumbnails of 32 px."""
-    views = (read_eval(source, index, config) for index in validation_indices(len(source), count, config.split_seed))
-    rows = [
-        (thumbnails(view.pixels.unsqueeze(0))[0] if small else view.pixels, view.label, view.index, view.text)
-        for view in views
-        if view.readable
-    ]
-    if not rows:
-        raise RunError("none of the images can be read")
-    pixels, labels, indices, texts = zip(*rows, strict=True)
-    return Images(torch.stack(pixels), torch.tensor(labels), list(indices), list(texts))
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with."""
+
+    val: Images
+    val_decoded: Tensor
+    """The same after a pass through the tokenizer."""
+    train: Images
+    """Thumbnails."""
+    train_source: ImageSource
+    classifier: Classifier | None
+    """Of the training images."""
 
 
 def measure_samples(
-    config: Config,
-    folder: Path,
-    models: Models,
-    source: ImageSource,
-    val: Images,
-    val_decoded: Tensor,
-    judge: Judge | None,
-    skipped: list[str],
+    config: Config, folder: Path, models: Models, reference: Reference, judge: Judge | None, skipped: list[str]
 ) -> dict[str, Any]:
     """Draw images, write them and their pictures, and measure them against held-out and training images."""
     count, prior, device, tokenizer = config.eval.num_samples, models.prior, models.device, models.tokenizer
+    val, train, train_source, classifier = reference.val, reference.train, reference.train_source, reference.classifier
     by_text = prior.condition.uses_text
     conditional = prior.condition.uses_labels or (by_text and bool((val.labels >= 0).any()))
-    num_classes = len(source.class_names)
-    if prior.condition.uses_labels and list(source.class_names) != list(prior.class_names):
-        raise RunError(
-            f"the prior knows the classes {', '.join(prior.class_names)}, the images have "
-            f"{', '.join(source.class_names)}; set images to those that the tokens were made of"
-        )
+    class_names = train_source.class_names
+    num_classes = len(class_names)
     texts = [""] * count
     if by_text:  # the captions of held-out images: what the prior has never read
         rows = torch.arange(count) % len(val.labels)
@@ -222,8 +222,6 @@ def measure_samples(
     seconds = time.perf_counter() - started
     np.savez_compressed(folder / "samples.npz", arr_0=drawn.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
 
-    train_source = open_source(config.images, "train")
-    train = read_images(train_source, config.images, config.eval.num_train_reference, small=True)
     real, fake = thumbnails(val.pixels), thumbnails(drawn)
     measured: dict[str, Any] = {
         "num_samples": count,
@@ -238,24 +236,23 @@ def measure_samples(
     # tokenizer's own error would hide the copy.
     train_decoded = decoded_thumbnails(tokenizer, train_source, train.indices, config, device)
     measured["memorised_as_decoded"] = measure_memorised(
-        fake, train_decoded, thumbnails(val_decoded), "pixels, all sides decoded by the tokenizer"
+        fake, train_decoded, thumbnails(reference.val_decoded), "pixels, all sides decoded by the tokenizer"
     )
     spaces: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     if judge is not None:
         clean = read_images(train_source, config.images, count).pixels
         features = judge.features(val.pixels), judge.features(drawn), judge.features(clean)
         spaces["lite0"] = features
-        reference = "held-out images, in the set's own shares of classes"
-        measured["fd_lite0"] = judge.frechet(features[0], features[1], reference)
-        measured["fd_lite0_of_real_images"] = judge.frechet(features[0], features[2], reference)
-    classifier = fit_classifier(config, train, num_classes, device, skipped)
+        described = "held-out images, in the set's own shares of classes"
+        measured["fd_lite0"] = judge.frechet(features[0], features[1], described)
+        measured["fd_lite0_of_real_images"] = judge.frechet(features[0], features[2], described)
     if classifier is not None:
         known = val.labels >= 0
         held_out = classifier.accuracy(val.pixels[known], val.labels[known])
         measured["classifier"] = {
             "steps": config.eval.classifier_steps,
             "seed": config.eval.seed,
-            "class_names": list(source.class_names),
+            "class_names": list(class_names),
             "held_out": held_out.to_dict(),
         }
         if conditional:
@@ -271,7 +268,7 @@ def measure_samples(
         if len(held) > config.eval.neighbours:
             found = measure_coverage(held, judged_features, others, config.eval.neighbours, space)
             measured[f"coverage_{space}"] = found
-    show_samples(folder, drawn, labels, source.class_names if conditional else (), texts)
+    show_samples(folder, drawn, labels, class_names if conditional else (), texts)
     show_neighbours(
         folder, config.images, drawn, fake, train.pixels, train.indices, train_source, spaces.get("classifier")
     )

@@ -6,20 +6,17 @@ left out, and the reasons stand at the end.
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from pipeline.report_curves import draw_curves
+from pipeline.report_scales import editing_part, ladder_part, upsampling_part
+from pipeline.report_tables import class_table, code_table, prefix_table, same_backbone, section
+
 CREDIT = "Icons: Twemoji by Twitter, Inc. and other contributors, CC-BY 4.0 (creativecommons.org/licenses/by/4.0)."
-# Mid greys and colours that hold on white and on black: the page follows the reader's colour scheme.
-INK = "#858585"
-COLOURS = ("#3f7fbf", "#c9732c")
-MAX_PANELS = 12
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --soft: #6a6a6a; --line: #dcdcdc; --bar: #9db7d1; --page: #fdfdfc; }
@@ -83,8 +80,15 @@ def write_report(folder: Path, metrics: dict[str, Any], run: Path) -> Path:
             folder / "prefixes.png",
         ),
         prefix_table(metrics),
-        section("Samples", "Drawn from the prior, not selected: the first of every class.", folder / "samples.png"),
+        ladder_part(metrics),
+        section(
+            "Samples",
+            "Drawn from the prior, not selected: the first of every class or caption.",
+            folder / "samples.png",
+        ),
         class_table(metrics),
+        upsampling_part(metrics, folder),
+        editing_part(metrics, folder),
         section(
             "Nearest training images",
             "First the first samples, then those of all samples that lie closest to a training image. "
@@ -207,11 +211,6 @@ def frechet_row(name: str, entry: dict[str, Any], baseline: dict[str, Any] | Non
     return Row(name, f"{entry['value']:.1f}", beside, meaning + same_backbone(entry))
 
 
-def same_backbone(entry: dict[str, Any]) -> str:
-    """A warning where the judge also was the teacher."""
-    return " The tokenizer's loss used the same network, which flatters it." if entry["same_backbone_as_loss"] else ""
-
-
 def headline(rows: list[Row]) -> str:
     """The table of headline numbers."""
     cells = "".join(
@@ -221,81 +220,6 @@ def headline(rows: list[Row]) -> str:
     )
     head = "<thead><tr><th>Measure</th><th>Value</th><th>Beside</th><th>Meaning</th></tr></thead>"
     return f'<h2>Numbers</h2><table class="headline">{head}<tbody>{cells}</tbody></table>'
-
-
-def section(title: str, words: str, picture: Path) -> str:
-    """A heading, a sentence and a picture; nothing where there is no picture."""
-    if not picture.exists():
-        return ""
-    data = base64.b64encode(picture.read_bytes()).decode("ascii")
-    kind = "plot" if picture.name == "curves.png" else "sheet"
-    image = f'<img class="{kind}" alt="{escape(title)}" src="data:image/png;base64,{data}">'
-    return f'<h2>{escape(title)}</h2><p class="soft">{escape(words)}</p><div class="wide">{image}</div>'
-
-
-def table(head: list[str], rows: list[list[str]], share_last: bool = False) -> str:
-    """A table of text cells; with ``share_last`` the last cell is a share in [0, 1], shown as a bar."""
-    lines = []
-    for row in rows:
-        cells = [f"<td>{escape(cell)}</td>" for cell in row]
-        if share_last:
-            cells[-1] = f'<td class="bars"><span class="bar" style="width:{100 * float(row[-1]):.1f}%"></span></td>'
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    inner = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table class="figures{" barred" * share_last}">{inner}</table></div>'
-
-
-def prefix_table(metrics: dict[str, Any]) -> str:
-    """PSNR of every prefix of scales."""
-    found = metrics["tokenizer"]["prefixes"]
-    rows = [
-        [str(entry["num_scales"]), "x".join(map(str, entry["image_size"])), f"{entry['psnr_mean_of_images']:.2f}"]
-        for entry in found
-    ]
-    return table(["Scales", "Image", "PSNR, dB"], rows) if rows else ""
-
-
-def class_table(metrics: dict[str, Any]) -> str:
-    """Class accuracy of samples and held-out images."""
-    samples = metrics.get("samples", {})
-    if "class_accuracy" not in samples:
-        return ""
-    names = samples["classifier"]["class_names"]
-    pairs = zip(
-        names, samples["class_accuracy"]["per_class"], samples["classifier"]["held_out"]["per_class"], strict=True
-    )
-    rows = [[name, percent(drawn), percent(real)] for name, drawn, real in pairs]
-    return table(["Class", "Samples in class", "Held-out images in class"], rows)
-
-
-def percent(share: float | None) -> str:
-    """A share as text; a dash for None."""
-    return "–" if share is None else f"{share:.1%}"
-
-
-def code_table(metrics: dict[str, Any]) -> str:
-    """Use of codes and rate per scale."""
-    prior = {scale["scale"]: scale for scale in metrics["rate"]["scales"]}
-    rows = []
-    for use in metrics["codes"]:
-        bits = prior[use["scale"]]["prior_bits"]
-        rows.append(
-            [
-                use["scale"] if len({u["field"] for u in metrics["codes"]}) == 1 else f"{use['scale']}, {use['field']}",
-                f"{use['num_tokens']:,}",
-                f"{use['used']:,} of {use['vocabulary_size']:,}",
-                f"{use['perplexity']:.1f}",
-                "–" if bits is None else f"{bits / prior[use['scale']]['tokens_per_image']:.2f}",
-                str(use["share"]),
-            ]
-        )
-    words = (
-        "Codes that occur among the held-out images' tokens, and their perplexity: the number of codes that equal use "
-        "would need. No more codes than tokens can occur."
-    )
-    head = ["Scale", "Tokens", "Codes used", "Perplexity", "Prior, bits a token", "Share used"]
-    return f'<h2>Codes</h2><p class="soft">{words}</p>' + table(head, rows, share_last=True)
 
 
 def skipped_list(metrics: dict[str, Any]) -> str:
@@ -310,68 +234,3 @@ def settings_block(metrics: dict[str, Any]) -> str:
     text = OmegaConf.to_yaml(OmegaConf.create({**settings, "config": metrics["settings"]["config"]}))
     folded = f"<summary>All that these numbers depend on</summary><pre>{escape(text)}</pre>"
     return f"<h2>Settings</h2><details>{folded}</details>"
-
-
-def read_scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """(steps, values) by tag from the TensorBoard files below a folder; where runs overlap, the later one counts."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return {tag: (sorted(values), [values[step] for step in sorted(values)]) for tag, values in found.items()}
-
-
-def panels_of(scalars: dict[str, Any]) -> dict[str, list[str]]:
-    """Panel title to tags, training before validation: losses, bits and distortion first, then perplexities."""
-    panels: dict[str, list[str]] = {}
-    for tag in sorted(scalars, key=lambda tag: ("perplexity" in tag, tag)):
-        name = tag.removeprefix("train/").removeprefix("validation/")
-        if name.startswith(("loss/", "bits_per_token", "psnr", "perceptual")) or "perplexity" in name:
-            panels.setdefault(name, []).append(tag)
-    return dict(list(panels.items())[:MAX_PANELS])
-
-
-def draw_curves(run: Path, path: Path) -> None:
-    """Loss curves of both stages as a transparent PNG; no file where nothing was logged."""
-    stages = {stage: read_scalars(run / stage) for stage in ("tokenizer", "prior")}
-    panels = [(s, name, tags) for s, scalars in stages.items() for name, tags in panels_of(scalars).items()]
-    if not panels:
-        return
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    with matplotlib.rc_context({"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
-        figure = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=110, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis in grid[len(panels) :]:
-            axis.set_visible(False)
-        for axis, (stage, name, tags) in zip(grid, panels, strict=False):
-            axis.set_title(f"{stage}: {name}", fontsize=9)
-            for tag in tags:
-                steps, values = stages[stage][tag]
-                held_out = tag.startswith("validation/")
-                colour = COLOURS[held_out]
-                if len(values) > 20 and not held_out:
-                    axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-                    values = smoothed(values)
-                marker = "o" if len(values) == 1 else ""
-                axis.plot(steps, values, "--" if held_out else "-", marker=marker, color=colour, linewidth=1.4)
-            axis.patch.set_alpha(0)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.spines[["left", "bottom"]].set_color(INK)
-            axis.tick_params(labelsize=7)
-            axis.set_xlabel("step", fontsize=7)
-        figure.savefig(path, transparent=True)
-
-
-def smoothed(values: list[float], decay: float = 0.9) -> list[float]:
-    """Exponential average with the start's bias removed."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
-    return result

@@ -96,6 +96,11 @@ class Classifier:
         return torch.cat([self.network.features(prepare(part.to(self.device))).cpu() for part in parts])
 
     @torch.inference_mode()
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Softmax over the classes, float32 [N, num_classes]."""
+        return self.network.head(self.features(pixels).to(self.device)).softmax(dim=1).cpu()
+
+    @torch.inference_mode()
     def predict(self, pixels: Tensor) -> Tensor:
         """Most probable class, int64 [N]."""
         return self.network.head(self.features(pixels).to(self.device)).argmax(dim=1).cpu()

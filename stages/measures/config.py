@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -27,3 +27,15 @@ class EvalConfig:
     """k of coverage: a real image's neighbourhood reaches to its k-th nearest real image."""
     num_train_reference: int = 60000
     """Training images among which nearest neighbours are searched; the whole set where it is smaller."""
+    baseline: str | None = None
+    """Another tokenizer's safetensors, to be beaten at every rung of the ladder of resolutions; none by default."""
+    timing_repeats: int = 5
+    """Timed runs of sampling up to each rung; 0 leaves the timing out."""
+    upsample_from: int = 0
+    """Side in pixels of the small images that are upsampled, one of the scales'; 0 leaves upsampling out."""
+    num_upsampled: int = 1000
+    """Held-out images (of ``num_images``) that are reduced and upsampled."""
+    edit_frozen: list[int] = field(default_factory=list)
+    """Numbers of scales to keep when held-out images are edited; none leaves editing out."""
+    num_edited: int = 200
+    """Held-out images (of ``num_images``) that are edited."""

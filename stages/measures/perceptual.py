@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from stages.measures.backbones import BackboneError, Lite0Features, as_rgb
 
 NAMES = ("lite0", "lpips-vgg", "none")
+SMALLEST_PERCEPTUAL = 4
+"""Side in pixels of the smallest images that Lite0's distance takes."""
 
 
 class Guest(nn.Module):

@@ -16,7 +16,7 @@ from stages.contract import Prior, Prompts, Tokenizer
 from stages.measures.codes import CodeUse, code_use
 from stages.measures.distortion import SMALLEST_SSIM, decibels, mean_squared_error, psnr, ssim
 from stages.measures.frechet import frechet
-from stages.measures.perceptual import Lite0Perceptual
+from stages.measures.perceptual import SMALLEST_PERCEPTUAL, Lite0Perceptual
 from stages.measures.rate import prior_bits, rates
 
 FRECHET_MINIMUM = 2048
@@ -91,26 +91,37 @@ def reconstruct(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: t
 
 
 def measure_reconstruction(pixels: Tensor, made: Reconstructed, judge: Judge | None) -> dict[str, Any]:
-    """Distortion of reconstructions against uint8 ``pixels``; perceptual parts only with a judge."""
-    chunks = zip(made.pixels.split(256), pixels.split(256), strict=True)
-    error = torch.cat([mean_squared_error(a, b) for a, b in chunks])
-    measured: dict[str, Any] = {
+    """Distortion and speed of reconstructions of uint8 ``pixels``; perceptual parts only with a judge."""
+    return {
         "num_images": len(pixels),
-        "psnr_mean_of_images": float(decibels(error).mean()),
-        "psnr_of_mean_error": float(decibels(error.mean())),
         "encode_images_per_second": len(pixels) / made.encode_seconds,
         "decode_images_per_second": len(pixels) / made.decode_seconds,
+        **measure_distortion(pixels, made.pixels, judge, "the originals of these reconstructions"),
     }
-    if min(pixels.shape[-2:]) >= SMALLEST_SSIM:
-        parts = zip(made.pixels.split(256), pixels.split(256), strict=True)
+
+
+def measure_distortion(pixels: Tensor, made: Tensor, judge: Judge | None, reference: str) -> dict[str, Any]:
+    """Distortion of uint8 images ``made`` [N, C, H, W] against ``pixels``, called ``reference`` in the result.
+
+    Without SSIM where the images are smaller than its window, without perceptual parts where there is no judge.
+    """
+    chunks = zip(made.split(256), pixels.split(256), strict=True)
+    error = torch.cat([mean_squared_error(a, b) for a, b in chunks])
+    measured: dict[str, Any] = {
+        "psnr_mean_of_images": float(decibels(error).mean()),
+        "psnr_of_mean_error": float(decibels(error.mean())),
+    }
+    side = min(pixels.shape[-2:])
+    if side >= SMALLEST_SSIM:
+        parts = zip(made.split(256), pixels.split(256), strict=True)
         measured["ssim"] = float(torch.cat([ssim(a, b) for a, b in parts]).mean())
-    if judge is not None:
+    if judge is not None and side >= SMALLEST_PERCEPTUAL:
         measured["perceptual_lite0"] = {
-            "mean": float(judge.distance(made.pixels, pixels).mean()),
+            "mean": float(judge.distance(made, pixels).mean()),
             "same_backbone_as_loss": judge.same_backbone_as_loss,
         }
-        features = judge.features(pixels), judge.features(made.pixels)
-        measured["fd_lite0"] = judge.frechet(*features, reference="the originals of these reconstructions")
+    if judge is not None:
+        measured["fd_lite0"] = judge.frechet(judge.features(pixels), judge.features(made), reference)
     return measured
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional
+
+from stages.measures.distortion import psnr
+from stages.measures.reconstruction import Judge, measure_distortion
 
 
 def enlarge(pixels: Tensor, side: int) -> Tensor:
@@ -17,3 +22,14 @@ def reduce_to(pixels: Tensor, side: int) -> Tensor:
     if pixels.shape[-1] % side:
         raise ValueError(f"{pixels.shape[-1]} px cannot be averaged down to {side}")
     return functional.avg_pool2d(pixels.float(), pixels.shape[-1] // side).round().to(pixels.dtype)
+
+
+def consistency(made: Tensor, small: Tensor) -> float:
+    """Mean PSNR in dB of uint8 images ``made`` [N, C, H, H], reduced by averaging, against ``small`` [N, C, h, h]."""
+    return float(psnr(reduce_to(made, small.shape[-1]), small).mean())
+
+
+def measure_enlarged(made: Tensor, original: Tensor, small: Tensor, judge: Judge | None) -> dict[str, Any]:
+    """Distortion of enlarged uint8 images against the originals, and whether they still show the small ones."""
+    measured = measure_distortion(original, made, judge, "the originals of the small images")
+    return {"consistency_psnr": consistency(made, small), **measured}

@@ -79,6 +79,10 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, ids: Tensor) -> Tensor:
         """Features [B, N, width_out] of ids [B, N, F]. Raises ValueError for ids out of range."""
 
+    @abstractmethod
+    def margins(self, features: Tensor) -> Tensor:
+        """How far each choice is from another one: float32 [B, N], 0 for a tie; the unit is the quantiser's own."""
+
     def check_ids(self, ids: Tensor) -> None:
         """Raise ValueError when an id lies outside its vocabulary."""
         for index, part in enumerate(self.fields):
@@ -108,16 +112,26 @@ class FSQ(Quantizer):
         self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
         self.register_buffer("strides", torch.tensor(strides), persistent=False)
 
+    def _bounded(self, features: Tensor) -> Tensor:
+        """What is rounded: [B, N, numbers]."""
+        values = self.project_in(features.float())
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        # an even number of values has no middle: shift so that rounding gives exactly that many
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return torch.tanh(values + torch.atanh(offset / half)) * half - offset
+
     def forward(self, features: Tensor) -> Quantized:
         with torch.autocast(features.device.type, enabled=False):
-            values = self.project_in(features.float())
-            half = (self.levels - 1) * (1 + 1e-3) / 2
-            # an even number of values has no middle: shift so that rounding gives exactly that many
-            offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-            bounded = torch.tanh(values + torch.atanh(offset / half)) * half - offset
+            bounded = self._bounded(features)
             rounded = bounded + (bounded.round() - bounded).detach()
             ids = ((rounded.detach().round().long() + self.levels // 2) * self.strides).sum(-1, keepdim=True)
             return Quantized(self.project_out(rounded / (self.levels // 2)), ids, {})
+
+    def margins(self, features: Tensor) -> Tensor:
+        """Distance to the nearest rounding border, of the number nearest to one; at most 0.5."""
+        with torch.autocast(features.device.type, enabled=False):
+            bounded = self._bounded(features)
+            return (0.5 - (bounded - bounded.round()).abs()).amin(-1)
 
     def lookup(self, ids: Tensor) -> Tensor:
         self.check_ids(ids)
@@ -168,6 +182,13 @@ class CosineVQ(Quantizer):
             }
             straight = encodings + (chosen - encodings).detach()
             return Quantized(self.project_out(straight), ids.unsqueeze(-1), losses)
+
+    def margins(self, features: Tensor) -> Tensor:
+        """Similarity (cosine) of the best code above that of the second best."""
+        with torch.autocast(features.device.type, enabled=False):
+            encodings = functional.normalize(self.project_in(features.float()), dim=-1)
+            best = (encodings @ functional.normalize(self.codebook, dim=-1).T).topk(2, dim=-1).values
+            return best[..., 0] - best[..., 1]
 
     def lookup(self, ids: Tensor) -> Tensor:
         self.check_ids(ids)

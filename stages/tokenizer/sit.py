@@ -203,6 +203,15 @@ class SIT(Tokenizer):
         reconstruction = self._decode_features(torch.cat([result.features for result in results], dim=1))
         return TokenizerOutput(reconstruction, torch.cat([result.ids for result in results], dim=1), losses)
 
+    def margins(self, pixels: Tensor) -> Tensor:
+        """How far each token of pixels [B, C, h, w] is from another choice: float32 [B, L], see ``Quantizer.margins``.
+
+        Raises ValueError for a side that is no rung.
+        """
+        parts = self._by_codebook(self._encode_features(pixels))
+        margins = [quantizer.margins(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
+        return torch.cat(margins, dim=1)
+
     def encode(self, pixels: Tensor) -> Tokens:
         if tuple(pixels.shape[-2:]) != self.layout.image_size and not self.layout.encodes_prefixes:
             raise PrefixUnsupported(

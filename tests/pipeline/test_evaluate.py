@@ -20,7 +20,7 @@ from data.images.reading import pixels_of
 from data.images.sources import open_source
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
-from pipeline.report import panels_of, read_scalars, smoothed
+from pipeline.report_curves import panels_of, read_scalars, smoothed
 from pipeline.run import RunError
 from stages import factory
 from stages.conditions.labels import ClassConditionConfig
@@ -29,12 +29,13 @@ from stages.measures.config import EvalConfig
 from stages.measures.reconstruction import reconstruct
 from stages.prior.transformer import TransformerPriorConfig
 from stages.tokenizer.quantizers import FSQConfig
-from stages.tokenizer.sit import SITConfig
+from stages.tokenizer.sit import SITConfig, ViTVQGANConfig
 from stages.tokenizer.transformer import TransformerConfig
 from stages.weights import WeightsError, file_sha256, load_tokenizer, save_prior, save_tokenizer
 from tests.pipeline.mean_colour import MeanColourConfig
 
 CLASSES = ["bright", "dark"]
+PICTURES = ("reconstructions", "prefixes", "samples", "neighbours", "curves", "upsampling", "editing")
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +52,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def toy_run(folder: Path, images: Path, with_prior: bool) -> Config:
+def toy_run(folder: Path, images: Path, with_prior: bool, attention: str = "sit-scd") -> Config:
     """A run with an untrained tokenizer and, where asked, an untrained prior of its tokens."""
     width = TransformerConfig(depth=1, width=16, heads=2)
     tokenizer_config = SITConfig(
         path=str(folder / "tokenizer/tokenizer.safetensors"),
         scales=2,
         patch=4,
-        attention="sit-scd",
+        attention=attention,
         encoder=width,
         decoder=width,
         quantizer=FSQConfig(levels=[3, 3]),
@@ -84,6 +85,15 @@ def toy_run(folder: Path, images: Path, with_prior: bool) -> Config:
     return config
 
 
+def write_baseline(path: Path, size: int = 16) -> Path:
+    """An untrained raster tokenizer of images of ``size`` px."""
+    width = TransformerConfig(depth=1, width=16, heads=2)
+    config = ViTVQGANConfig(patch=4, encoder=width, decoder=width, quantizer=FSQConfig(levels=[3, 3]))
+    torch.manual_seed(2)
+    save_tokenizer(path, build_tokenizer(config, (size, size), 3), config, {"perceptual": "none"})
+    return path
+
+
 def read(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -103,7 +113,18 @@ class References(HTMLParser):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     run = tmp_path_factory.mktemp("run")
-    config = toy_run(run, images, with_prior=True)
+    config = toy_run(run, images, with_prior=True, attention="sit-sc")
+    config.eval = EvalConfig(
+        **{
+            **vars(config.eval),
+            "baseline": str(write_baseline(run / "baseline.safetensors")),
+            "timing_repeats": 2,
+            "upsample_from": 8,
+            "num_upsampled": 6,
+            "edit_frozen": [1],
+            "num_edited": 5,
+        }
+    )
     with SummaryWriter(str(run / "tokenizer" / "logs")) as writer:
         for step in range(30):
             writer.add_scalar("loss/pixel", 1 / (step + 1), step)
@@ -113,7 +134,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
 
 def test_everything_is_written_and_every_number_has_its_company(evaluated: Path) -> None:
     names = {path.name for path in evaluated.iterdir()}
-    pictures = {f"{name}.png" for name in ("reconstructions", "prefixes", "samples", "neighbours", "curves")}
+    pictures = {f"{name}.png" for name in PICTURES}
     assert names == pictures | {"metrics.json", "report.html", "samples.npz"}
     metrics = read(evaluated)
     samples, rate = metrics["samples"], metrics["rate"]
@@ -144,7 +165,7 @@ def test_report_fetches_nothing_and_its_pictures_decode(evaluated: Path) -> None
     page = (evaluated / "report.html").read_text(encoding="utf-8")
     parser = References()
     parser.feed(page)
-    assert len(parser.found) == 5
+    assert len(parser.found) == len(PICTURES)
     for reference in parser.found:
         assert reference.startswith("data:image/png;base64,")
         with Image.open(io.BytesIO(base64.b64decode(reference.partition(",")[2]))) as picture:
@@ -226,7 +247,7 @@ def test_copies_of_training_images_are_seen_through_the_tokenizers_own_error(
     originals = pixels_of(open_source(config.images, "train"), range(4), config.images)
     copies = reconstruct(tokenizer, originals, 4, torch.device("cpu")).pixels
     noise = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    monkeypatch.setattr("pipeline.evaluate.draw_images", lambda *args: torch.cat([copies, noise]))
+    monkeypatch.setattr("pipeline.models.Models.decode", lambda *args: torch.cat([copies, noise]))
     measured = read(evaluate(config))["samples"]
     assert measured["memorised_as_decoded"]["share"] == 0.5
     assert measured["memorised_in_pixels"]["threshold"] > measured["memorised_as_decoded"]["threshold"]

@@ -1,0 +1,230 @@
+"""What eval finds out about scales: the ladder of resolutions, upsampling from a low rung, editing above one.
+
+All three need tokens of a small image to be the first tokens of the large one. What a tokenizer or prior cannot do is
+named under ``skipped``; what a config asks of it in vain is a RunError before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.layout import Tokens
+from pipeline.config import Config, to_plain
+from pipeline.edit import edit_pixels
+from pipeline.evaluation_images import Images, prompts_of
+from pipeline.evaluation_pictures import show_editing, show_upsampling
+from pipeline.models import Models
+from pipeline.run import RunError
+from pipeline.upsample import encode_small, rung_of, upsample_pixels
+from stages.contract import Tokenizer
+from stages.measures.classifier import Classifier
+from stages.measures.editing import measure_edited, others_of
+from stages.measures.ladder import Contender, measure_agreement, measure_rung, measure_sampling_time
+from stages.measures.perceptual import Lite0Perceptual
+from stages.measures.reconstruction import Judge, Reconstructed
+from stages.measures.upsampling import enlarge, measure_enlarged, reduce_to
+from stages.weights import load_tokenizer
+
+TIMED_BATCH = 32
+"""Sequences drawn at once while sampling is timed, or ``eval.batch_size`` where that is smaller."""
+SHOWN, SAMPLES_SHOWN = 8, 3
+"""Images on a contact sheet, and upsampled versions of each."""
+
+
+def check_scales(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise RunError for upsampling or editing that the config asks for and this tokenizer cannot do."""
+    layout, asked = tokenizer.layout, config.eval
+    for key, wanted in (("upsample_from", asked.upsample_from), ("edit_frozen", asked.edit_frozen)):
+        if wanted and not layout.encodes_prefixes:
+            raise RunError(
+                f"eval.{key}={wanted}: this tokenizer's encoder sees all scales at once; leave it out, or train one "
+                "with tokenizer.attention=sit-sce or sit-sc"
+            )
+    if asked.upsample_from:
+        smaller = [scale.image_size[0] for scale in layout.scales[:-1]]
+        if asked.upsample_from not in smaller:
+            raise RunError(
+                f"eval.upsample_from={asked.upsample_from}; allowed: {', '.join(map(str, smaller))}, or 0 for none"
+            )
+    for frozen in asked.edit_frozen:
+        if not 1 <= frozen < len(layout.scales):
+            raise RunError(
+                f"eval.edit_frozen={asked.edit_frozen}; allowed: 1 to {len(layout.scales) - 1} of the "
+                f"{len(layout.scales)} scales"
+            )
+
+
+def load_baseline(config: Config, tokenizer: Tokenizer, judge: Judge | None, device: torch.device) -> Contender | None:
+    """The tokenizer of ``eval.baseline``. Raises RunError where its images are others, WeightsError for a bad file."""
+    if config.eval.baseline is None:
+        return None
+    baseline, metadata = load_tokenizer(Path(config.eval.baseline))
+    found, wanted = ((*each.layout.image_size, each.channels) for each in (baseline, tokenizer))
+    if found != wanted:
+        raise RunError(
+            f"eval.baseline={config.eval.baseline} takes images of {found[0]}x{found[1]} with {found[2]} channels; "
+            f"allowed: {wanted[0]}x{wanted[1]} with {wanted[2]}, like tokenizer.path"
+        )
+    if judge is not None:
+        trained_with = metadata.get("perceptual", config.tokenizer_training.perceptual)
+        judge = dataclasses.replace(judge, same_backbone_as_loss=trained_with == Lite0Perceptual.name)
+    return Contender(baseline.to(device), judge)
+
+
+def measure_ladder(
+    config: Config,
+    own: Contender,
+    baseline: Contender | None,
+    models: Models | None,
+    val: Images,
+    made: Reconstructed,
+    device: torch.device,
+    skipped: list[str],
+) -> dict[str, Any] | None:
+    """Every rung of the ladder, agreement of its tokens and the time to sample up to it; None without prefixes."""
+    layout, size = own.tokenizer.layout, config.eval.batch_size
+    if len(layout.scales) < 2 or not (layout.encodes_prefixes and layout.decodes_prefixes):
+        reason = (
+            "this tokenizer has one scale"
+            if len(layout.scales) < 2
+            else "it needs a scale-causal encoder and decoder (tokenizer.attention=sit-sc)"
+        )
+        skipped.append(f"ladder of resolutions: {reason}")
+        return None
+    measured: dict[str, Any] = {
+        "baseline": config.eval.baseline,
+        "num_images": len(val),
+        "agreement": measure_agreement(own.tokenizer, val.pixels, made.tokens, size, device),
+        "rungs": [
+            measure_rung(own, baseline, val.pixels, num_scales, size, device)
+            for num_scales in range(1, len(layout.scales) + 1)
+        ],
+    }
+    if models is not None and config.eval.timing_repeats:
+        measured["sampling_time"] = time_sampling(config, models, val)
+    return measured
+
+
+def time_sampling(config: Config, models: Models, val: Images) -> dict[str, Any]:
+    """Seconds of sampling the tokens of one batch up to every rung; captions are encoded before, nothing is decoded."""
+    count = min(config.eval.batch_size, TIMED_BATCH)
+    rows = torch.arange(count) % len(val)
+    prompts = prompts_of(models, val.labels[rows], [val.texts[row] for row in rows.tolist()])
+    seeds = [config.eval.seed + index for index in range(count)]
+    quiet = dataclasses.replace(models, progress=False)
+
+    def draw(num_scales: int) -> Tokens:
+        return quiet.draw(prompts, dataclasses.replace(config.sampling, scales=num_scales), seeds)
+
+    return {
+        "sequences": count,
+        "repeats": config.eval.timing_repeats,
+        "rungs": measure_sampling_time(draw, models.prior.layout, config.eval.timing_repeats),
+    }
+
+
+def measure_upsampling(
+    config: Config, folder: Path, models: Models, val: Images, made: Reconstructed, judge: Judge | None
+) -> dict[str, Any]:
+    """Held-out images reduced to ``eval.upsample_from`` and upsampled by the prior, beside bicubic and two bounds."""
+    layout, side = models.tokenizer.layout, config.eval.upsample_from
+    rows = torch.arange(min(config.eval.num_upsampled, len(val)))
+    original, count = val.pixels[rows], len(rows)
+    small = reduce_to(original, side)
+
+    def upsampled(some: Tensor, first_seed: int) -> Tensor:
+        prompts = prompts_of(models, val.labels[some], [val.texts[row] for row in some.tolist()])
+        seeds = [first_seed + row for row in some.tolist()]
+        return upsample_pixels(models, small[some], prompts, config.sampling, seeds)
+
+    started = time.perf_counter()
+    drawn = upsampled(rows, config.eval.seed)
+    seconds = time.perf_counter() - started
+    start = layout.prefix_length(rung_of(layout, side, "eval.upsample_from"))
+    mixed = torch.cat([encode_small(models, small).ids, made.tokens.ids[rows, start:]], dim=1)
+    results = {
+        "upsampled": drawn,
+        "bicubic": enlarge(small, original.shape[-1]),
+        "bound": made.pixels[rows],
+        "bound_with_small": models.decode(Tokens.fixed(mixed)),
+    }
+    shown = rows[:SHOWN]
+    others = [upsampled(shown, config.eval.seed + count * version) for version in range(1, SAMPLES_SHOWN)]
+    show_upsampling(folder, small, results["bicubic"], [drawn[shown], *others], results["bound"], original)
+    told = models.prior.condition
+    return {
+        "from": side,
+        "to": original.shape[-1],
+        "num_images": count,
+        "prompts": "each image's own" if told.uses_labels or told.uses_text else "none",
+        "seeds": [config.eval.seed, config.eval.seed + count - 1],
+        "sampling": to_plain(config.sampling),
+        "images_per_second": count / seconds,
+        "rows": {name: measure_enlarged(result, original, small, judge) for name, result in results.items()},
+    }
+
+
+def measure_editing(
+    config: Config,
+    folder: Path,
+    models: Models,
+    val: Images,
+    made: Reconstructed,
+    classifier: Classifier | None,
+    class_names: tuple[str, ...],
+    skipped: list[str],
+) -> dict[str, Any] | None:
+    """Held-out images redrawn with the prompt of an image of another class; None where nothing could tell."""
+    told = models.prior.condition
+    usable = val.labels >= 0
+    if not told.uses_labels:
+        usable &= torch.tensor([bool(text) for text in val.texts])
+    rows = usable.nonzero()[:, 0]
+    if not (told.uses_labels or told.uses_text):
+        reason = "the prior knows neither classes nor captions"
+    elif classifier is None:
+        reason = "there is no classifier to judge it"
+    elif len(val.labels[rows].unique()) < 2:
+        reason = "the held-out images that have a prompt are not of two classes or more"
+    else:
+        reason = ""
+    if reason or classifier is None:
+        skipped.append(f"editing: {reason}")
+        return None
+    targets = rows[others_of(val.labels[rows], config.eval.seed)][: config.eval.num_edited]
+    rows = rows[: config.eval.num_edited]
+    own, new, layout = val[rows], val[targets], models.tokenizer.layout
+    prompts = {name: prompts_of(models, each.labels, each.texts) for name, each in (("own", own), ("new", new))}
+    seeds = [config.eval.seed + index for index in range(len(rows))]
+    before = made.pixels[rows]
+    found: list[dict[str, Any]] = []
+    columns = [("original", own.pixels), ("decoded", before)]
+    for frozen in config.eval.edit_frozen:
+        side = layout.scales[frozen - 1].image_size[0]
+        small = reduce_to(own.pixels, side)
+        entry: dict[str, Any] = {
+            "frozen": frozen,
+            "image_size": [side, side],
+            "before": measure_edited(classifier, before, new.labels, small),
+        }
+        for name, asked in prompts.items():
+            edited = edit_pixels(models, own.pixels, frozen, asked, config.sampling, seeds)
+            entry[f"{name}_prompt"] = measure_edited(classifier, edited, new.labels, small)
+            columns.append((f"{frozen} kept: {name}", edited))
+        found.append(entry)
+    names = [text if told.uses_text else "" for text in new.texts]
+    names = [text or class_names[label] for text, label in zip(names, new.labels.tolist(), strict=True)]
+    show_editing(folder, columns, names, SHOWN)
+    return {
+        "num_images": len(rows),
+        "prompts": "of a held-out image of another class, drawn with eval.seed",
+        "seeds": [seeds[0], seeds[-1]],
+        "sampling": to_plain(config.sampling),
+        "frozen": found,
+    }

@@ -1,0 +1,93 @@
+"""Pictures and tables of the report as HTML; what was not measured gives no text."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+
+def same_backbone(entry: dict[str, Any]) -> str:
+    """A warning where the judge also was the teacher."""
+    return " The tokenizer's loss used the same network, which flatters it." if entry["same_backbone_as_loss"] else ""
+
+
+def heading(title: str, words: str) -> str:
+    """A heading and a sentence."""
+    return f'<h2>{escape(title)}</h2><p class="soft">{escape(words)}</p>'
+
+
+def section(title: str, words: str, picture: Path) -> str:
+    """A heading, a sentence and a picture; nothing where there is no picture."""
+    if not picture.exists():
+        return ""
+    data = base64.b64encode(picture.read_bytes()).decode("ascii")
+    kind = "plot" if picture.name == "curves.png" else "sheet"
+    image = f'<img class="{kind}" alt="{escape(title)}" src="data:image/png;base64,{data}">'
+    return f'{heading(title, words)}<div class="wide">{image}</div>'
+
+
+def table(head: list[str], rows: list[list[str]], share_last: bool = False) -> str:
+    """A table of text cells; with ``share_last`` the last cell is a share in [0, 1], shown as a bar."""
+    lines = []
+    for row in rows:
+        cells = [f"<td>{escape(cell)}</td>" for cell in row]
+        if share_last:
+            cells[-1] = f'<td class="bars"><span class="bar" style="width:{100 * float(row[-1]):.1f}%"></span></td>'
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    inner = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide"><table class="figures{" barred" * share_last}">{inner}</table></div>'
+
+
+def prefix_table(metrics: dict[str, Any]) -> str:
+    """PSNR of every prefix of scales."""
+    found = metrics["tokenizer"]["prefixes"]
+    rows = [
+        [str(entry["num_scales"]), "x".join(map(str, entry["image_size"])), f"{entry['psnr_mean_of_images']:.2f}"]
+        for entry in found
+    ]
+    return table(["Scales", "Image", "PSNR, dB"], rows) if rows else ""
+
+
+def class_table(metrics: dict[str, Any]) -> str:
+    """Class accuracy of samples and held-out images."""
+    samples = metrics.get("samples", {})
+    if "class_accuracy" not in samples:
+        return ""
+    names = samples["classifier"]["class_names"]
+    pairs = zip(
+        names, samples["class_accuracy"]["per_class"], samples["classifier"]["held_out"]["per_class"], strict=True
+    )
+    rows = [[name, percent(drawn), percent(real)] for name, drawn, real in pairs]
+    return table(["Class", "Samples in class", "Held-out images in class"], rows)
+
+
+def percent(share: float | None) -> str:
+    """A share as text; a dash for None."""
+    return "–" if share is None else f"{share:.1%}"
+
+
+def code_table(metrics: dict[str, Any]) -> str:
+    """Use of codes and rate per scale."""
+    prior = {scale["scale"]: scale for scale in metrics["rate"]["scales"]}
+    rows = []
+    for use in metrics["codes"]:
+        bits = prior[use["scale"]]["prior_bits"]
+        rows.append(
+            [
+                use["scale"] if len({u["field"] for u in metrics["codes"]}) == 1 else f"{use['scale']}, {use['field']}",
+                f"{use['num_tokens']:,}",
+                f"{use['used']:,} of {use['vocabulary_size']:,}",
+                f"{use['perplexity']:.1f}",
+                "–" if bits is None else f"{bits / prior[use['scale']]['tokens_per_image']:.2f}",
+                str(use["share"]),
+            ]
+        )
+    words = (
+        "Codes that occur among the held-out images' tokens, and their perplexity: the number of codes that equal use "
+        "would need. No more codes than tokens can occur."
+    )
+    head = ["Scale", "Tokens", "Codes used", "Perplexity", "Prior, bits a token", "Share used"]
+    return heading("Codes", words) + table(head, rows, share_last=True)
