@@ -157,9 +157,9 @@ def editing_part(metrics: dict[str, Any], folder: Path) -> str:
         return ""
     words = (
         f"{found['num_images']:,} held-out images keep their first scales; the rest is drawn anew, with their own "
-        "prompt or with that of an image of another class (named at the left). A classifier of the training images says "
-        "how probable that new class is. Consistency is the PSNR against the original, both reduced to the size of the "
-        "scales kept."
+        "prompt or with that of an image of another class (named at the left). A classifier of the training images "
+        "says how probable that new class is. Consistency is the PSNR against the original, both reduced to the size"
+        " of what was kept."
     )
     names = {"before": "decoded only", "own_prompt": "own prompt", "new_prompt": "new prompt"}
     rows = [
