@@ -57,7 +57,7 @@ class TextEncoder(ABC):
 
     spec: dict[str, Any]
     """JSON: ``encoder`` (as in tokens.text_encoder), ``max_tokens``, ``width`` (W of the states; 0: word ids),
-    ``empty_length`` (tokens of the empty caption), and ``vocabulary`` or ``sha256``."""
+    ``empty_length`` (tokens of the empty caption); and ``vocabulary``, or ``sha256`` and for the hub ``revision``."""
 
     def __init__(self) -> None:
         self._warned = False
@@ -118,14 +118,18 @@ class WordEncoder(TextEncoder):
 class HuggingFaceEncoder(TextEncoder):
     """Last hidden states of a frozen transformers model in float32, special tokens included.
 
-    ``name`` is ``minilm``, a local folder, or a name on the Hugging Face hub. Raises InputError when transformers is
-    not installed, the model cannot be found or is no text encoder, or ``max_tokens`` is beyond what it takes.
+    ``name`` is ``minilm``, a local folder, or a name on the Hugging Face hub, there at ``revision`` (None: the newest).
+
+    Raises InputError when transformers is not installed, the model cannot be found or is no text encoder, or
+    ``max_tokens`` is beyond what it takes.
     """
 
-    def __init__(self, name: str, max_tokens: int) -> None:
+    def __init__(self, name: str, max_tokens: int, revision: str | None = None) -> None:
         super().__init__()
         transformers = import_transformers()
-        folder = model_folder(name)
+        folder = local_folder(name)
+        is_local = folder is not None
+        folder = folder or hub_folder(name, revision)
         with _quiet(transformers):
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -148,6 +152,8 @@ class HuggingFaceEncoder(TextEncoder):
             "empty_length": len(empty),
             "sha256": folder_sha256(folder),
         }
+        if not is_local:
+            self.spec["revision"] = folder.name  # the hub's cache names its folders by commit
 
     def to(self, device: torch.device | str) -> TextEncoder:
         self._device = torch.device(device)
@@ -218,7 +224,7 @@ def load_text_encoder(spec: dict[str, Any]) -> TextEncoder:
     """The encoder of a cache or a prior. Raises InputError when the one found now is another than its spec says."""
     if spec["encoder"] == WORDS:
         return WordEncoder(spec["vocabulary"], spec["max_tokens"])
-    encoder = HuggingFaceEncoder(spec["encoder"], spec["max_tokens"])
+    encoder = HuggingFaceEncoder(spec["encoder"], spec["max_tokens"], spec.get("revision"))
     for key, what in (
         ("width", "states of width"),
         ("empty_length", "an empty caption of length"),
@@ -257,8 +263,8 @@ def import_transformers() -> Any:
     return transformers
 
 
-def model_folder(name: str) -> Path:
-    """The folder of an encoder's files, downloaded if ``name`` is on the hub. Raises InputError when there is none."""
+def local_folder(name: str) -> Path | None:
+    """The folder of a packaged or local encoder, None for a name on the hub. Raises InputError when it is not there."""
     if name in PACKAGED:
         package, below = PACKAGED[name]
         spec = find_spec(package)
@@ -270,18 +276,18 @@ def model_folder(name: str) -> Path:
         return folder
     if name.startswith(("/", ".", "~")):
         raise InputError(f"tokens.text_encoder={name}: no such folder")
-    return hub_folder(name)
+    return None
 
 
-def hub_folder(name: str) -> Path:
+def hub_folder(name: str, revision: str | None) -> Path:
     """The local copy of a model on the Hugging Face hub. Raises InputError when it cannot be had."""
     from huggingface_hub import snapshot_download  # comes with transformers
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        wanted = {"revision": revision, "ignore_patterns": ["*/*"]}
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **wanted))
         if not any(folder.glob("*.safetensors")):
-            files = [*HUB_FILES, "pytorch_model*.bin"]
-            folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"], **wanted))
     except Exception as error:  # the network, the hub and its cache each have errors of their own
         raise InputError(
             f"tokens.text_encoder={name} is neither words, {', '.join(PACKAGED)} nor a local folder, and cannot be had "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.errors import InputError
 from data.images.reading import read_eval
 from data.images.source import CorruptImage
 from data.images.sources import open_source
@@ -22,8 +24,9 @@ from data.tokens.files import CacheError
 from data.tokens.manifest import Manifest, check_belongs
 from data.tokens.reader import TokenReader
 from pipeline.cache import cache_tokens
-from pipeline.config import Config, load_config
+from pipeline.config import Config, ConfigError, load_config
 from pipeline.run import RunError, stage_folder
+from stages.conditions.encoders import build_text_encoder, load_text_encoder
 from stages.factory import TOKENIZERS
 from stages.weights import load_tokenizer
 from tests.pipeline import cache_toy
@@ -62,6 +65,17 @@ def cached(world: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TOKENIZERS, "toy", ("tests.pipeline.cache_toy", "ToyConfig", "Toy"))
         return cache_tokens(configured(world, world / "one"))
+
+
+@pytest.fixture(scope="module")
+def captioned(world: Path) -> Path:
+    """The same images; all but every third have a caption of their own or one that others share, one a long one."""
+    shutil.copytree(world / "images", world / "captioned")
+    for number, image in enumerate(sorted((world / "captioned").rglob("*.png"))):
+        if number % 3:
+            shared = f"a {image.parent.name} 😀" if number % 2 else f"picture {number}, {'noise ' * (number % 5)}"
+            image.with_suffix(".txt").write_text("long " * 5000 if number == 100 else shared, encoding="utf-8")
+    return world / "captioned"
 
 
 def start(world: Path, tokens: Path, *overrides: str, seconds: float = 0) -> subprocess.Popen[bytes]:
@@ -213,3 +227,93 @@ def test_corrupt_image_is_named_or_skipped_and_counted(world: Path, cached: Path
     # The hole shortens its own block; all other shards are the same bytes.
     for old, new in zip(manifest.splits["train"].shards, Manifest.load(cached).splits["train"].shards, strict=True):
         assert (old.sha256 == new.sha256) == (not old.skipped)
+
+
+@pytest.mark.parametrize("name", ["words", "minilm"])
+def test_encoded_captions_are_the_same_however_they_are_cached(
+    world: Path, captioned: Path, cached: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"images.path={captioned}", f"tokens.text_encoder={name}", "tokens.max_caption_tokens=8"]
+    one = cache_tokens(configured(world, world / f"{name}-one", *overrides))
+    captions = Manifest.load(one).splits["train"].captions + Manifest.load(one).splits["val"].captions
+    said = capfd.readouterr().out
+    assert f"{captions} captions encoded by {name}; " in said and "longer than 8 tokens" in said
+    two = world / f"{name}-two"
+    if name == "minilm":
+        assert start(world, two, *overrides, "trainer.devices=2", "trainer.num_workers=1").wait(timeout=100) == 0
+        assert "fork" not in capfd.readouterr().err
+        assert contents(two) == contents(one)
+    else:
+        cache_tokens(configured(world, two, *overrides))
+    (two / "manifest.json").unlink()
+    (two / "train" / "000001.tar").unlink()
+    cache_tokens(configured(world, two, *overrides))
+    assert contents(two) == contents(one)
+
+    manifest = Manifest.load(one)
+    assert manifest.text is not None and captions == 2 * COUNT // 3
+    encoder = load_text_encoder(manifest.text)
+    config = configured(world, one, *overrides)
+    for split in ("train", "val"):
+        source, reader, without = open_source(config.images, split), TokenReader(one, split), TokenReader(cached, split)
+        positions = np.arange(len(reader))
+        texts = [source.text(int(index)) for index in reader.source_indices]
+        assert reader.texts(positions) == texts and 0 < sum(map(bool, texts)) < len(texts)
+        batch = reader.read(positions, with_text=True)
+        assert np.array_equal(batch["ids"], without.read(positions)["ids"]), "captions change no token"
+        expected, cut = encoder.encode_counting(texts)
+        assert manifest.splits[split].captions_cut == cut and (cut > 0 or split == "val")
+        for text, states, row, length in zip(texts, expected, batch["text"], batch["text_length"], strict=True):
+            assert length == (len(states) if text else 0) and not row[length:].any()
+            assert np.allclose(row[:length], states[:length], atol=2e-3)
+        assert np.allclose(reader.empty_caption(), encoder.encode_counting([""])[0][0], atol=2e-3)
+    if name == "words":
+        train = open_source(config.images, "train")
+        again = build_text_encoder(config.tokens, (train.text(index) for index in range(len(train))))
+        assert again is not None and manifest.text == again.spec
+
+
+def test_without_any_caption_nothing_is_begun(world: Path, tmp_path: Path) -> None:
+    for name in ("words", "minilm"):
+        with pytest.raises(InputError, match=f"text_encoder={name}, but no training image has a caption"):
+            cache_tokens(configured(world, tmp_path / name, f"tokens.text_encoder={name}"))
+        assert not list((tmp_path / name).glob("*/*.tar*"))
+
+
+def test_an_unreadable_caption_is_named_or_skipped(world: Path, captioned: Path, tmp_path: Path) -> None:
+    shutil.copytree(captioned, tmp_path / "images")
+    overrides = [f"images.path={tmp_path}/images", "tokens.text_encoder=words"]
+    train = open_source(configured(world, tmp_path / "tokens", *overrides).images, "train")
+    broken = next(train.key(index) for index in range(len(train)) if train.text(index))
+    (tmp_path / "images" / broken).with_suffix(".txt").write_bytes(b"\xff\xff")
+    with pytest.raises(CorruptImage, match=rf"{broken}: its caption .* cannot be read as UTF-8"):
+        cache_tokens(configured(world, tmp_path / "tokens", *overrides))
+    skipping = cache_tokens(configured(world, tmp_path / "tokens", *overrides, "images.skip_corrupt=true"))
+    assert Manifest.load(skipping).splits["train"].skipped == 1
+
+
+def test_captions_of_another_encoder_are_refused(world: Path, captioned: Path, tmp_path: Path) -> None:
+    overrides = [f"images.path={captioned}", "tokens.text_encoder=words"]
+    begun = cache_tokens(configured(world, tmp_path / "begun", *overrides))
+    with pytest.raises(RunError, match="tokens.text_encoder: words, now minilm"):
+        cache_tokens(configured(world, begun, overrides[0], "tokens.text_encoder=minilm"))
+    (begun / "manifest.json").unlink()
+    state = json.loads((begun / "state.json").read_bytes())
+    (begun / "state.json").write_text(json.dumps({**state, "text": "0" * 64}))
+    with pytest.raises(CacheError, match="captions of another text encoder.*make cache-tokens"):
+        cache_tokens(configured(world, begun, *overrides))
+
+
+def test_changed_captions_are_other_images(world: Path, captioned: Path, tmp_path: Path) -> None:
+    shutil.copytree(captioned, tmp_path / "images")
+    overrides = [f"images.path={tmp_path}/images"]
+    cache_tokens(configured(world, tmp_path / "tokens", *overrides))
+    next((tmp_path / "images").rglob("*.txt")).write_text("something else")
+    with pytest.raises(CacheError, match="other images"):
+        cache_tokens(configured(world, tmp_path / "tokens", *overrides))
+
+
+@pytest.mark.parametrize("key", ["max_caption_tokens", "vocabulary_size"])
+def test_caption_sizes_are_positive(world: Path, tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"tokens.{key}=0; allowed: 1 or more"):
+        configured(world, tmp_path, f"tokens.{key}=0")
