@@ -1,9 +1,6 @@
 """The adversary of stage 1: its networks, losses and regularisers, alone and inside one training step."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,6 +24,7 @@ from stages.tokenizer.discriminator import (
 )
 from stages.tokenizer.module import TokenizerModule
 from stages.weights import read_weights
+from tests.pipeline.test_train import Killed, run_ddp, without_codebook
 
 STYLE = [
     "tokenizer_training.discriminator=style",
@@ -296,10 +294,6 @@ def test_the_command_trains_with_it_and_logs_its_terms(tmp_path, tiny, monkeypat
     assert {"loss/r1", "weighted/r1", "loss/lecam", "weighted/lecam", "loss/discriminator"} <= set(logged[5])
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_training_has_the_means_and_weights_of_an_uninterrupted_one(tmp_path, tiny, monkeypatch, accumulate):
     keys = [*STYLE, f"tokenizer_training.accumulate_batches={accumulate}"]
@@ -323,22 +317,9 @@ def test_a_resumed_training_has_the_means_and_weights_of_an_uninterrupted_one(tm
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
-def run_ddp(tmp_path, tiny, name, *overrides):
-    folder = tmp_path / name
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.pipeline.ddp_step", str(folder), "train-tokenizer", str(tiny)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, f"run={folder}", *overrides], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
-
-
 def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny):
-    """Four images a process: its group of the minibatch deviation is then a group of the joined batch, too.
-
-    Codes that are started and revived come from the local batch, so the quantiser is one without.
-    """
-    tiny.write_text(tiny.read_text().replace("kind: cosine, codes: 16, code_dim: 8, revive_every: 2", "levels: [4, 4]"))
+    """Four images a process: its group of the minibatch deviation is then a group of the joined batch, too."""
+    without_codebook(tiny)
     common = [*STYLE, "tokenizer_training.max_steps=3", "tokenizer_training.adversarial_start=0"]
     (one,) = run_ddp(tmp_path, tiny, "one", *common, "tokenizer_training.batch_size_per_device=8")
     two = run_ddp(tmp_path, tiny, "two", *common, "trainer.devices=2")
