@@ -284,7 +284,7 @@ def hub_folder(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # comes with transformers
 
     try:
-        wanted = {"revision": revision, "ignore_patterns": ["*/*"]}
+        wanted: dict[str, Any] = {"revision": revision, "ignore_patterns": ["*/*"]}
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, **wanted))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"], **wanted))
