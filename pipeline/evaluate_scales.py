@@ -87,20 +87,22 @@ def measure_ladder(
     device: torch.device,
     skipped: list[str],
 ) -> dict[str, Any] | None:
-    """Every rung of the ladder, agreement of its tokens and the time to sample up to it; None without prefixes."""
+    """Agreement of small images' tokens with large ones', every rung of the ladder, and the time to sample up to it.
+
+    Agreement needs a scale-causal encoder, all else the decoder too; None where there is neither.
+    """
     layout, size = own.tokenizer.layout, config.eval.batch_size
-    if len(layout.scales) < 2 or not (layout.encodes_prefixes and layout.decodes_prefixes):
-        reason = (
-            "this tokenizer has one scale"
-            if len(layout.scales) < 2
-            else "it needs a scale-causal encoder and decoder (tokenizer.attention=sit-sc)"
-        )
-        skipped.append(f"ladder of resolutions: {reason}")
-        return None
-    measured: dict[str, Any] = {
+    several = len(layout.scales) > 1
+    measured: dict[str, Any] = {}
+    if several and layout.encodes_prefixes:
+        measured["agreement"] = measure_agreement(own.tokenizer, val.pixels, made.tokens, size, device)
+    if not (several and layout.encodes_prefixes and layout.decodes_prefixes):
+        reason = "a scale-causal encoder and decoder (tokenizer.attention=sit-sc)" if several else "two scales or more"
+        skipped.append(f"ladder of resolutions: it needs {reason}")
+        return measured or None
+    measured |= {
         "baseline": config.eval.baseline,
         "num_images": len(val),
-        "agreement": measure_agreement(own.tokenizer, val.pixels, made.tokens, size, device),
         "rungs": [
             measure_rung(own, baseline, val.pixels, num_scales, size, device)
             for num_scales in range(1, len(layout.scales) + 1)

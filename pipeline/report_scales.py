@@ -41,27 +41,32 @@ def caveats(entry: dict[str, Any]) -> str:
 
 
 def ladder_part(metrics: dict[str, Any]) -> str:
-    """Every rung beside the baseline, agreement of tokens, and sampling time."""
+    """Every rung beside the baseline, agreement of tokens, and sampling time, as far as they were measured."""
     ladder = metrics.get("ladder")
     if ladder is None:
         return ""
-    rungs = ladder["rungs"]
-    words = (
-        f"{ladder['num_images']:,} held-out images reduced by averaging, encoded and decoded at their own size, and "
-        "compared with the reduced images. Bits are for each pixel of the rung's image."
-    )
-    if ladder["baseline"] is not None:
-        words += (
-            " The baseline knows the full size only: it gets the reduced image enlarged (bicubic), its result is "
-            "reduced again, and it spends all of its tokens."
+    words = "An image reduced by averaging to the size of a rung, and the tokens of its first scales."
+    rungs = ladder.get("rungs", [])
+    if rungs:
+        words = (
+            f"{ladder['num_images']:,} held-out images reduced by averaging, encoded and decoded at their own size, "
+            "and compared with the reduced images. Bits are for each pixel of the rung's image."
         )
-        if rungs[0]["baseline"].get("fd_lite0", {}).get("same_backbone_as_loss"):
-            words += " The baseline's loss used the network of these distances."
-    return (
-        heading("Ladder of resolutions", words + caveats(rungs[0]["tokenizer"]))
-        + rung_table(rungs)
-        + agreement_words(ladder["agreement"])
-        + time_table(metrics)
+        words += caveats(rungs[0]["tokenizer"])
+        if ladder["baseline"] is not None:
+            words += (
+                " The baseline knows the full size only: it gets the reduced image enlarged (bicubic), its result is "
+                "reduced again, and it spends all of its tokens."
+            )
+            if rungs[0]["baseline"].get("fd_lite0", {}).get("same_backbone_as_loss"):
+                words += " The baseline's loss used the network of these distances too."
+    return "".join(
+        (
+            heading("Ladder of resolutions", words),
+            rung_table(rungs) if rungs else "",
+            agreement_words(ladder["agreement"]),
+            time_table(metrics),
+        )
     )
 
 

@@ -280,6 +280,8 @@ def test_a_text_prior_edits_with_captions_and_reads_them_for_upsampling(
     metrics = read(evaluate(config))
     assert len(shown[0]) == 4 and set(shown[0]) <= {"a bright picture", "a dark picture"}
     assert metrics["editing"]["num_images"] == 4 and metrics["upsampling"]["prompts"] == "each image's own"
+    # the decoder needs all scales: no rungs, no early stop
+    assert list(metrics["ladder"]) == ["agreement"]
     assert [line for line in metrics["skipped"] if "ladder of resolutions" in line]
 
 
