@@ -11,11 +11,12 @@ BIN    := $(VENV)/bin
 PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
-# what only `sample` understands must not reach the stages that it may have to run first
-KEYS    = $(PLACES) $(if $(filter sample,$(MAKECMDGOALS)),$(filter-out classes=% count=% seed=% out=%,$(ARGS)),$(ARGS))
+# what only these commands understand must not reach the stages that they may have to run first
+OWN     = classes=% text=% count=% seed=% out=% input=% to=% frozen=% guidances=% mask=%
+KEYS    = $(PLACES) $(if $(filter sample upsample edit,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
 SOURCES := data stages pipeline tests
 
-.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample text photos clean
+.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit text photos clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -71,8 +72,12 @@ $(PRIOR): $(TOKENS)/manifest.json | install
 
 eval: $(PRIOR) ## Measure both stages: metrics.json and report.html
 	$(OCTAVES) eval $(KEYS)
-sample: $(PRIOR) ## Draw new images: ARGS="classes=3 count=8 seed=1"
+sample: $(PRIOR) ## Draw new images: ARGS="classes=3 count=8 seed=1", or ARGS="text=apple"
 	$(OCTAVES) sample $(PLACES) $(ARGS)
+upsample: $(PRIOR) ## Make small images large: ARGS="input=small.png count=4"
+	$(OCTAVES) upsample $(PLACES) $(ARGS)
+edit: $(PRIOR) ## Keep coarse scales, redraw fine ones: ARGS="input=face.png frozen=1,2 classes=3"
+	$(OCTAVES) edit $(PLACES) $(ARGS)
 
 text: install ## Install the text encoders that tokens.text_encoder can name
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[text]'
