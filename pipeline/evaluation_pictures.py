@@ -52,7 +52,7 @@ def show_samples(
         rows = [
             drawn[[index for index, text in enumerate(texts) if text == wanted]][:NUM_SHOWN] for wanted in different
         ]
-        picture = sheet(rows, [shortened(text) for text in different])
+        picture = sheet(rows, different)
     elif class_names:
         shown = range(min(len(class_names), MAX_CLASSES_SHOWN))
         rows = [drawn[labels == label][:NUM_SHOWN] for label in shown]
@@ -61,11 +61,6 @@ def show_samples(
     else:
         picture = sheet(drawn[: 6 * NUM_SHOWN].split(NUM_SHOWN))
     picture.save(folder / "samples.png")
-
-
-def shortened(text: str, letters: int = 40) -> str:
-    """A caption as a label."""
-    return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def show_upsampling(
@@ -81,8 +76,7 @@ def show_upsampling(
 def show_editing(folder: Path, columns: Sequence[tuple[str, Tensor]], prompts: Sequence[str], count: int) -> None:
     """One row an image, named by its new prompt; ``columns`` are names with uint8 images."""
     rows = list(zip(*(pixels[:count] for _, pixels in columns), strict=True))
-    labels = [shortened(prompt) for prompt in prompts[:count]]
-    sheet(rows, labels, [name for name, _ in columns]).save(folder / "editing.png")
+    sheet(rows, prompts[:count], [name for name, _ in columns]).save(folder / "editing.png")
 
 
 def show_neighbours(

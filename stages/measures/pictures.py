@@ -35,11 +35,14 @@ def sheet(
 ) -> Image.Image:
     """A transparent RGBA sheet of rows of images uint8 [C, h, w]; smaller ones are enlarged to the largest one's cell.
 
+    Labels are cut to 40 letters: a caption may be as long as a page.
+
     Raises ValueError when there is nothing to show.
     """
     images = [image for row in rows for image in row]
     if not images:
         raise ValueError("a sheet needs at least one image")
+    row_labels, column_labels = [list(map(shortened, labels)) for labels in (row_labels, column_labels)]
     height, width = cell_size(*max((tuple(image.shape[-2:]) for image in images), key=math.prod))
     font = ImageFont.load_default(size=FONT_SIZE)
     left = math.ceil(max((font.getlength(label) for label in row_labels), default=-2 * GAP)) + 2 * GAP
@@ -56,6 +59,12 @@ def sheet(
         for x, image in enumerate(row):
             picture.paste(to_picture(image, (height, width)), (left + x * (width + GAP), upper))
     return picture
+
+
+def shortened(text: str, letters: int = 40) -> str:
+    """A caption as a label: one line of at most ``letters``."""
+    text = " ".join(text.split())
+    return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def error_picture(prediction: Tensor, target: Tensor, gain: float = 4) -> Tensor:

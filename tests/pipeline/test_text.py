@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.config import load_config
@@ -73,6 +74,7 @@ def test_a_text_changes_what_is_drawn_and_no_text_is_allowed(captioned):
 def test_any_text_is_taken_as_it_is(captioned, tmp_path, text):
     assert octaves(captioned, "sample", f"text={text}", "count=1", f"out={tmp_path}") == 0
     assert len(list(tmp_path.glob("*.png"))) == 2
+    assert Image.open(tmp_path / "grid.png").width < 600
 
 
 @pytest.mark.parametrize(
