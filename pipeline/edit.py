@@ -67,9 +67,16 @@ def edit_pixels(
     """Edited images uint8 [B, C, H, W] of full-size ones, one prompt and one seed each.
 
     The first ``frozen`` scales stay; of the others only what ``mask`` bool [H, W] touches is drawn anew.
-    Raises RunError for more scales than there are or nothing to keep, PrefixUnsupported for a dense encoder.
+    Raises RunError for images of another size, more scales than there are or nothing to keep, PrefixUnsupported for a
+    dense encoder.
     """
     layout = models.tokenizer.layout
+    if tuple(pixels.shape[-2:]) != layout.image_size:
+        # A smaller rung would pass the encoder, and come back as the large image that nobody gave.
+        raise RunError(
+            f"images of {pixels.shape[-2]}x{pixels.shape[-1]}, but this tokenizer takes "
+            f"{layout.image_size[0]}x{layout.image_size[1]}; set images.size to that"
+        )
     lowest = 0 if mask is not None else 1
     if not lowest <= frozen < len(layout.scales):
         raise RunError(
@@ -96,7 +103,10 @@ def edit_pixels(
 
 
 def read_mask(path: str, image: Path, images: ImagesConfig) -> Tensor:
-    """bool [size, size]: where the mask, seen like the image, is white. Raises RunError when their sizes differ."""
+    """bool [size, size]: where the mask, seen like the image, is white.
+
+    Raises RunError when their sizes differ, or where nothing is white.
+    """
     if not Path(path).expanduser().is_file():
         raise RunError(f"mask={path}: no such image")
     grey = plain_image(decode(Path(path).expanduser(), path), 1, [0, 0, 0])
@@ -106,7 +116,10 @@ def read_mask(path: str, image: Path, images: ImagesConfig) -> Tensor:
             f"mask={path} has {grey.size[0]}x{grey.size[1]} px, {image} has {size[0]}x{size[1]}; make them equal"
         )
     as_image = dataclasses.replace(images, channels=1)
-    return view_pixels(grey, as_image, images.eval_view)[0] >= 128
+    mask = view_pixels(grey, as_image, images.eval_view)[0] >= 128
+    if not mask.any():
+        raise RunError(f"mask={path} is white nowhere that the run sees, so nothing would change; paint it white there")
+    return mask
 
 
 def edit_images(config: Config, request: EditRequest) -> Path:

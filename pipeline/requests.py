@@ -22,7 +22,7 @@ class Request:
     """What every one of them understands."""
 
     classes: str = ""
-    """Class names or ids, comma-separated; empty: every class, or none where a text is given."""
+    """Class names or ids, comma-separated; empty: none, but for sample every class where no text is given."""
     text: str = ""
     """Captions, separated by |; empty: none."""
     count: int = 4
@@ -98,7 +98,7 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
     for part in (part.strip() for part in str(text).split(",")):
         if part in names:
             ids.append(names.index(part))
-        elif part.isdigit() and int(part) < len(names):
+        elif part.isdecimal() and int(part) < len(names):
             ids.append(int(part))
         else:
             raise RunError(f"classes={part}: allowed are 0 to {len(names) - 1}, or {', '.join(names[:20])}")

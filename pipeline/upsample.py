@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.models import Models, load_models
 from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures
 from pipeline.run import RunError
-from stages.contract import Prompts
+from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.distortion import psnr
 from stages.measures.pictures import sheet
 from stages.measures.upsampling import enlarge, reduce_to
@@ -46,15 +46,22 @@ def rung_of(layout: TokenLayout, side: int, what: str) -> int:
     """Number of scales that decode to a square of ``side`` pixels. Raises RunError that lists the sides."""
     sides = [scale.image_size[0] for scale in layout.scales]
     if side not in sides:
-        raise RunError(f"{what} has {side} px; allowed: {', '.join(map(str, sides))} (reduce it to one of them first)")
+        raise RunError(
+            f"{what} has {side} px; allowed: {', '.join(map(str, sides))}, the sizes of this tokenizer's scales"
+        )
     return sides.index(side) + 1
 
 
 def encode_small(models: Models, pixels: Tensor) -> Tokens:
     """The first scales' tokens of small images uint8 [B, C, h, w], on the CPU.
 
-    Raises PrefixUnsupported where the encoder sees all scales at once.
+    Raises RunError for another number of channels, PrefixUnsupported where the encoder sees all scales at once.
     """
+    if pixels.shape[1] != models.tokenizer.channels:
+        raise RunError(
+            f"images.channels={pixels.shape[1]}, but this tokenizer takes {models.tokenizer.channels}; "
+            "set images.channels to that"
+        )
     with torch.inference_mode():
         parts = [
             models.tokenizer.encode(to_float(part).to(models.device)).ids.cpu()
@@ -68,15 +75,26 @@ def upsample_pixels(
 ) -> Tensor:
     """Images uint8 [B, C, to, to] of small ones uint8 [B, C, h, h], one prompt and one seed each; ``to`` 0: full size.
 
-    Raises RunError for sides that are no scale's, or where ``to`` is not larger, and PrefixUnsupported.
+    Raises RunError for sides that are no scale's, or where ``to`` is not larger, PrefixUnsupported for a dense encoder,
+    or for a ``to`` below the full size where the decoder is dense.
     """
     layout = models.tokenizer.layout
+    if not layout.encodes_prefixes:
+        raise PrefixUnsupported(
+            "upsampling needs a scale-causal encoder: this one sees all scales at once; "
+            "train a tokenizer with tokenizer.attention=sit-sce or sit-sc"
+        )
     if pixels.shape[-1] != pixels.shape[-2]:
         raise RunError(f"an image of {pixels.shape[-1]}x{pixels.shape[-2]} px; upsampling takes square ones")
     start = rung_of(layout, pixels.shape[-1], "the image")
     stop = rung_of(layout, to, "to=") if to else len(layout.scales)
     if stop <= start:
         raise RunError(f"from {pixels.shape[-1]} px to {layout.scales[stop - 1].image_size[0]}: that is no larger")
+    if stop < len(layout.scales) and not layout.decodes_prefixes:
+        raise PrefixUnsupported(
+            f"to={to}: this tokenizer's decoder needs all scales; leave to= out, or train one with "
+            "tokenizer.attention=sit-sc"
+        )
     settings = dataclasses.replace(settings, scales=stop if stop < len(layout.scales) else 0)
     models.check(settings)
     return models.decode(models.draw(prompts, settings, seeds, prefix=encode_small(models, pixels)))

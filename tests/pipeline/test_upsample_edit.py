@@ -1,5 +1,7 @@
 """upsample and edit, as functions and as commands: what stays, what changes, and wrong input."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -120,13 +122,13 @@ def test_wrong_edits_are_named(models, pixels):
     ):
         with pytest.raises(RunError, match=message):
             edit_pixels(models, pixels, frozen, nothing(4), SETTINGS, range(4))
+    with pytest.raises(RunError, match="images of 8x8, but this tokenizer takes 16x16; set images.size"):
+        edit_pixels(models, reduce_to(pixels, 8), 1, nothing(4), SETTINGS, range(4))
     with pytest.raises(RunError, match=r"a mask of \(8, 8\) for images of \(16, 16\)"):
         edit_pixels(models, pixels, 1, nothing(4), SETTINGS, range(4), torch.ones(8, 8, dtype=torch.bool))
 
 
 def test_a_dense_encoder_can_do_neither(models, pixels, monkeypatch):
-    import dataclasses
-
     monkeypatch.setattr(
         models.tokenizer, "layout", dataclasses.replace(models.tokenizer.layout, encodes_prefixes=False)
     )
@@ -134,6 +136,22 @@ def test_a_dense_encoder_can_do_neither(models, pixels, monkeypatch):
         upsample_pixels(models, reduce_to(pixels, 8), nothing(4), SETTINGS, range(4))
     with pytest.raises(PrefixUnsupported, match="sit-sce or sit-sc"):
         edit_pixels(models, pixels, 1, nothing(4), SETTINGS, range(4))
+
+
+def test_a_tokenizer_of_one_scale_is_told_apart_from_a_wrong_side(models, pixels, monkeypatch):
+    layout = models.tokenizer.layout
+    raster = dataclasses.replace(layout, scales=layout.scales[-1:], encodes_prefixes=False, decodes_prefixes=False)
+    monkeypatch.setattr(models.tokenizer, "layout", raster)
+    with pytest.raises(PrefixUnsupported, match="upsampling needs a scale-causal encoder.*sit-sce or sit-sc"):
+        upsample_pixels(models, reduce_to(pixels, 8), nothing(4), SETTINGS, range(4))
+
+
+def test_a_dense_decoder_stops_at_the_full_size_only(models, pixels, monkeypatch):
+    dense = dataclasses.replace(models.tokenizer.layout, decodes_prefixes=False)
+    monkeypatch.setattr(models.tokenizer, "layout", dense)
+    with pytest.raises(PrefixUnsupported, match="to=8: this tokenizer's decoder needs all scales; leave to= out"):
+        upsample_pixels(models, reduce_to(pixels, 4), nothing(4), SETTINGS, range(4), to=8)
+    assert upsample_pixels(models, reduce_to(pixels, 4), nothing(4), SETTINGS, range(4), to=16).shape[-1] == 16
 
 
 def test_bicubic_and_averaging_against_known_values():
@@ -198,6 +216,10 @@ def test_the_edit_command(finished, tmp_path, pixels):
         ("edit", ["input={small}", "frozen=two"], "frozen=two: allowed are numbers"),
         ("edit", ["input={small}", "mask={wide}"], "make them equal"),
         ("edit", ["input={small}", "mask=/nowhere.png"], "no such image"),
+        ("edit", ["input={small}", "mask={black}"], "is white nowhere"),
+        ("edit", ["input={small}", "images.size=8"], "images of 8x8, but this tokenizer takes 16x16"),
+        ("upsample", ["input={small}", "images.channels=1"], "images.channels=1, but this tokenizer takes 3"),
+        ("upsample", ["input={small}", "classes=²"], "classes=²: allowed are 0 to 2"),
         ("edit", ["input={small}", "guidances=nan"], "guidance"),
     ],
 )
@@ -205,7 +227,9 @@ def test_wrong_input_is_one_line(finished, tmp_path, pixels, capsys, command, it
     save(tmp_path / "small.png", reduce_to(pixels, 8)[0])
     save(tmp_path / "wide.png", pixels[0, :, :8])
     (tmp_path / "notes.png").write_text("no image")
-    names = {name: tmp_path / f"{file}.png" for name, file in (("small", "small"), ("wide", "wide"), ("text", "notes"))}
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    files = {"small": "small", "wide": "wide", "text": "notes", "black": "black"}
+    names = {name: tmp_path / f"{file}.png" for name, file in files.items()}
     assert octaves(finished, command, tmp_path, *(item.format(**names) for item in items)) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("octaves: ") and message in error[-1]
