@@ -12,11 +12,11 @@ PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 # what only these commands understand must not reach the stages that they may have to run first
-OWN     = classes=% text=% count=% seed=% out=% input=% to=% frozen=% guidances=% mask=%
-KEYS    = $(PLACES) $(if $(filter sample upsample edit,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
+OWN     = classes=% text=% count=% seed=% out=% input=% to=% frozen=% guidances=% mask=% host=% port=%
+KEYS    = $(PLACES) $(if $(filter sample upsample edit studio,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
 SOURCES := data stages pipeline tests
 
-.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit text photos clean
+.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit studio text photos clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -78,6 +78,10 @@ upsample: $(PRIOR) ## Make small images large: ARGS="input=small.png count=4"
 	$(OCTAVES) upsample $(PLACES) $(ARGS)
 edit: $(PRIOR) ## Keep coarse scales, redraw fine ones: ARGS="input=face.png frozen=1,2 classes=3"
 	$(OCTAVES) edit $(PLACES) $(ARGS)
+
+studio: $(PRIOR) ## Draw, upsample and edit in a browser: ARGS="port=8000"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[studio]'
+	$(OCTAVES) studio $(PLACES) $(ARGS)
 
 text: install ## Install the text encoders that tokens.text_encoder can name
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[text]'

@@ -7,6 +7,7 @@ eval              measure both, write metrics.json and report.html
 sample            draw new images: classes=… text=… count=… seed=… out=…
 upsample          make a small image large: input=… to=… and the keys of sample
 edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
+studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
 photos            gather colour photos from installed packages: size=64
 
 CONFIG is a YAML or the name of a shipped experiment; every key of it can be overridden by key=value.
@@ -36,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "sample": ("pipeline.sample", "sample_images", "SampleRequest"),
     "upsample": ("pipeline.upsample", "upsample_images", "UpsampleRequest"),
     "edit": ("pipeline.edit", "edit_images", "EditRequest"),
+    "studio": ("pipeline.studio", "run_studio", "StudioRequest"),
     "photos": ("pipeline.photos", "run_photos", None),
 }
 
@@ -76,7 +78,8 @@ def run(command: str, arguments: list[str]) -> None:
     request_class = getattr(loaded, request_name)
     own = {field.name for field in fields(request_class)}
     chosen = [item for item in overrides if item.split("=")[0] in own]
-    config = load_config(name, [item for item in overrides if item not in chosen])
+    load = loaded.load_run if command == "studio" else load_config
+    config = load(name, [item for item in overrides if item not in chosen])
     getattr(loaded, function)(config, read_request(request_class, config.run, chosen))
 
 

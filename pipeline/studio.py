@@ -1,0 +1,106 @@
+"""studio: a local web page to draw, upsample and edit pictures with a finished run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from PIL import Image
+
+from pipeline.config import Config, load_config
+from pipeline.models import load_models
+from pipeline.run import RunError
+from pipeline.studio_actions import MAX_PIXELS, Studio
+from pipeline.studio_looks import STYLE
+from pipeline.studio_page import build_page
+
+MAX_FILE_SIZE = "10mb"
+MAX_WAITING = 32
+"""Requests in the queue; more are told to come back."""
+MAX_SESSIONS = 100
+"""Pages whose last draw is kept."""
+
+
+@dataclass
+class StudioRequest:
+    """Where the page is served."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, and there is no password."""
+    port: int = 0
+    """0: the first free one from 7860."""
+
+
+def load_run(name: str, overrides: Sequence[str]) -> Config:
+    """The config of a YAML, a shipped experiment, or the folder of a finished run.
+
+    A folder knows what its stages were made with, but not how its YAML sampled: that is at its defaults then.
+    Raises ConfigError, or RunError for a folder that is no run.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return load_config(name, overrides)
+    parts = [folder / stage / "config.yaml" for stage in ("tokenizer", "prior")]
+    if not all(part.is_file() for part in parts):
+        raise RunError(f"{folder} is no finished run: {parts[0]} or {parts[1]} is missing; give its YAML, or train it")
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / f"{folder.resolve().name}.yaml"
+        OmegaConf.save(OmegaConf.merge(*(OmegaConf.load(part) for part in parts)), path)
+        return load_config(path, [f"run={folder}", *overrides])
+
+
+def run_studio(config: Config, request: StudioRequest) -> None:
+    """Serve the page until it is interrupted. Raises RunError where gradio or a free port is missing."""
+    if find_spec("gradio") is None:
+        raise RunError("the studio needs gradio: run `make studio`, or `pip install 'octaves[studio]'`")
+    if not 0 <= request.port < 2**16:
+        raise RunError(f"port={request.port}; allowed: 1 to 65535, or 0 for the first free one from 7860")
+    studio = Studio(config, load_models(config))
+    with tempfile.TemporaryDirectory(prefix="octaves-studio-") as uploads:
+        # gradio reads these when it is imported
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        # what any decoder refuses by itself, whichever way a picture reached it: more than twice this number
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        _serve(studio, request)
+
+
+def _serve(studio: Studio, request: StudioRequest) -> None:
+    import gradio as gr
+
+    page = build_page(studio).queue(max_size=MAX_WAITING)
+    fonts = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]
+    theme = gr.themes.Default(
+        primary_hue="slate", neutral_hue="stone", font=fonts, font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, address, _ = page.launch(
+            server_name=request.host,
+            server_port=request.port or None,
+            share=False,
+            quiet=True,
+            show_error=False,
+            max_file_size=MAX_FILE_SIZE,
+            allowed_paths=[],
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            state_session_capacity=MAX_SESSIONS,
+            prevent_thread_lock=True,
+            theme=theme,
+            css=STYLE,
+        )
+    except OSError as error:
+        raise RunError(f"host={request.host} port={request.port}: {error}; choose another port") from error
+    print(f"octaves studio: {address}  (ctrl-c ends it)", flush=True)
+    page.block_thread()

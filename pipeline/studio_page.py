@@ -1,0 +1,313 @@
+"""The studio's page: three tabs of controls around the actions. Gradio is an extra, imported when the page is built."""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any
+
+from data.errors import OctavesError
+from pipeline.report import CREDIT
+from pipeline.studio_actions import (
+    MAX_COUNT,
+    Drawn,
+    Studio,
+    draw_samples,
+    edit_upload,
+    mask_cells,
+    read_wish,
+    seen_upload,
+    upsample_upload,
+)
+from pipeline.studio_looks import PAINTER, PAINTER_SCRIPT, data_uri, empty, line, pictures
+
+SECONDS_A_SCALE = 0.45
+"""How long each number of scales is shown while new pictures grow."""
+NEW_SEED = "() => Math.floor(Math.random() * 1000000)"
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+"""For what uses the models: users wait for one another."""
+ANY_TIME: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
+"""For what only looks at what is there."""
+
+NO_PREFIXES = (
+    "No slider over the scales: this tokenizer's decoder needs all of them at once. One trained with "
+    "tokenizer.attention=sit-scd or sit-sc shows pictures growing."
+)
+NO_UPSAMPLING = (
+    "Upsampling needs a scale-causal encoder, which gives a small picture exactly the tokens with which a large one "
+    "begins; this run's tokenizer has none. Train one with tokenizer.attention=sit-sce or sit-sc."
+)
+NO_FREEZING = (
+    "Whole scales can be kept by a scale-causal encoder only (tokenizer.attention=sit-sce or sit-sc): this one's "
+    "coarse tokens know the fine pixels."
+)
+
+
+def build_page(studio: Studio) -> Any:
+    """The page, as gradio.Blocks, ready to be queued and launched."""
+    import gradio as gr
+
+    config = studio.config
+    # uploads are forgotten after an hour
+    with gr.Blocks(title=config.name, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        _html(gr, f"<h1>{escape(config.name)}</h1><p>{escape(_summary(studio))}</p>", elem_id="head")
+        with gr.Tab("Sample"):
+            _sample_tab(gr, studio)
+        with gr.Tab("Upsample"):
+            _upsample_tab(gr, studio)
+        with gr.Tab("Edit"):
+            _edit_tab(gr, studio)
+        _html(gr, line(_footer(studio), "foot"))
+    return page
+
+
+def _sample_tab(gr: Any, studio: Studio) -> None:
+    layout, num_scales = studio.models.prior.layout, studio.config.sampling.scales
+    num_scales = num_scales or len(layout.scales)
+    growing = layout.decodes_prefixes and num_scales > 1
+    with gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            controls, submits = _controls(gr, studio, 8, any_first=False)
+            button = gr.Button("Draw", variant="primary", elem_id="draw")
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row(visible=growing):
+                slider = gr.Slider(
+                    1,
+                    num_scales,
+                    num_scales,
+                    step=1,
+                    label="scales",
+                    elem_id="scales",
+                    buttons=[],
+                    scale=5,
+                    min_width=200,
+                )
+                again = gr.Button(
+                    "Watch them grow", size="sm", elem_id="grow", scale=1, min_width=140, elem_classes="beside"
+                )
+            reach = _html(gr, line(_reach(studio, num_scales), "reach"), visible=growing, elem_id="reach")
+            view = _html(gr, empty("New pictures appear here."), elem_id="samples")
+            if not layout.decodes_prefixes:
+                _html(gr, line(NO_PREFIXES))
+    drawn = gr.State(None)
+
+    def draw(*values: Any, progress: Any = gr.Progress()) -> tuple[Drawn, str]:  # noqa: B008 (gradio's way)
+        made = draw_samples(studio, read_wish(*values), _tell(progress))
+        return made, pictures(made.shown(0))
+
+    def grow(made: Drawn | None) -> Iterator[tuple[int, str, str]]:
+        for step in range(len(made.steps) if made else 0):
+            yield show(made, step + 1)
+            time.sleep(SECONDS_A_SCALE)
+
+    def show(made: Drawn | None, chosen: Any) -> tuple[int, str, str]:
+        if made is None:
+            number = int(chosen)
+            return number, line(_reach(studio, number), "reach"), empty("Draw some pictures first.")
+        step = min(max(1, int(chosen)), len(made.steps)) - 1
+        number = made.steps[step][0]
+        return number, line(_reach(studio, number), "reach"), pictures(made.shown(step))
+
+    def look(made: Drawn | None, chosen: Any) -> tuple[str, str]:
+        return show(made, chosen)[1:]
+
+    done = gr.on(
+        [button.click, *submits],
+        answered(gr, draw),
+        controls,
+        [drawn, view],
+        show_progress_on=[view],
+        **ONE_AT_A_TIME,
+    )
+    if growing:
+        done.success(grow, drawn, [slider, reach, view], **ANY_TIME)
+        again.click(grow, drawn, [slider, reach, view], trigger_mode="once", **ANY_TIME)
+        slider.input(look, [drawn, slider], [reach, view], trigger_mode="always_last", **ANY_TIME)
+
+
+def _upsample_tab(gr: Any, studio: Studio) -> None:
+    layout = studio.models.tokenizer.layout
+    sides = [scale.image_size[0] for scale in layout.scales]
+    if not layout.encodes_prefixes or len(set(sides)) < 2:
+        _html(gr, line(NO_UPSAMPLING))
+        return
+    targets = sides[1:] if layout.decodes_prefixes else sides[-1:]
+    with gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            upload = _upload(gr, "upsample-upload")
+            with gr.Row():
+                start = gr.Dropdown([(f"{s} px", s) for s in sides[:-1]], value=sides[-2], label="from", min_width=90)
+                stop = gr.Dropdown([(f"{s} px", s) for s in targets], value=sides[-1], label="to", min_width=90)
+            _html(gr, line("A larger picture is reduced to “from” by averaging first."))
+            controls, submits = _controls(gr, studio, 4, any_first=True)
+            button = gr.Button("Upsample", variant="primary", elem_id="upsample")
+        with gr.Column(scale=3, min_width=300):
+            view = _html(
+                gr, empty("Upload a picture: it is enlarged to the right size by the prior."), elem_id="upsampled"
+            )
+            note = _html(gr, "", elem_id="agreement")
+
+    def upsample(path: Any, small: Any, large: Any, *values: Any, progress: Any = gr.Progress()) -> tuple[str, str]:  # noqa: B008
+        shown, about = upsample_upload(studio, path, small, large, read_wish(*values), _tell(progress))
+        return pictures(shown), line(about)
+
+    gr.on(
+        [button.click, *submits],
+        answered(gr, upsample),
+        [upload, start, stop, *controls],
+        [view, note],
+        show_progress_on=[view],
+        **ONE_AT_A_TIME,
+    )
+
+
+def _edit_tab(gr: Any, studio: Studio) -> None:
+    layout, cells = studio.models.tokenizer.layout, mask_cells(studio)
+    num_scales = len(layout.scales)
+    most = num_scales - 1 if layout.encodes_prefixes else 0
+    if not most:
+        _html(gr, line(NO_FREEZING + (" What is painted can still be drawn anew." if cells else "")))
+    if not most and not cells:
+        return
+    with gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            upload = _upload(gr, "edit-upload")
+            # an update replaces all of the component's own properties
+            hint = "Paint what may change" + ("; with nothing painted, everything may." if most else ".")
+            props = {"cells": cells, "hint": hint}
+            painter = _html(
+                gr,
+                "",
+                html_template=PAINTER,
+                js_on_load=PAINTER_SCRIPT,
+                picture="",
+                **props,
+                elem_id="painter",
+                visible=False,
+            )
+            frozen = gr.Slider(
+                0 if cells else 1,
+                max(1, most),
+                min(1, most),
+                step=1,
+                label="coarse scales kept",
+                visible=most > 0,
+                elem_id="frozen",
+                buttons=[],
+            )
+            controls, submits = _controls(gr, studio, 4, any_first=True)
+            button = gr.Button("Edit", variant="primary", elem_id="edit")
+        with gr.Column(scale=3, min_width=300):
+            view = _html(
+                gr, empty("Upload a picture: its coarse scales stay, the fine ones are drawn anew."), elem_id="edited"
+            )
+
+    def see(path: Any) -> Any:
+        if not path:
+            return gr.update(picture="", value="", visible=False, **props)
+        return gr.update(picture=data_uri(seen_upload(studio, path)), value="", visible=bool(cells), **props)
+
+    def edit(path: Any, kept: Any, mask: Any, *values: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008
+        wish = read_wish(*values)
+        return pictures(edit_upload(studio, path, int(kept or 0), str(mask or ""), wish, _tell(progress)))
+
+    upload.change(answered(gr, see), upload, painter, **ANY_TIME)
+    gr.on(
+        [button.click, *submits],
+        answered(gr, edit),
+        [upload, frozen, painter, *controls],
+        view,
+        show_progress_on=[view],
+        **ONE_AT_A_TIME,
+    )
+
+
+def _html(gr: Any, text: str, **named: Any) -> Any:
+    return gr.HTML(text, apply_default_css=False, **named)
+
+
+def _controls(gr: Any, studio: Studio, count: int, any_first: bool) -> tuple[list[Any], list[Any]]:
+    """(what ``read_wish`` reads, in its order; events that mean "go"). What the prior does not know is left out."""
+    condition, settings = studio.models.prior.condition, studio.config.sampling
+    label, text, guidance, submits = gr.State(-1), gr.State(""), gr.State(1.0), []
+    if condition.uses_labels:
+        names = [(name, index) for index, name in enumerate(studio.models.prior.class_names)]
+        choices = [("any", -1), *names] if condition.dropout or condition.uses_text else names
+        label = gr.Dropdown(choices, value=-1 if any_first and choices[0][1] == -1 else names[0][1], label="class")
+    if condition.uses_text:
+        text = gr.Textbox(label="caption", lines=2, max_lines=6, placeholder="what the picture shows")
+        submits.append(text.submit)
+    count = gr.Slider(1, MAX_COUNT, count, step=1, label="pictures", buttons=[])
+    if (condition.uses_labels or condition.uses_text) and condition.dropout:
+        guidance = gr.Slider(0, 10, settings.guidance, step=0.1, label="guidance", buttons=[])
+    per_scale = len(settings.temperature) > 1
+    temperature = gr.Slider(
+        0,
+        2,
+        1.0 if per_scale else settings.temperature[0],
+        step=0.05,
+        label="temperature, times the run's" if per_scale else "temperature",
+        buttons=[],
+    )
+    with gr.Row():
+        seed = gr.Number(0, label="seed", precision=0, min_width=110, scale=2)
+        fresh = gr.Button("New seed", size="sm", min_width=80, scale=1, elem_classes="beside")
+    fresh.click(None, None, seed, js=NEW_SEED, api_visibility="private")
+    return [label, text, count, guidance, temperature, seed], submits
+
+
+def _upload(gr: Any, name: str) -> Any:
+    """A place for one picture. Gradio's Image would decode it before anybody could look at its size."""
+    return gr.File(label="picture", file_count="single", type="filepath", height=130, elem_id=name)
+
+
+def answered(gr: Any, action: Callable[..., Any]) -> Callable[..., Any]:
+    """``action`` with its errors as one line in the page: ours as they are, defects without their insides."""
+
+    @functools.wraps(action)
+    def run(*values: Any, **named: Any) -> Any:
+        try:
+            return action(*values, **named)
+        except OctavesError as error:
+            message, title = str(error), "That does not work"
+        except Exception:
+            traceback.print_exc()
+            message, title = "A defect of the studio; the terminal it was started in shows where.", "Error"
+        # the message is shown as HTML, and may hold what a user wrote
+        raise gr.Error(escape(message), title=title, print_exception=False)
+
+    return run
+
+
+def _tell(progress: Any) -> Callable[[float], None]:
+    return lambda share: progress(share, desc="drawing")
+
+
+def _reach(studio: Studio, number: int) -> str:
+    layout = studio.models.prior.layout
+    side, tokens = layout.scales[number - 1].image_size[0], layout.prefix_length(number)
+    return f"{number} of {len(layout.scales)} scales · {side} px · {tokens} tokens"
+
+
+def _summary(studio: Studio) -> str:
+    layout = studio.models.prior.layout
+    side = layout.image_size[0]
+    return f"Pictures of {side} x {side} pixels from {layout.length} tokens in {len(layout.scales)} scales."
+
+
+def _footer(studio: Studio) -> str:
+    config, models = studio.config, studio.models
+    attention = getattr(config.tokenizer, "attention", "")
+    parts = [
+        config.run,
+        f"tokenizer {config.tokenizer.kind}{' ' + attention if attention else ''}, {_size(models.tokenizer)}",
+        f"prior {config.prior.kind}, {_size(models.prior)}",
+    ]
+    return " · ".join(parts) + (f" · {CREDIT}" if config.images.kind == "demo" else "")
+
+
+def _size(module: Any) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M parameters"
