@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,29 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(f"{folder} is in use by another process; wait for it, or choose another RUN=") from error
-        hold_to_config(folder, stage_config(config, stage))
+        hold_to_config(folder, stage_config(config, stage), defaults_of(config))
         yield folder
 
 
-def hold_to_config(folder: Path, plain: dict[str, Any]) -> None:
+def defaults_of(config: Config) -> dict[str, dict[str, Any]]:
+    """The default of every key of every section, for the kinds that the config has."""
+    sections = [field.name for field in fields(config) if is_dataclass(getattr(config, field.name))]
+    return {name: asdict(type(getattr(config, name))()) for name in sections}
+
+
+def hold_to_config(folder: Path, plain: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:
     """Write ``folder/config.yaml``, or raise RunError that names the first key in which the written one differs.
 
-    A folder in which nothing was made yet takes the new config: a typo in the first call must not stick.
+    A folder in which nothing was made yet takes the new config: a typo in the first call must not stick. A key that is
+    younger than the folder had its default there, so that an interrupted run goes on with a newer version.
     """
     path = folder / "config.yaml"
     made = any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "checkpoints/*.ckpt", "*/*.tar"))
     if path.exists() and made:
-        written = OmegaConf.to_container(OmegaConf.load(path))
+        written: Any = OmegaConf.to_container(OmegaConf.load(path))
+        for section in [name for name in plain if name in defaults and name in written]:
+            younger = plain[section].keys() - written[section].keys()
+            written[section] |= {key: defaults[section][key] for key in younger}
         difference = first_difference(written, plain)
         if difference:
             raise RunError(

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from pipeline.__main__ import main
@@ -35,6 +36,21 @@ def test_sampling_fewer_scales_gives_smaller_images(finished, tmp_path):
     config, run, _ = copy(finished, tmp_path)
     assert octaves("sample", config, run, "count=1", "sampling.scales=2", f"out={tmp_path}/a") == 0
     assert Image.open(tmp_path / "a/red-000002.png").size == (8, 8)
+
+
+def test_a_run_goes_on_when_a_key_is_younger_than_its_folders(finished, tmp_path, capsys):
+    config, run, folder = copy(finished, tmp_path)
+    for stage in ("tokenizer", "tokens", "prior"):
+        path = folder / stage / "config.yaml"
+        written = OmegaConf.load(path)
+        for section, key in (("tokenizer_training", "r1_weight"), ("tokens", "text_encoder")):
+            if section in written:
+                del written[section][key]
+        OmegaConf.save(written, path)
+    for command in ("train-tokenizer", "cache-tokens", "train-prior"):
+        assert octaves(command, config, run) == 0
+    assert octaves("train-tokenizer", config, run, "tokenizer_training.r1_weight=1") == 2
+    assert "was made with another config (tokenizer_training.r1_weight: 0.0, now 1.0)" in capsys.readouterr().err
 
 
 def test_finished_stages_have_nothing_to_do(finished, tmp_path, capsys):

@@ -8,7 +8,7 @@ from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
 from stages.contract import Prompts
 from stages.factory import build_prior
 from stages.prior.transformer import TransformerPriorConfig
-from stages.weights import WeightsError, check_pair, load_prior, load_tokenizer, save_prior
+from stages.weights import WeightsError, check_pair, load_prior, load_tokenizer, save_prior, save_weights
 from tests.stages.toys import layout, prior
 
 LABELS = Prompts.of_labels(torch.tensor([0, 2, -1]))
@@ -109,6 +109,17 @@ def test_saved_and_loaded_is_the_same(tmp_path):
         check_pair(metadata, path, path)
     with pytest.raises(WeightsError, match="holds a prior, not a tokenizer"):
         load_tokenizer(path)
+
+
+def test_a_prior_from_before_there_was_text_loads(tmp_path):
+    model, path = prior(layout()), tmp_path / "prior.safetensors"
+    save_prior(path, model, model.config, model.condition_config, {})
+    _, metadata = load_prior(path)
+    del metadata["text"]
+    save_weights(path, model, metadata)
+    loaded, _ = load_prior(path)
+    assert loaded.text is None
+    assert torch.equal(loaded.nll(tokens(layout()), LABELS), model.nll(tokens(layout()), LABELS))
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x80\x04\x95pickle"])
