@@ -141,6 +141,11 @@ class HuggingFaceEncoder(TextEncoder):
                     f"tokens.text_encoder={name}: {folder} holds no text encoder that transformers can load "
                     f"({type(error).__name__}: {_one_line(error)})"
                 ) from error
+        if not self._tokenizer("")["input_ids"]:
+            raise InputError(
+                f"tokens.text_encoder={name}: its tokenizer has no token for the empty caption, which stands for no "
+                "text; use an encoder whose tokenizer adds tokens of its own, such as BERT, T5 or CLIP"
+            )
         self._check_length(name, max_tokens)
         self._max_tokens = max_tokens
         self._device = torch.device("cpu")

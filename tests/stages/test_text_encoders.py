@@ -283,6 +283,9 @@ def test_what_is_no_encoder_is_refused_in_one_line(folders: dict[str, Path], tmp
     bart = transformers.BartConfig(vocab_size=8, d_model=8, encoder_layers=1, decoder_layers=1)
     bart.save_pretrained(tmp_path / "bart")
     save_tokenizer(tmp_path / "bart", "$A </s>")
+    shutil.copytree(folders["bert"], tmp_path / "bare")
+    save_tokenizer(tmp_path / "bare", "$A")
+    refused(str(tmp_path / "bare"), "its tokenizer has no token for the empty caption")
     refused(str(tmp_path / "bart"), "a bart has an encoder and a decoder; of these only t5, mt5, umt5")
 
 
