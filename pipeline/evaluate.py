@@ -213,8 +213,10 @@ def measure_samples(
     if by_text:  # the captions of held-out images: what the prior has never read
         rows = torch.arange(count) % len(val.labels)
         labels, texts = val.labels[rows], [val.texts[row] for row in rows.tolist()]
+        asked_by = f"{'classes and ' if prior.condition.uses_labels else ''}captions of held-out images"
     else:
         labels = torch.arange(count) % num_classes if conditional else torch.full((count,), -1)
+        asked_by = "classes in equal shares" if conditional else "none"
     seeds = [config.eval.seed + index for index in range(count)]
     prompts = prompts_of(models, labels, texts)
     started = time.perf_counter()
@@ -225,7 +227,7 @@ def measure_samples(
     real, fake = thumbnails(val.pixels), thumbnails(drawn)
     measured: dict[str, Any] = {
         "num_samples": count,
-        "prompts": "captions of held-out images" if by_text else "classes in equal shares" if conditional else "none",
+        "prompts": asked_by,
         "seeds": [seeds[0], seeds[-1]],
         "sampling": to_plain(config.sampling),
         "seconds": seconds,

@@ -50,7 +50,7 @@ def test_the_prior_knows_its_words_without_the_cache(captioned, tmp_path):
 
 def test_evaluation_asks_by_held_out_captions(captioned):
     metrics = json.loads((captioned / "run/eval/default/metrics.json").read_text())
-    assert metrics["samples"]["prompts"] == "captions of held-out images"
+    assert metrics["samples"]["prompts"] == "classes and captions of held-out images"
     assert metrics["samples"]["class_accuracy"]["count"] == 8
     assert (captioned / "run/eval/default/samples.png").exists()
 
