@@ -19,10 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import import_module
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, get_type_hints
 
 from data.errors import OctavesError
 from pipeline.config import ConfigError, load_config
@@ -84,18 +81,23 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -> Any:
-    """A command's own keys. Raises ConfigError for a value of the wrong type.
+    """A command's own keys; ``${run}`` in a default is the run's folder. Raises ConfigError for a wrong number.
 
-    Values are taken as they are written: OmegaConf would read a caption such as ``1, 2`` or ``no`` as YAML.
+    Values are taken as written: a caption such as ``no``, ``1, 2`` or ``${x}`` is neither YAML nor a reference.
     """
-    request = OmegaConf.merge({"run": run_folder}, OmegaConf.structured(request_class))
-    try:
-        for item in chosen:
-            key, _, value = item.partition("=")
-            OmegaConf.update(request, key, value)
-        return request_class(**{field.name: OmegaConf.select(request, field.name) for field in fields(request_class)})
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+    kinds = get_type_hints(request_class)
+    values = {
+        field.name: field.default.replace("${run}", run_folder)
+        for field in fields(request_class)
+        if isinstance(field.default, str)
+    }
+    for item in chosen:
+        key, _, value = item.partition("=")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError as error:
+            raise ConfigError(f"{key}={value}: allowed is a whole number") from error
+    return request_class(**values)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,21 @@ def open_elements(layout: TokenLayout, mask: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def check_frozen(layout: TokenLayout, frozen: int, masked: bool) -> None:
+    """Raise RunError for a number of scales that cannot be kept, PrefixUnsupported for a dense encoder."""
+    lowest = 0 if masked else 1
+    if not lowest <= frozen < len(layout.scales):
+        raise RunError(
+            f"frozen={frozen}; allowed: {lowest} to {len(layout.scales) - 1} of the {len(layout.scales)} scales"
+            + ("" if masked else " (0 with a mask)")
+        )
+    if frozen and not layout.encodes_prefixes:
+        raise PrefixUnsupported(
+            "editing needs a scale-causal encoder: this one's coarse tokens know the fine pixels; "
+            "train a tokenizer with tokenizer.attention=sit-sce or sit-sc"
+        )
+
+
 def edit_pixels(
     models: Models,
     pixels: Tensor,
@@ -77,17 +92,7 @@ def edit_pixels(
             f"images of {pixels.shape[-2]}x{pixels.shape[-1]}, but this tokenizer takes "
             f"{layout.image_size[0]}x{layout.image_size[1]}; set images.size to that"
         )
-    lowest = 0 if mask is not None else 1
-    if not lowest <= frozen < len(layout.scales):
-        raise RunError(
-            f"frozen={frozen}; allowed: {lowest} to {len(layout.scales) - 1} of the {len(layout.scales)} scales"
-            + ("" if mask is not None else " (0 with a mask)")
-        )
-    if frozen and not layout.encodes_prefixes:
-        raise PrefixUnsupported(
-            "editing needs a scale-causal encoder: this one's coarse tokens know the fine pixels; "
-            "train a tokenizer with tokenizer.attention=sit-sce or sit-sc"
-        )
+    check_frozen(layout, frozen, masked=mask is not None)
     if mask is not None and tuple(mask.shape) != tuple(pixels.shape[-2:]):
         raise RunError(f"a mask of {tuple(mask.shape)} for images of {tuple(pixels.shape[-2:])} pixels")
     settings = dataclasses.replace(settings, scales=0)
@@ -131,6 +136,8 @@ def edit_images(config: Config, request: EditRequest) -> Path:
     strengths = (
         parse_numbers(request.guidances, "guidances", float) if request.guidances else [config.sampling.guidance]
     )
+    for frozen in steps:  # all of them before the first is drawn
+        check_frozen(models.tokenizer.layout, frozen, masked=bool(request.mask))
     out = Path(request.out)
     path = out
     for file in files:

@@ -171,7 +171,7 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
                 "Class accuracy of samples",
                 f"{entry['balanced']:.1%}",
                 f"{entry['baseline_held_out']:.1%} on held-out images",
-                "Share that a classifier of the training set puts in the class asked for, mean over classes.",
+                "Share that a classifier of the training set puts in the class asked for (or the caption's).",
             )
         )
     for space, words in (("classifier", "the classifier's features"), ("lite0", "EfficientNet-Lite0's features")):

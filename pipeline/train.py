@@ -125,7 +125,10 @@ def held_out_prompts(config: Config, prior: Prior, count: int = 16) -> Prompts:
     """What the first ``count`` held-out samples of the cache would be asked for by."""
     reader = TokenReader(config.tokens.path, "val")
     positions = np.arange(count) % len(reader)
-    return Prompts.from_batch(to_tensors(reader.read(positions, with_text=prior.condition.uses_text)))
+    batch = to_tensors(reader.read(positions, with_text=prior.condition.uses_text))
+    if "text" in batch:
+        batch["text"] = batch["text"].float() if batch["text"].is_floating_point() else batch["text"].long()
+    return Prompts.from_batch(batch)
 
 
 def first_images(config: Config, count: int) -> Iterator[Tensor]:

@@ -2,7 +2,8 @@
 
 What is notable here:
 
-- small images are reduced in floats by the tokenizer's own averaging, so they are exactly what its encoder sees;
+- for the agreement of tokens small images stay floats, as the tokenizer's own averaging gives them; on the rungs both
+  tokenizers get the same 8-bit images;
 - every rung stands beside a baseline that knows one size only: it gets the small image enlarged, and its result is
   reduced again;
 - a mismatch between a small image's tokens and the first tokens of the large one is no error where two choices tie:
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -106,16 +107,14 @@ def measure_rung(
 ) -> dict[str, Any]:
     """Both tokenizers on uint8 ``pixels`` [N, C, H, W], reduced to the size that ``num_scales`` scales decode to."""
 
-    def reduced() -> Iterator[Tensor]:
-        parts = pixels.split(batch_size)
-        return (own.tokenizer.reference(to_float(part.to(device)), num_scales) for part in parts)
-
-    wanted = torch.cat([to_uint8(part).cpu() for part in reduced()])
+    parts = (own.tokenizer.reference(to_float(part.to(device)), num_scales) for part in pixels.split(batch_size))
+    wanted = torch.cat([to_uint8(part).cpu() for part in parts])
+    small = (to_float(part) for part in wanted.split(batch_size))
     height, width = own.tokenizer.layout.scales[num_scales - 1].image_size
     measured: dict[str, Any] = {
         "num_scales": num_scales,
         "image_size": [height, width],
-        "tokenizer": columns(own, wanted, pass_through(own.tokenizer, reduced(), device)),
+        "tokenizer": columns(own, wanted, pass_through(own.tokenizer, small, device)),
     }
     if baseline is None:
         return measured

@@ -70,7 +70,9 @@ def test_a_text_changes_what_is_drawn_and_no_text_is_allowed(captioned):
     assert isinstance(models.text_encoder, WordEncoder)
 
 
-@pytest.mark.parametrize("text", ["a " * 5000, "красный цвет", "赤い写真", "🙂🍏", "a, b", "no", "[1"])
+@pytest.mark.parametrize(
+    "text", ["a " * 5000, "красный цвет", "赤い写真", "🙂🍏", "a, b", "no", "[1", "???", "${x}", "a=b"]
+)
 def test_any_text_is_taken_as_it_is(captioned, tmp_path, text):
     assert octaves(captioned, "sample", f"text={text}", "count=1", f"out={tmp_path}") == 0
     assert len(list(tmp_path.glob("*.png"))) == 2
