@@ -29,7 +29,13 @@ from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
 from pipeline.evaluation_images import Images, prompts_of, read_images
-from pipeline.evaluation_pictures import show_neighbours, show_prefixes, show_reconstructions, show_samples
+from pipeline.evaluation_pictures import (
+    show_captioned,
+    show_neighbours,
+    show_prefixes,
+    show_reconstructions,
+    show_samples,
+)
 from pipeline.models import Models, assemble
 from pipeline.report import write_report
 from pipeline.run import RunError, device_of, need
@@ -210,8 +216,8 @@ def measure_samples(
     class_names = train_source.class_names
     num_classes = len(class_names)
     texts = [""] * count
+    rows = torch.arange(count) % len(val.labels)
     if by_text:  # the captions of held-out images: what the prior has never read
-        rows = torch.arange(count) % len(val.labels)
         labels, texts = val.labels[rows], [val.texts[row] for row in rows.tolist()]
         asked_by = f"{'classes and ' if prior.condition.uses_labels else ''}captions of held-out images"
     else:
@@ -270,7 +276,10 @@ def measure_samples(
         if len(held) > config.eval.neighbours:
             found = measure_coverage(held, judged_features, others, config.eval.neighbours, space)
             measured[f"coverage_{space}"] = found
-    show_samples(folder, drawn, labels, class_names if conditional else (), texts)
+    if by_text:
+        show_captioned(folder, drawn, val.pixels[rows], texts)
+    else:
+        show_samples(folder, drawn, labels, class_names if conditional else ())
     show_neighbours(
         folder, config.images, drawn, fake, train.pixels, train.indices, train_source, spaces.get("classifier")
     )

@@ -43,17 +43,9 @@ def show_prefixes(folder: Path, tokenizer: Tokenizer, pixels: Tensor, tokens: To
     sheet(rows, column_labels=[*labels, "original"]).save(folder / "prefixes.png")
 
 
-def show_samples(
-    folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...], texts: Sequence[str]
-) -> None:
-    """Samples row by row: one caption or class a row, or the first ones where there are neither."""
-    different = list(dict.fromkeys(text for text in texts if text))[:MAX_CLASSES_SHOWN]
-    if different:
-        rows = [
-            drawn[[index for index, text in enumerate(texts) if text == wanted]][:NUM_SHOWN] for wanted in different
-        ]
-        picture = sheet(rows, different)
-    elif class_names:
+def show_samples(folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
+    """Samples row by row: one class a row, or the first ones where there are no classes."""
+    if class_names:
         shown = range(min(len(class_names), MAX_CLASSES_SHOWN))
         rows = [drawn[labels == label][:NUM_SHOWN] for label in shown]
         kept = [(row, class_names[label]) for label, row in zip(shown, rows, strict=True) if len(row)]
@@ -61,6 +53,12 @@ def show_samples(
     else:
         picture = sheet(drawn[: 6 * NUM_SHOWN].split(NUM_SHOWN))
     picture.save(folder / "samples.png")
+
+
+def show_captioned(folder: Path, drawn: Tensor, originals: Tensor, texts: Sequence[str]) -> None:
+    """Samples beside the images whose captions they were drawn from, one caption a row."""
+    pairs = list(zip(originals, drawn, strict=True))[:MAX_CLASSES_SHOWN]
+    sheet(pairs, texts[:MAX_CLASSES_SHOWN], ("held-out image", "sample")).save(folder / "samples.png")
 
 
 def show_upsampling(
