@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -62,6 +64,8 @@ def run_studio(config: Config, request: StudioRequest) -> None:
     if not 0 <= request.port < 2**16:
         raise RunError(f"port={request.port}; allowed: 1 to 65535, or 0 for the first free one from 7860")
     studio = Studio(config, load_models(config))
+    # ended from outside, it still removes what was uploaded
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="octaves-studio-") as uploads:
         # gradio reads these when it is imported
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

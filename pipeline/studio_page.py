@@ -201,9 +201,8 @@ def _edit_tab(gr: Any, studio: Studio) -> None:
             controls, submits = _controls(gr, studio, 4, any_first=True)
             button = gr.Button("Edit", variant="primary", elem_id="edit")
         with gr.Column(scale=3, min_width=300):
-            view = _html(
-                gr, empty("Upload a picture: its coarse scales stay, the fine ones are drawn anew."), elem_id="edited"
-            )
+            stays = "its coarse scales stay, the fine ones are" if most else "what you paint over is"
+            view = _html(gr, empty(f"Upload a picture: {stays} drawn anew."), elem_id="edited")
 
     def see(path: Any) -> Any:
         if not path:

@@ -213,8 +213,16 @@ def address(finished):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "pipeline", "studio", str(finished / "tiny.yaml"), f"run={finished}/run"]
     log = finished / "studio.log"
+    uploads = finished / "uploads"
+    uploads.mkdir()
     with log.open("w") as output:
-        server = subprocess.Popen([*command, f"port={port}"], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            [*command, f"port={port}"],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(uploads)},
+        )
     try:
         for _ in range(800):
             if "octaves studio: " in log.read_text() or server.poll() is not None:
@@ -225,7 +233,8 @@ def address(finished):
         assert "Traceback" not in log.read_text(), log.read_text()
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
+    assert server.returncode == 0 and not list(uploads.iterdir())
 
 
 @pytest.fixture(scope="module")
