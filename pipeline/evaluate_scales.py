@@ -21,14 +21,14 @@ from pipeline.evaluation_images import Images, prompts_of
 from pipeline.evaluation_pictures import show_editing, show_upsampling
 from pipeline.models import Models
 from pipeline.run import RunError
-from pipeline.upsample import encode_small, rung_of, upsample_pixels
+from pipeline.upsample import EXACT_ROUNDS, upsample_pixels
 from stages.contract import Tokenizer
 from stages.measures.classifier import Classifier
 from stages.measures.editing import measure_edited, others_of
 from stages.measures.ladder import Contender, measure_agreement, measure_rung, measure_sampling_time
 from stages.measures.perceptual import Lite0Perceptual
 from stages.measures.reconstruction import Judge, Reconstructed
-from stages.measures.upsampling import enlarge, measure_enlarged, reduce_to
+from stages.measures.upsampling import back_project, enlarge, measure_enlarged, reduce_to
 from stages.weights import load_tokenizer
 
 TIMED_BATCH = 32
@@ -134,8 +134,8 @@ def time_sampling(config: Config, models: Models, val: Images) -> dict[str, Any]
 def measure_upsampling(
     config: Config, folder: Path, models: Models, val: Images, made: Reconstructed, judge: Judge | None
 ) -> dict[str, Any]:
-    """Held-out images reduced to ``eval.upsample_from`` and upsampled by the prior, beside bicubic and two bounds."""
-    layout, side = models.tokenizer.layout, config.eval.upsample_from
+    """Held-out images reduced to ``eval.upsample_from`` and upsampled by the prior, beside bicubic and the tokenizer's bound."""
+    side = config.eval.upsample_from
     rows = torch.arange(min(config.eval.num_upsampled, len(val)))
     original, count = val.pixels[rows], len(rows)
     small = reduce_to(original, side)
@@ -143,22 +143,26 @@ def measure_upsampling(
     def upsampled(some: Tensor, first_seed: int) -> Tensor:
         prompts = prompts_of(models, val.labels[some], [val.texts[row] for row in some.tolist()])
         seeds = [first_seed + row for row in some.tolist()]
-        return upsample_pixels(models, small[some], prompts, config.sampling, seeds)
+        return upsample_pixels(models, small[some], prompts, config.sampling, seeds, exact=0)
 
     started = time.perf_counter()
     drawn = upsampled(rows, config.eval.seed)
     seconds = time.perf_counter() - started
-    start = layout.prefix_length(rung_of(layout, side, "eval.upsample_from"))
-    mixed = torch.cat([encode_small(models, small).ids, made.tokens.ids[rows, start:]], dim=1)
+    bound = made.pixels[rows]
     results = {
-        "upsampled": drawn,
+        "upsampled": back_project(drawn, small, EXACT_ROUNDS),
+        "upsampled_as_decoded": drawn,
         "bicubic": enlarge(small, original.shape[-1]),
-        "bound": made.pixels[rows],
-        "bound_with_small": models.decode(Tokens.fixed(mixed)),
+        "bound": back_project(bound, small, EXACT_ROUNDS),
+        "bound_as_decoded": bound,
     }
     shown = rows[:SHOWN]
-    others = [upsampled(shown, config.eval.seed + count * version) for version in range(1, SAMPLES_SHOWN)]
-    show_upsampling(folder, small, results["bicubic"], [drawn[shown], *others], results["bound"], original)
+    others = [
+        back_project(upsampled(shown, config.eval.seed + count * version), small[shown], EXACT_ROUNDS)
+        for version in range(1, SAMPLES_SHOWN)
+    ]
+    versions = [results["upsampled"][shown], *others]
+    show_upsampling(folder, small, results["bicubic"], versions, results["bound"], original)
     told = models.prior.condition
     return {
         "from": side,
@@ -168,6 +172,7 @@ def measure_upsampling(
         "seeds": [config.eval.seed, config.eval.seed + count - 1],
         "sampling": to_plain(config.sampling),
         "images_per_second": count / seconds,
+        "back_projection_rounds": EXACT_ROUNDS,
         "rows": {name: measure_enlarged(result, original, small, judge) for name, result in results.items()},
     }
 

@@ -11,8 +11,9 @@ MEASURES = {"psnr": "PSNR", "perceptual_lite0": "perceptual", "fd_lite0": "fd_li
 UPSAMPLED = {
     "upsampled": "upsampled by the prior",
     "bicubic": "bicubic",
-    "bound": "bound: the tokenizer's own reconstruction",
-    "bound_with_small": "bound: tokens of the small image, true ones after them",
+    "upsampled_as_decoded": "upsampled, as decoded",
+    "bound": "bound: the true tokens",
+    "bound_as_decoded": "bound, as decoded",
 }
 
 
@@ -140,7 +141,8 @@ def upsampling_part(metrics: dict[str, Any], folder: Path) -> str:
     words = (
         f"{found['num_images']:,} held-out images reduced by averaging to {found['from']} px and upsampled to "
         f"{found['to']} px. A sample is one of many likely images, so PSNR favours what is blurred; consistency is the "
-        "PSNR of the result, reduced again, against the small image." + caveats(found["rows"]["upsampled"])
+        "PSNR of the result, reduced again, against the small image. Results are drawn to the small image, which is "
+        "known exactly, by back-projection; beside them what the decoder gave." + caveats(found["rows"]["upsampled"])
     )
     rows = [
         [

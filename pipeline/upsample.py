@@ -1,7 +1,8 @@
 """upsample: a small image becomes a large one. Its tokens are the first scales; the prior writes the others.
 
 What is notable here: nothing is trained for it. A scale-causal encoder gives a small image exactly the tokens with
-which the large one begins, so upsampling is sampling with a prefix (SIT, arXiv 2412.09607).
+which the large one begins, so upsampling is sampling with a prefix (SIT, arXiv 2412.09607). The input is known exactly,
+though, and its tokens only within the tokenizer's error: back-projection puts back what they lost.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pipeline.run import RunError
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.distortion import psnr
 from stages.measures.pictures import sheet
-from stages.measures.upsampling import enlarge, reduce_to
+from stages.measures.upsampling import back_project, enlarge, reduce_to
 from stages.prior.sampling import SamplingConfig
 
+EXACT_ROUNDS = 3
 NUM_SHOWN = 8
 """Inputs on the contact sheet."""
 
@@ -38,6 +40,8 @@ class UpsampleRequest(Request):
     """An image, or a folder of images; square, and as large as one of the scales decodes to."""
     to: int = 0
     """Side of the result in pixels, one of the scales'; 0: the full size."""
+    exact: int = EXACT_ROUNDS
+    """Rounds of back-projection that draw the result to what reduces to the input; 0 leaves it as decoded."""
     out: str = "${run}/upsampled"
     """Folder for sheet.png and the single images."""
 
@@ -71,9 +75,17 @@ def encode_small(models: Models, pixels: Tensor) -> Tokens:
 
 
 def upsample_pixels(
-    models: Models, pixels: Tensor, prompts: Prompts, settings: SamplingConfig, seeds: Sequence[int], to: int = 0
+    models: Models,
+    pixels: Tensor,
+    prompts: Prompts,
+    settings: SamplingConfig,
+    seeds: Sequence[int],
+    to: int = 0,
+    exact: int = EXACT_ROUNDS,
 ) -> Tensor:
     """Images uint8 [B, C, to, to] of small ones uint8 [B, C, h, h], one prompt and one seed each; ``to`` 0: full size.
+
+    ``exact`` rounds of back-projection draw the result to what reduces to the small image.
 
     Raises RunError for sides that are no scale's, or where ``to`` is not larger, PrefixUnsupported for a dense encoder,
     or for a ``to`` below the full size where the decoder is dense.
@@ -95,9 +107,12 @@ def upsample_pixels(
             f"to={to}: this tokenizer's decoder needs all scales; leave to= out, or train one with "
             "tokenizer.attention=sit-sc"
         )
+    if exact < 0:
+        raise RunError(f"exact={exact}; allowed: 0 or more rounds")
     settings = dataclasses.replace(settings, scales=stop if stop < len(layout.scales) else 0)
     models.check(settings)
-    return models.decode(models.draw(prompts, settings, seeds, prefix=encode_small(models, pixels)))
+    made = models.decode(models.draw(prompts, settings, seeds, prefix=encode_small(models, pixels)))
+    return back_project(made, pixels, exact)
 
 
 def upsample_images(config: Config, request: UpsampleRequest) -> Path:
@@ -112,7 +127,7 @@ def upsample_images(config: Config, request: UpsampleRequest) -> Path:
         seeds = [request.seed + number * len(repeated) + index for index in range(len(repeated))]
         prompts = models.prompts([prompt.label for prompt in repeated], [prompt.text for prompt in repeated])
         made = upsample_pixels(
-            models, small.expand(len(repeated), -1, -1, -1), prompts, config.sampling, seeds, request.to
+            models, small.expand(len(repeated), -1, -1, -1), prompts, config.sampling, seeds, request.to, request.exact
         )
         back = psnr(reduce_to(made, small.shape[-1]), small.expand(len(made), -1, -1, -1))
         print(f"{file}: reduced again, the results agree with the input at {float(back.mean()):.1f} dB")

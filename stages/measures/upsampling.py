@@ -24,6 +24,19 @@ def reduce_to(pixels: Tensor, side: int) -> Tensor:
     return functional.avg_pool2d(pixels.float(), pixels.shape[-1] // side).round().to(pixels.dtype)
 
 
+def back_project(made: Tensor, small: Tensor, rounds: int) -> Tensor:
+    """uint8 images ``made`` [N, C, H, H] drawn to those that reduce to ``small`` [N, C, h, h] (Irani and Peleg 1991).
+
+    Each round adds what the reduced image lacks, enlarged by bicubic interpolation: a small image is known exactly, its
+    tokens only within the tokenizer's error. Detail above the small image's resolution stays as it is.
+    """
+    exact, side = made.float(), made.shape[-1]
+    for _ in range(rounds):
+        lacking = small.float() - functional.avg_pool2d(exact, side // small.shape[-1])
+        exact = exact + functional.interpolate(lacking, (side, side), mode="bicubic", align_corners=False)
+    return exact.round().clamp(0, 255).to(made.dtype)
+
+
 def consistency(made: Tensor, small: Tensor) -> float:
     """Mean PSNR in dB of uint8 images ``made`` [N, C, H, H], reduced by averaging, against ``small`` [N, C, h, h]."""
     return float(psnr(reduce_to(made, small.shape[-1]), small).mean())

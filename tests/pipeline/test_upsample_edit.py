@@ -16,7 +16,7 @@ from pipeline.requests import Request, parse_prompts
 from pipeline.run import RunError
 from pipeline.upsample import encode_small, upsample_pixels
 from stages.contract import PrefixUnsupported, Prompts
-from stages.measures.upsampling import enlarge, reduce_to
+from stages.measures.upsampling import back_project, consistency, enlarge, reduce_to
 from stages.prior.sampling import SamplingConfig
 
 SETTINGS = SamplingConfig()
@@ -46,8 +46,10 @@ def test_upsampling_keeps_the_small_images_tokens(models, pixels):
     prefix = encode_small(models, small)
     drawn = models.draw(nothing(4), SETTINGS, range(4), prefix=prefix)
     assert prefix.ids.shape[1] == 8 and torch.equal(drawn.ids[:, :8], prefix.ids)
-    made = upsample_pixels(models, small, nothing(4), SETTINGS, range(4))
+    made = upsample_pixels(models, small, nothing(4), SETTINGS, range(4), exact=0)
     assert made.shape == (4, 3, 16, 16) and torch.equal(made, models.decode(drawn))
+    exact = upsample_pixels(models, small, nothing(4), SETTINGS, range(4))
+    assert consistency(exact, small) > 45 > consistency(made, small)
     # a scale-causal decoder: the small image as the tokenizer sees it, whatever was drawn after it
     with torch.inference_mode():
         seen = models.tokenizer.decode(prefix)
@@ -164,6 +166,17 @@ def test_bicubic_and_averaging_against_known_values():
         reduce_to(flat, 3)
 
 
+def test_back_projection_keeps_detail_and_puts_the_small_image_back(pixels):
+    small = reduce_to(pixels, 8)
+    shifted = (pixels.float() * 0.8 + 20).round().to(torch.uint8)
+    before, after = (consistency(made, small) for made in (shifted, back_project(shifted, small, 3)))
+    assert after > before + 20
+    assert torch.equal(back_project(shifted, small, 0), shifted)
+    # what already reduces to the small image stays as it is
+    blocks = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(back_project(blocks, small, 3), blocks)
+
+
 def test_prompts_of_a_request(models):
     names = [prompt.name for prompt in parse_prompts(Request(), models.prior)]
     assert names == ["blue", "green", "red"]
@@ -212,6 +225,7 @@ def test_the_edit_command(finished, tmp_path, pixels):
         ("upsample", ["input={text}"], "notes.png"),
         ("upsample", ["input={small}", "text=a flower"], "trained without captions"),
         ("upsample", ["input={small}", "count=0"], "count=0"),
+        ("upsample", ["input={small}", "exact=-1"], "exact=-1; allowed: 0 or more"),
         ("edit", ["input={small}", "frozen=5"], "frozen=5; allowed: 1 to 2"),
         ("edit", ["input={small}", "frozen=two"], "frozen=two: allowed are numbers"),
         ("edit", ["input={small}", "mask={wide}"], "make them equal"),
