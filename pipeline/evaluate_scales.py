@@ -134,7 +134,7 @@ def time_sampling(config: Config, models: Models, val: Images) -> dict[str, Any]
 def measure_upsampling(
     config: Config, folder: Path, models: Models, val: Images, made: Reconstructed, judge: Judge | None
 ) -> dict[str, Any]:
-    """Held-out images reduced to ``eval.upsample_from`` and upsampled by the prior, beside bicubic and the tokenizer's bound."""
+    """Held-out images reduced to ``eval.upsample_from`` and upsampled, beside bicubic and the tokenizer's bound."""
     side = config.eval.upsample_from
     rows = torch.arange(min(config.eval.num_upsampled, len(val)))
     original, count = val.pixels[rows], len(rows)
