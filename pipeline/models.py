@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from stages.conditions.encoders import TextEncoder, load_text_encoder
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,6 +13,7 @@ from data.images.views import to_uint8
 from data.layout import Tokens
 from pipeline.config import Config
 from pipeline.run import RunError, device_of, need
+from stages.conditions.encoders import TextEncoder, load_text_encoder
 from stages.contract import Prior, Prompts, Tokenizer
 from stages.prior.sampling import SamplingConfig, check_sampling, sample
 from stages.weights import check_pair, load_prior, load_tokenizer
