@@ -12,7 +12,7 @@ PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 # what only these commands understand must not reach the stages that they may have to run first
-OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% frozen=% guidances=% mask=% host=% port=%
+OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% frozen=% guidances=% mask=% host=% port=%
 KEYS    = $(PLACES) $(if $(filter sample upsample edit studio,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
 SOURCES := data stages pipeline tests
 

@@ -96,7 +96,7 @@ def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -
         try:
             values[key] = kinds[key](value)
         except ValueError as error:
-            raise ConfigError(f"{key}={value}: allowed is a whole number") from error
+            raise ConfigError(f"{key}={value}: allowed is a {'whole ' * (kinds[key] is int)}number") from error
     return request_class(**values)
 
 

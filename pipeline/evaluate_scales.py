@@ -21,14 +21,14 @@ from pipeline.evaluation_images import Images, prompts_of
 from pipeline.evaluation_pictures import show_editing, show_upsampling
 from pipeline.models import Models
 from pipeline.run import RunError
-from pipeline.upsample import EXACT_ROUNDS, upsample_pixels
+from pipeline.upsample import DETAIL, EXACT_ROUNDS, upsample_pixels
 from stages.contract import Tokenizer
 from stages.measures.classifier import Classifier
 from stages.measures.editing import measure_edited, others_of
 from stages.measures.ladder import Contender, measure_agreement, measure_rung, measure_sampling_time
 from stages.measures.perceptual import Lite0Perceptual
 from stages.measures.reconstruction import Judge, Reconstructed
-from stages.measures.upsampling import back_project, enlarge, measure_enlarged, reduce_to
+from stages.measures.upsampling import back_project, blend, enlarge, measure_enlarged, reduce_to
 from stages.weights import load_tokenizer
 
 TIMED_BATCH = 32
@@ -143,24 +143,26 @@ def measure_upsampling(
     def upsampled(some: Tensor, first_seed: int) -> Tensor:
         prompts = prompts_of(models, val.labels[some], [val.texts[row] for row in some.tolist()])
         seeds = [first_seed + row for row in some.tolist()]
-        return upsample_pixels(models, small[some], prompts, config.sampling, seeds, exact=0)
+        return upsample_pixels(models, small[some], prompts, config.sampling, seeds, exact=0, detail=1)
 
     started = time.perf_counter()
     drawn = upsampled(rows, config.eval.seed)
     seconds = time.perf_counter() - started
+
+    def finished(decoded: Tensor) -> Tensor:
+        low = small[: len(decoded)]
+        return blend(back_project(decoded, low, EXACT_ROUNDS), low, DETAIL)
+
     bound = made.pixels[rows]
     results = {
-        "upsampled": back_project(drawn, small, EXACT_ROUNDS),
+        "upsampled": finished(drawn),
         "upsampled_as_decoded": drawn,
         "bicubic": enlarge(small, original.shape[-1]),
-        "bound": back_project(bound, small, EXACT_ROUNDS),
+        "bound": finished(bound),
         "bound_as_decoded": bound,
     }
     shown = rows[:SHOWN]
-    others = [
-        back_project(upsampled(shown, config.eval.seed + count * version), small[shown], EXACT_ROUNDS)
-        for version in range(1, SAMPLES_SHOWN)
-    ]
+    others = [finished(upsampled(shown, config.eval.seed + count * version)) for version in range(1, SAMPLES_SHOWN)]
     versions = [results["upsampled"][shown], *others]
     show_upsampling(folder, small, results["bicubic"], versions, results["bound"], original)
     told = models.prior.condition
@@ -173,6 +175,7 @@ def measure_upsampling(
         "sampling": to_plain(config.sampling),
         "images_per_second": count / seconds,
         "back_projection_rounds": EXACT_ROUNDS,
+        "detail": DETAIL,
         "rows": {name: measure_enlarged(result, original, small, judge) for name, result in results.items()},
     }
 

@@ -142,7 +142,8 @@ def upsampling_part(metrics: dict[str, Any], folder: Path) -> str:
         f"{found['num_images']:,} held-out images reduced by averaging to {found['from']} px and upsampled to "
         f"{found['to']} px. A sample is one of many likely images, so PSNR favours what is blurred; consistency is the "
         "PSNR of the result, reduced again, against the small image. Results are drawn to the small image, which is "
-        "known exactly, by back-projection; beside them what the decoder gave." + caveats(found["rows"]["upsampled"])
+        "known exactly, by back-projection, and blended with bicubic; beside them what the decoder gave."
+        + caveats(found["rows"]["upsampled"])
     )
     rows = [
         [

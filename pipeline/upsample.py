@@ -24,10 +24,11 @@ from pipeline.run import RunError
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.distortion import psnr
 from stages.measures.pictures import sheet
-from stages.measures.upsampling import back_project, enlarge, reduce_to
+from stages.measures.upsampling import back_project, blend, enlarge, reduce_to
 from stages.prior.sampling import SamplingConfig
 
 EXACT_ROUNDS = 3
+DETAIL = 0.6
 NUM_SHOWN = 8
 """Inputs on the contact sheet."""
 
@@ -42,6 +43,8 @@ class UpsampleRequest(Request):
     """Side of the result in pixels, one of the scales'; 0: the full size."""
     exact: int = EXACT_ROUNDS
     """Rounds of back-projection that draw the result to what reduces to the input; 0 leaves it as decoded."""
+    detail: float = DETAIL
+    """1: the sampled detail at full strength; less blends it with bicubic interpolation, which is 0."""
     out: str = "${run}/upsampled"
     """Folder for sheet.png and the single images."""
 
@@ -82,10 +85,12 @@ def upsample_pixels(
     seeds: Sequence[int],
     to: int = 0,
     exact: int = EXACT_ROUNDS,
+    detail: float = DETAIL,
 ) -> Tensor:
     """Images uint8 [B, C, to, to] of small ones uint8 [B, C, h, h], one prompt and one seed each; ``to`` 0: full size.
 
-    ``exact`` rounds of back-projection draw the result to what reduces to the small image.
+    ``exact`` rounds of back-projection draw the result to what reduces to the small image; ``detail`` in [0, 1] is its
+    weight against bicubic interpolation.
 
     Raises RunError for sides that are no scale's, or where ``to`` is not larger, PrefixUnsupported for a dense encoder,
     or for a ``to`` below the full size where the decoder is dense.
@@ -109,10 +114,12 @@ def upsample_pixels(
         )
     if exact < 0:
         raise RunError(f"exact={exact}; allowed: 0 or more rounds")
+    if not 0 <= detail <= 1:
+        raise RunError(f"detail={detail:g}; allowed: 0 to 1")
     settings = dataclasses.replace(settings, scales=stop if stop < len(layout.scales) else 0)
     models.check(settings)
     made = models.decode(models.draw(prompts, settings, seeds, prefix=encode_small(models, pixels)))
-    return back_project(made, pixels, exact)
+    return blend(back_project(made, pixels, exact), pixels, detail)
 
 
 def upsample_images(config: Config, request: UpsampleRequest) -> Path:
@@ -126,10 +133,9 @@ def upsample_images(config: Config, request: UpsampleRequest) -> Path:
         repeated = [prompt for prompt in asked for _ in range(request.count)]
         seeds = [request.seed + number * len(repeated) + index for index in range(len(repeated))]
         prompts = models.prompts([prompt.label for prompt in repeated], [prompt.text for prompt in repeated])
-        made = upsample_pixels(
-            models, small.expand(len(repeated), -1, -1, -1), prompts, config.sampling, seeds, request.to, request.exact
-        )
-        back = psnr(reduce_to(made, small.shape[-1]), small.expand(len(made), -1, -1, -1))
+        many = small.expand(len(repeated), -1, -1, -1)
+        made = upsample_pixels(models, many, prompts, config.sampling, seeds, request.to, request.exact, request.detail)
+        back = psnr(reduce_to(made, small.shape[-1]), many)
         print(f"{file}: reduced again, the results agree with the input at {float(back.mean()):.1f} dB")
         parts = zip(repeated, seeds, strict=True)
         names = [f"{file.stem}-{prompt.file_name + '-' if prompt.name else ''}{seed:06d}" for prompt, seed in parts]

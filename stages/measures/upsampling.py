@@ -37,6 +37,15 @@ def back_project(made: Tensor, small: Tensor, rounds: int) -> Tensor:
     return exact.round().clamp(0, 255).to(made.dtype)
 
 
+def blend(made: Tensor, small: Tensor, detail: float) -> Tensor:
+    """uint8 ``detail`` · ``made`` [N, C, H, H] + (1 - ``detail``) · ``small`` [N, C, h, h] enlarged by bicubic.
+
+    Image interpolation (Wang et al. 2018, ESRGAN, section 3.3): between what is likely and what is safe.
+    """
+    mixed = detail * made.float() + (1 - detail) * enlarge(small, made.shape[-1]).float()
+    return mixed.round().clamp(0, 255).to(made.dtype)
+
+
 def consistency(made: Tensor, small: Tensor) -> float:
     """Mean PSNR in dB of uint8 images ``made`` [N, C, H, H], reduced by averaging, against ``small`` [N, C, h, h]."""
     return float(psnr(reduce_to(made, small.shape[-1]), small).mean())

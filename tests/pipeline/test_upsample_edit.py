@@ -46,10 +46,13 @@ def test_upsampling_keeps_the_small_images_tokens(models, pixels):
     prefix = encode_small(models, small)
     drawn = models.draw(nothing(4), SETTINGS, range(4), prefix=prefix)
     assert prefix.ids.shape[1] == 8 and torch.equal(drawn.ids[:, :8], prefix.ids)
-    made = upsample_pixels(models, small, nothing(4), SETTINGS, range(4), exact=0)
+    made = upsample_pixels(models, small, nothing(4), SETTINGS, range(4), exact=0, detail=1)
     assert made.shape == (4, 3, 16, 16) and torch.equal(made, models.decode(drawn))
-    exact = upsample_pixels(models, small, nothing(4), SETTINGS, range(4))
+    exact = upsample_pixels(models, small, nothing(4), SETTINGS, range(4), detail=1)
     assert consistency(exact, small) > 45 > consistency(made, small)
+    half = upsample_pixels(models, small, nothing(4), SETTINGS, range(4), detail=0.5)
+    assert (half.float() - (exact.float() + enlarge(small, 16).float()) / 2).abs().max() <= 0.5
+    assert torch.equal(upsample_pixels(models, small, nothing(4), SETTINGS, range(4), detail=0), enlarge(small, 16))
     # a scale-causal decoder: the small image as the tokenizer sees it, whatever was drawn after it
     with torch.inference_mode():
         seen = models.tokenizer.decode(prefix)
@@ -226,6 +229,8 @@ def test_the_edit_command(finished, tmp_path, pixels):
         ("upsample", ["input={small}", "text=a flower"], "trained without captions"),
         ("upsample", ["input={small}", "count=0"], "count=0"),
         ("upsample", ["input={small}", "exact=-1"], "exact=-1; allowed: 0 or more"),
+        ("upsample", ["input={small}", "detail=2"], "detail=2; allowed: 0 to 1"),
+        ("upsample", ["input={small}", "detail=much"], "detail=much: allowed is a number"),
         ("edit", ["input={small}", "frozen=5"], "frozen=5; allowed: 1 to 2"),
         ("edit", ["input={small}", "frozen=two"], "frozen=two: allowed are numbers"),
         ("edit", ["input={small}", "mask={wide}"], "make them equal"),
