@@ -301,7 +301,16 @@ def results(page, place, caption):
 
 
 def wait_for_scales(page, number):
-    page.get_by_text(f"{number} of 3 scales").wait_for()
+    """Wait until the pictures have grown to that many scales and stay there: new ones grow by themselves."""
+    reach, side = page.get_by_text(f"{number} of 3 scales"), 2 ** (1 + number)
+    calm = 0
+    for _ in range(600):
+        widths = page.locator("#samples img").evaluate_all("all => all.map(one => one.naturalWidth)")
+        calm = calm + 1 if widths and set(widths) == {side} and reach.is_visible() else 0
+        if calm == 12:  # three seconds: longer than a step of the growing
+            return
+        page.wait_for_timeout(250)
+    raise AssertionError(f"pictures of {widths} px, not {side}")
 
 
 def test_samples_are_those_of_the_command_and_the_slider_draws_nothing(page, finished, tmp_path):
