@@ -291,6 +291,12 @@ def set_number(page, label, value):
     box.press("Tab")
 
 
+def give(page, place, path):
+    """Upload a file and wait until the page has it: its name as text stands there only while it travels."""
+    page.locator(f"{place} input[type=file]").set_input_files(path)
+    page.locator(place).get_by_label(path.name).wait_for()
+
+
 def results(page, place, caption):
     """Pictures by caption, once one with ``caption`` is there."""
     page.locator(f"{place} figcaption", has_text=re.compile(f"^{caption}$")).wait_for()
@@ -349,8 +355,7 @@ def test_samples_are_those_of_the_command_and_the_slider_draws_nothing(page, fin
 
 def test_an_upload_is_upsampled(page, studio, uploads):
     page.get_by_role("tab", name="Upsample").click()
-    page.locator("#upsample-upload input[type=file]").set_input_files(uploads / "small.png")
-    page.get_by_text("small.png").first.wait_for()
+    give(page, "#upsample-upload", uploads / "small.png")
     page.get_by_role("button", name="Upsample").click()
     shown = results(page, "#upsampled", "seed 3")
     expected, about = upsample_upload(studio, str(uploads / "small.png"), 8, 16, Wish(), silent)
@@ -361,7 +366,7 @@ def test_an_upload_is_upsampled(page, studio, uploads):
 
 def test_an_upload_is_edited_where_it_was_painted(page, studio, uploads):
     page.get_by_role("tab", name="Edit").click()
-    page.locator("#edit-upload input[type=file]").set_input_files(uploads / "full.png")
+    give(page, "#edit-upload", uploads / "full.png")
     page.locator("#painter canvas").click(position={"x": 20, "y": 20})
     choose_class(page, "red")
     page.get_by_role("button", name="Edit", exact=True).click()
@@ -374,7 +379,7 @@ def test_an_upload_is_edited_where_it_was_painted(page, studio, uploads):
 def test_wrong_uploads_are_one_line_in_the_page(page, uploads):
     page.get_by_role("tab", name="Edit").click()
     for name, message in (("text.png", "no picture that can be read"), ("long.png", "a picture of 20000 x 10 pixels")):
-        page.locator("#edit-upload input[type=file]").set_input_files(uploads / name)
+        give(page, "#edit-upload", uploads / name)
         page.get_by_text(message).first.wait_for()
         panel(page).get_by_label("Clear").click()
     page.get_by_role("button", name="Edit", exact=True).click()
