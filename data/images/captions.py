@@ -27,8 +27,11 @@ def clean(text: str) -> str:
 
 
 def caption_of(record: dict[str, Any]) -> str:
-    """The caption in a record, under ``text`` or ``caption``; empty for none."""
-    return clean(str(record.get("text") or record.get("caption") or ""))
+    """The caption in a record, under ``text`` or ``caption``; empty for none. Raises ValueError for a list of some."""
+    found = record.get("text") or record.get("caption") or ""
+    if isinstance(found, list | dict):
+        raise ValueError(f"a caption that is a JSON {'list' if isinstance(found, list) else 'object'}; give it as text")
+    return clean(str(found))
 
 
 def caption_path(key: str) -> str:
@@ -61,10 +64,11 @@ def read_listing(root: Path, keys: Sequence[str]) -> list[str] | None:
     captions: dict[str, str] = {}
     captioned = False
     for line, entry in read_entries(path):
-        if not any(name in entry for name in CAPTION_KEYS):
-            caption = ""
-        else:
-            caption, captioned = caption_of(entry), True
+        captioned |= any(name in entry for name in CAPTION_KEYS)
+        try:
+            caption = caption_of(entry)
+        except ValueError as error:
+            raise ImagesError(f"{path}, line {line}: {error}") from error
         name = posixpath.normpath(str(entry.get("file_name") or ""))
         if name == ".":
             if caption:

@@ -93,7 +93,12 @@ class ShardSource(ImageSource):
     def text(self, index: int) -> str:
         offset, size, is_json = (int(value) for value in self.places[index, 2:])
         text = self._read(index, offset, size).decode("utf-8", "replace") if size else ""
-        return caption_of(parse_json(text, self.key(index))) if is_json else clean(text)
+        if not is_json:
+            return clean(text)
+        try:
+            return caption_of(parse_json(text, self.key(index)))
+        except ValueError as error:
+            raise CorruptImage(self.key(index), f"its json: {error}") from error
 
     def fingerprint(self) -> str:
         parts = [part.tobytes() for part in self.keys.arrays]

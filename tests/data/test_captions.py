@@ -77,7 +77,7 @@ def test_a_listing_without_captions_is_no_matter(images: Path) -> None:
     assert texts(FolderSource(images)) == NONE
 
 
-def lines(entries: dict[str, str]) -> str:
+def lines(entries: dict) -> str:
     return "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in entries.items())
 
 
@@ -89,6 +89,7 @@ def lines(entries: dict[str, str]) -> str:
         ({"metadata.jsonl": lines(LISTED) + lines({"d.png": "again"})}, "line 5: d.png for the second time"),
         ({"metadata.jsonl": '{"text": "of what?"}\n'}, "line 1: a caption without file_name"),
         ({"metadata.jsonl": lines(LISTED) + "[1]\n"}, "line 5: no JSON object"),
+        ({"metadata.jsonl": lines({**LISTED, "d.png": ["a", "b"]})}, "line 3: a caption that is a JSON list; give it"),
         ({"metadata.jsonl": lines(LISTED) + "{\n"}, "metadata.jsonl cannot be read after line 5"),
         ({"metadata.csv": "file_name,text\ncat/a.png,a cat, small\n"}, "line 2: more columns.*quotes"),
         ({"metadata.csv": b"file_name,text\ncat/a.png,\xff\xfe\n"}, "metadata.csv cannot be read.*utf-8"),
@@ -145,11 +146,16 @@ def test_a_folder_without_captions_is_opened_by_its_walk_alone(tmp_path: Path, m
 
 def test_shards_give_captions_without_decoding(tmp_path: Path) -> None:
     members = {"0.png": b"no image", "0.txt": b" one\n", "1.png": encoded(1), "1.json": b'{"caption": "\\ud83dtwo"}'}
-    write_tar(tmp_path / "a.tar", {**members, "2.png": encoded(2), "3.png": encoded(3), "3.cls": b"0", "3.json": b"{"})
+    members |= {"2.png": encoded(2), "3.png": encoded(3), "3.cls": b"0", "3.json": b"{"}
+    members |= {"4.png": encoded(4), "4.json": b'{"caption": {"en": "four"}}'}
+    write_tar(tmp_path / "a.tar", members)
     source = ShardSource([tmp_path / "a.tar"])
     assert [source.text(index) for index in range(3)] == ["one", "?two", ""]
     with pytest.raises(CorruptImage, match="a/3: its json"):
         source.text(3)
+    for read in (source.text, source.__getitem__):
+        with pytest.raises(CorruptImage, match="a/4: its json: a caption that is a JSON object; give it as text"):
+            read(4)
 
 
 def test_demo_captions_go_from_the_special_to_the_general(sides: list[ImageSource]) -> None:
