@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -114,7 +115,10 @@ def parse_numbers(text: str, key: str, kind: type[int] | type[float] = int) -> l
 
 
 def find_inputs(path: str) -> list[Path]:
-    """The image of a path, or all images directly in a folder, by name. Raises RunError where there is none."""
+    """The image of a path, or all images directly in a folder, by name.
+
+    Raises RunError where there is none, or where two differ in their endings only: results are named without them.
+    """
     if not path:
         raise RunError("input= is missing: give an image, or a folder of images")
     given = Path(path).expanduser()
@@ -122,6 +126,12 @@ def find_inputs(path: str) -> list[Path]:
         found = sorted(file for file in given.iterdir() if file.name.lower().endswith(ENDINGS))
         if not found:
             raise RunError(f"{given} holds no images; accepted endings: {', '.join(ENDINGS)}")
+        for one, next_one in pairwise(sorted(found, key=lambda file: file.stem)):
+            if one.stem == next_one.stem:
+                raise RunError(
+                    f"{given} holds {one.name} and {next_one.name}, whose results would have the same names; "
+                    "rename one of them"
+                )
         return found
     if not given.is_file():
         raise RunError(f"input={path}: no such image or folder")

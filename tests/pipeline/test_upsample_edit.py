@@ -217,6 +217,18 @@ def test_the_edit_command(finished, tmp_path, pixels):
     assert octaves(finished, "edit", tmp_path, *keys, f"mask={tmp_path}/mask.png", "frozen=0") == 0
 
 
+@pytest.mark.parametrize("command", ["upsample", "edit"])
+def test_inputs_whose_results_would_share_a_name_are_refused_before_any_work(
+    finished, tmp_path, pixels, capsys, command
+):
+    for name in ("a.bmp", "b.png", "a.png"):
+        save(tmp_path / "in" / name, reduce_to(pixels, 8)[0])
+    assert octaves(finished, command, tmp_path, f"input={tmp_path}/in") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert "holds a.bmp and a.png, whose results would have the same names" in error[-1]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "items", "message"),
     [
