@@ -27,8 +27,9 @@ from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
 from data.tokens.shards import ShardInfo, finished_shard, to_json
 from pipeline.config import Config
 from pipeline.encoding import Encoding, SplitPlan
+from pipeline.models import check_images
 from pipeline.processes import end_with_parent, is_first_process
-from pipeline.run import RunError, need, stage_folder
+from pipeline.run import need, stage_folder
 from pipeline.train import placement, quiet_lightning
 from stages.conditions.encoders import TextEncoder, build_text_encoder
 from stages.contract import Tokenizer
@@ -63,7 +64,7 @@ def cache_tokens(config: Config) -> Path:
     folder = Path(config.tokens.path)
     with stage_folder(folder, config, "tokens"):
         tokenizer, metadata = load_tokenizer(tokenizer_path)
-        check_images(config, tokenizer)
+        check_images(tokenizer, config.images.channels, config.images.size, config.images.size)
         sources = {split: open_source(config.images, split) for split in SPLITS}
         plans: dict[str, SplitPlan] = {
             split: SplitPlan(split, source, folder / split, config) for split, source in sources.items()
@@ -103,17 +104,6 @@ def captions_of(source: ImageSource, config: Config) -> Iterator[str]:
         except CorruptImage:
             if not config.images.skip_corrupt:
                 raise
-
-
-def check_images(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise RunError when the tokenizer takes images of another size or number of channels than the config gives."""
-    wanted = (config.images.channels, config.images.size, config.images.size)
-    takes = (tokenizer.channels, *tokenizer.layout.image_size)
-    if takes != wanted:
-        raise RunError(
-            f"{config.tokenizer.path} takes images of (channels, height, width) {takes}, "
-            f"images.channels and images.size give {wanted}"
-        )
 
 
 def hold_to_state(folder: Path, state: dict[str, Any]) -> None:

@@ -20,10 +20,9 @@ from data.images.source import decode
 from data.images.views import plain_image, view_pixels
 from data.layout import TokenLayout
 from pipeline.config import Config
-from pipeline.models import Models, load_models
+from pipeline.models import Models, check_images, load_models
 from pipeline.requests import Request, find_inputs, parse_numbers, parse_prompts, save_pictures
 from pipeline.run import RunError
-from pipeline.upsample import encode_small
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.pictures import sheet
 from stages.prior.sampling import SamplingConfig
@@ -82,22 +81,18 @@ def edit_pixels(
     """Edited images uint8 [B, C, H, W] of full-size ones, one prompt and one seed each.
 
     The first ``frozen`` scales stay; of the others only what ``mask`` bool [H, W] touches is drawn anew.
-    Raises RunError for images of another size, more scales than there are or nothing to keep, PrefixUnsupported for a
-    dense encoder.
+    Raises RunError for images of another size or number of channels, more scales than there are or nothing to keep,
+    PrefixUnsupported for a dense encoder.
     """
     layout = models.tokenizer.layout
-    if tuple(pixels.shape[-2:]) != layout.image_size:
-        # A smaller rung would pass the encoder, and come back as the large image that nobody gave.
-        raise RunError(
-            f"images of {pixels.shape[-2]}x{pixels.shape[-1]}, but this tokenizer takes "
-            f"{layout.image_size[0]}x{layout.image_size[1]}; set images.size to that"
-        )
+    # A smaller rung would pass the encoder, and come back as the large image that nobody gave.
+    check_images(models.tokenizer, *pixels.shape[1:])
     check_frozen(layout, frozen, masked=mask is not None)
     if mask is not None and tuple(mask.shape) != tuple(pixels.shape[-2:]):
         raise RunError(f"a mask of {tuple(mask.shape)} for images of {tuple(pixels.shape[-2:])} pixels")
     settings = dataclasses.replace(settings, scales=0)
     models.check(settings)
-    known = encode_small(models, pixels)
+    known = models.encode(pixels)
     prefix = known.prefix(layout.prefix_length(frozen)) if frozen else None
     if mask is None:
         return models.decode(models.draw(prompts, settings, seeds, prefix=prefix))

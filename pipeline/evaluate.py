@@ -36,7 +36,7 @@ from pipeline.evaluation_pictures import (
     show_reconstructions,
     show_samples,
 )
-from pipeline.models import Models, assemble
+from pipeline.models import Models, assemble, check_images
 from pipeline.report import write_report
 from pipeline.run import RunError, device_of, need
 from stages.contract import Tokenizer
@@ -121,12 +121,7 @@ def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
     """Raise RunError or CacheError when config, tokenizer and token cache do not belong together."""
     if config.sampling.scales:
         raise RunError(f"sampling.scales={config.sampling.scales}: eval compares whole images; set it to 0")
-    found = (*tokenizer.layout.image_size, tokenizer.channels)
-    if found != (config.images.size, config.images.size, config.images.channels):
-        raise RunError(
-            f"{path} takes images of {found[0]}x{found[1]} with {found[2]} channels; "
-            "set images.size and images.channels to that, or choose another tokenizer.path"
-        )
+    check_images(tokenizer, config.images.channels, config.images.size, config.images.size)
     check_scales(config, tokenizer)
     if (Path(config.tokens.path) / FILE).exists():
         check_belongs(Manifest.load(config.tokens.path), path)

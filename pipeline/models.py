@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.images.views import to_uint8
+from data.images.views import to_float, to_uint8
 from data.layout import Tokens
 from pipeline.config import Config
 from pipeline.run import RunError, device_of, need
@@ -95,6 +95,19 @@ class Models:
         return Tokens.fixed(torch.cat(parts))
 
     @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tokens:
+        """Tokens of images uint8 [N, C, h, w] on the CPU: all for the full size, the first scales' for a small one.
+
+        Raises RunError for another number of channels, PrefixUnsupported for a small one where the encoder sees all
+        scales at once.
+        """
+        check_channels(self.tokenizer, pixels.shape[1])
+        parts = [
+            self.tokenizer.encode(to_float(part).to(self.device)).ids.cpu() for part in pixels.split(self.batch_size)
+        ]
+        return Tokens.fixed(torch.cat(parts))
+
+    @torch.inference_mode()
     def decode(self, tokens: Tokens) -> Tensor:
         """Images uint8 [N, C, h, w] of tokens, as far as they reach, on the CPU."""
         parts = [Tokens.fixed(ids).to(self.device) for ids in tokens.ids.split(self.batch_size)]
@@ -103,6 +116,26 @@ class Models:
 
 def _rows(tokens: Tokens | None, rows: Tensor, device: torch.device) -> Tokens | None:
     return None if tokens is None else Tokens.fixed(tokens.ids[rows]).to(device)
+
+
+def check_channels(tokenizer: Tokenizer, channels: int) -> None:
+    """Raise RunError where the tokenizer takes another number of channels."""
+    if channels != tokenizer.channels:
+        raise RunError(
+            f"images.channels={channels}, but this tokenizer takes {tokenizer.channels}; "
+            "set images.channels to that, or choose another tokenizer.path"
+        )
+
+
+def check_images(tokenizer: Tokenizer, channels: int, height: int, width: int) -> None:
+    """Raise RunError where the tokenizer takes images of another size or number of channels."""
+    check_channels(tokenizer, channels)
+    wanted = tokenizer.layout.image_size
+    if (height, width) != wanted:
+        raise RunError(
+            f"images of {height}x{width}, but this tokenizer takes {wanted[0]}x{wanted[1]}; "
+            "set images.size to that, or choose another tokenizer.path"
+        )
 
 
 def load_models(config: Config) -> Models:

@@ -28,7 +28,7 @@ from pipeline.edit import edit_pixels
 from pipeline.models import Models
 from pipeline.requests import Asked, read_plain
 from pipeline.run import RunError
-from pipeline.upsample import encode_small, rung_of, upsample_pixels
+from pipeline.upsample import rung_of, upsample_pixels
 from stages.contract import Prior
 from stages.measures.distortion import psnr
 from stages.measures.upsampling import enlarge
@@ -165,7 +165,7 @@ def edit_upload(studio: Studio, path: str | None, frozen: int, mask: str, wish: 
     made = edit_pixels(watched(models, length, wish.count, tell), many, frozen, prompts, settings, seeds, open_pixels)
     return [
         Shown(original, "original", "original"),
-        Shown(models.decode(encode_small(models, original.unsqueeze(0)))[0], "decoded", "decoded"),
+        Shown(models.decode(models.encode(original.unsqueeze(0)))[0], "decoded", "decoded"),
         *(_result(asked, seed, picture) for seed, picture in zip(seeds, made, strict=True)),
     ]
 

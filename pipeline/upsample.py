@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from data.images.views import to_float
-from data.layout import TokenLayout, Tokens
+from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.models import Models, load_models
 from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures
@@ -57,24 +55,6 @@ def rung_of(layout: TokenLayout, side: int, what: str) -> int:
             f"{what} has {side} px; allowed: {', '.join(map(str, sides))}, the sizes of this tokenizer's scales"
         )
     return sides.index(side) + 1
-
-
-def encode_small(models: Models, pixels: Tensor) -> Tokens:
-    """The first scales' tokens of small images uint8 [B, C, h, w], on the CPU.
-
-    Raises RunError for another number of channels, PrefixUnsupported where the encoder sees all scales at once.
-    """
-    if pixels.shape[1] != models.tokenizer.channels:
-        raise RunError(
-            f"images.channels={pixels.shape[1]}, but this tokenizer takes {models.tokenizer.channels}; "
-            "set images.channels to that"
-        )
-    with torch.inference_mode():
-        parts = [
-            models.tokenizer.encode(to_float(part).to(models.device)).ids.cpu()
-            for part in pixels.split(models.batch_size)
-        ]
-    return Tokens.fixed(torch.cat(parts))
 
 
 def upsample_pixels(
@@ -118,7 +98,7 @@ def upsample_pixels(
         raise RunError(f"detail={detail:g}; allowed: 0 to 1")
     settings = dataclasses.replace(settings, scales=stop if stop < len(layout.scales) else 0)
     models.check(settings)
-    made = models.decode(models.draw(prompts, settings, seeds, prefix=encode_small(models, pixels)))
+    made = models.decode(models.draw(prompts, settings, seeds, prefix=models.encode(pixels)))
     return blend(back_project(made, pixels, exact), pixels, detail)
 
 

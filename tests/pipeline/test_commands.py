@@ -11,6 +11,8 @@ from pipeline.__main__ import main
 from stages import factory
 from stages.weights import load_prior, load_tokenizer
 
+TOKENIZER = "tokenizer.path={run}/tokenizer/tokenizer.safetensors"
+
 
 def octaves(command, config, *overrides):
     return main([command, str(config), *overrides])
@@ -79,6 +81,10 @@ def test_finished_stages_have_nothing_to_do(finished, tmp_path, capsys):
         ("eval", ["{fresh}"], "train-tokenizer"),
         ("bake", [], "no command 'bake'; allowed: train-tokenizer"),
         ("eval", ["eval.nam=x"], "nam"),
+        ("eval", ["images.size=8"], "images of 8x8, but this tokenizer takes 16x16; set images.size to that"),
+        ("eval", ["images.channels=1"], "images.channels=1, but this tokenizer takes 3; set images.channels to that"),
+        ("cache-tokens", ["{fresh}", TOKENIZER, "images.size=8"], "images of 8x8, but this tokenizer takes 16x16"),
+        ("cache-tokens", ["{fresh}", TOKENIZER, "images.channels=1"], "images.channels=1, but this tokenizer takes 3"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(finished, tmp_path, capsys, command, overrides, message):

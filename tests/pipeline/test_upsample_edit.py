@@ -14,7 +14,7 @@ from pipeline.edit import edit_pixels, open_elements
 from pipeline.models import load_models
 from pipeline.requests import Request, parse_prompts
 from pipeline.run import RunError
-from pipeline.upsample import encode_small, upsample_pixels
+from pipeline.upsample import upsample_pixels
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.upsampling import back_project, consistency, enlarge, reduce_to
 from stages.prior.sampling import SamplingConfig
@@ -43,7 +43,7 @@ def octaves(finished, command, tmp_path, *items):
 
 def test_upsampling_keeps_the_small_images_tokens(models, pixels):
     small = reduce_to(pixels, 8)
-    prefix = encode_small(models, small)
+    prefix = models.encode(small)
     drawn = models.draw(nothing(4), SETTINGS, range(4), prefix=prefix)
     assert prefix.ids.shape[1] == 8 and torch.equal(drawn.ids[:, :8], prefix.ids)
     made = upsample_pixels(models, small, nothing(4), SETTINGS, range(4), exact=0, detail=1)
@@ -84,14 +84,14 @@ def test_the_prompt_matters(models, pixels):
     small = reduce_to(pixels, 8)
     settings = SamplingConfig(guidance=8.0)
     one, other = (
-        models.draw(Prompts.of_labels(torch.full((4,), label)), settings, range(4), prefix=encode_small(models, small))
+        models.draw(Prompts.of_labels(torch.full((4,), label)), settings, range(4), prefix=models.encode(small))
         for label in (0, 2)
     )
     assert not torch.equal(one.ids, other.ids)
 
 
 def test_editing_keeps_the_frozen_scales(models, pixels):
-    tokens = encode_small(models, pixels)
+    tokens = models.encode(pixels)
     for frozen in (1, 2):
         length = 4 * frozen
         made = edit_pixels(models, pixels, frozen, nothing(4), SETTINGS, range(4))
@@ -108,7 +108,7 @@ def test_a_mask_opens_the_elements_that_it_touches(models):
 
 
 def test_a_masked_edit_changes_only_what_the_mask_touches(models, pixels):
-    known = encode_small(models, pixels)
+    known = models.encode(pixels)
     mask = torch.zeros(16, 16, dtype=torch.bool)
     made = edit_pixels(models, pixels, 1, nothing(4), SETTINGS, range(4), mask)
     assert torch.equal(made, models.decode(known))  # nothing is open: the tokenizer's own reconstruction
