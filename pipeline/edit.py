@@ -20,7 +20,7 @@ from data.images.source import decode
 from data.images.views import plain_image, view_pixels
 from data.layout import TokenLayout
 from pipeline.config import Config
-from pipeline.models import Models, check_images, load_models
+from pipeline.models import DENSE_ENCODER, Models, check_images, load_models
 from pipeline.requests import Request, find_inputs, parse_numbers, parse_prompts, save_pictures
 from pipeline.run import RunError
 from stages.contract import PrefixUnsupported, Prompts
@@ -63,10 +63,7 @@ def check_frozen(layout: TokenLayout, frozen: int, masked: bool) -> None:
             + ("" if masked else " (0 with a mask)")
         )
     if frozen and not layout.encodes_prefixes:
-        raise PrefixUnsupported(
-            "editing needs a scale-causal encoder: this one's coarse tokens know the fine pixels; "
-            "train a tokenizer with tokenizer.attention=sit-sce or sit-sc"
-        )
+        raise PrefixUnsupported(f"keeping scales needs a scale-causal encoder: {DENSE_ENCODER}")
 
 
 def edit_pixels(

@@ -19,7 +19,7 @@ from pipeline.config import Config, to_plain
 from pipeline.edit import edit_pixels
 from pipeline.evaluation_images import Images, prompts_of
 from pipeline.evaluation_pictures import show_editing, show_upsampling
-from pipeline.models import Models
+from pipeline.models import DENSE_ENCODER, Models
 from pipeline.run import RunError
 from pipeline.upsample import DETAIL, EXACT_ROUNDS, upsample_pixels
 from stages.contract import Tokenizer
@@ -42,10 +42,7 @@ def check_scales(config: Config, tokenizer: Tokenizer) -> None:
     layout, asked = tokenizer.layout, config.eval
     for key, wanted in (("upsample_from", asked.upsample_from), ("edit_frozen", asked.edit_frozen)):
         if wanted and not layout.encodes_prefixes:
-            raise RunError(
-                f"eval.{key}={wanted}: this tokenizer's encoder sees all scales at once; leave it out, or train one "
-                "with tokenizer.attention=sit-sce or sit-sc"
-            )
+            raise RunError(f"eval.{key}={wanted}: {DENSE_ENCODER}, or leave eval.{key} out")
     if asked.upsample_from:
         smaller = [scale.image_size[0] for scale in layout.scales[:-1]]
         if asked.upsample_from not in smaller:

@@ -18,6 +18,9 @@ from stages.contract import Prior, Prompts, Tokenizer
 from stages.prior.sampling import SamplingConfig, check_sampling, sample
 from stages.weights import check_pair, load_prior, load_tokenizer
 
+DENSE_ENCODER = "this tokenizer's encoder sees all scales at once; train one with tokenizer.attention=sit-sce or sit-sc"
+"""What to say where the tokens of a small image should be the first ones of the large one, and are not."""
+
 
 @dataclass(frozen=True)
 class Models:

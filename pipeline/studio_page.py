@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from data.errors import OctavesError
+from pipeline.models import DENSE_ENCODER
 from pipeline.report import CREDIT
 from pipeline.studio_actions import (
     MAX_COUNT,
@@ -36,14 +37,8 @@ NO_PREFIXES = (
     "No slider over the scales: this tokenizer's decoder needs all of them at once. One trained with "
     "tokenizer.attention=sit-scd or sit-sc shows pictures growing."
 )
-NO_UPSAMPLING = (
-    "Upsampling needs a scale-causal encoder, which gives a small picture exactly the tokens with which a large one "
-    "begins; this run's tokenizer has none. Train one with tokenizer.attention=sit-sce or sit-sc."
-)
-NO_FREEZING = (
-    "Whole scales can be kept by a scale-causal encoder only (tokenizer.attention=sit-sce or sit-sc): this one's "
-    "coarse tokens know the fine pixels."
-)
+NO_UPSAMPLING = f"Upsampling needs a scale-causal encoder: {DENSE_ENCODER}."
+NO_FREEZING = f"Keeping whole scales needs a scale-causal encoder: {DENSE_ENCODER}."
 
 
 def build_page(studio: Studio) -> Any:

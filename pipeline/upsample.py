@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.layout import TokenLayout
 from pipeline.config import Config
-from pipeline.models import Models, load_models
+from pipeline.models import DENSE_ENCODER, Models, load_models
 from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures
 from pipeline.run import RunError
 from stages.contract import PrefixUnsupported, Prompts
@@ -77,10 +77,7 @@ def upsample_pixels(
     """
     layout = models.tokenizer.layout
     if not layout.encodes_prefixes:
-        raise PrefixUnsupported(
-            "upsampling needs a scale-causal encoder: this one sees all scales at once; "
-            "train a tokenizer with tokenizer.attention=sit-sce or sit-sc"
-        )
+        raise PrefixUnsupported(f"upsampling needs a scale-causal encoder: {DENSE_ENCODER}")
     if pixels.shape[-1] != pixels.shape[-2]:
         raise RunError(f"an image of {pixels.shape[-1]}x{pixels.shape[-2]} px; upsampling takes square ones")
     start = rung_of(layout, pixels.shape[-1], "the image")
