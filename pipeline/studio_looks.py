@@ -11,8 +11,8 @@ import io
 from collections.abc import Sequence
 from html import escape
 
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from pipeline.studio_actions import Shown
 
@@ -94,9 +94,8 @@ load();
 
 def data_uri(pixels: Tensor) -> str:
     """A PNG of uint8 [C, h, w] that stands in the page itself."""
-    array = pixels.permute(1, 2, 0).contiguous().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, "PNG")
+    to_pil_image(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
