@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,7 +22,7 @@ from data.images.views import plain_image, view_pixels
 from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.models import DENSE_ENCODER, Models, check_images, load_models
-from pipeline.requests import Request, find_inputs, parse_numbers, parse_prompts, save_pictures
+from pipeline.requests import Request, find_inputs, parse_numbers, parse_prompts, save_pictures, to_prompts
 from pipeline.run import RunError
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.pictures import sheet
@@ -99,18 +100,18 @@ def edit_pixels(
     return models.decode(models.draw(prompts, settings, seeds, prefix=prefix, known=known, keep=kept))
 
 
-def read_mask(path: str, image: Path, images: ImagesConfig) -> Tensor:
-    """bool [size, size]: where the mask, seen like the image, is white.
+def read_mask(path: str, image: Image.Image, name: str, images: ImagesConfig) -> Tensor:
+    """bool [size, size]: where the mask, seen like the image called ``name``, is white.
 
     Raises RunError when their sizes differ, or where nothing is white.
     """
     if not Path(path).expanduser().is_file():
         raise RunError(f"mask={path}: no such image")
     grey = plain_image(decode(Path(path).expanduser(), path), 1, [0, 0, 0])
-    size = plain_image(decode(image, str(image)), 1, [0, 0, 0]).size
+    size = plain_image(image, 1, [0, 0, 0]).size
     if grey.size != size:
         raise RunError(
-            f"mask={path} has {grey.size[0]}x{grey.size[1]} px, {image} has {size[0]}x{size[1]}; make them equal"
+            f"mask={path} has {grey.size[0]}x{grey.size[1]} px, {name} has {size[0]}x{size[1]}; make them equal"
         )
     as_image = dataclasses.replace(images, channels=1)
     mask = view_pixels(grey, as_image, images.eval_view)[0] >= 128
@@ -130,14 +131,15 @@ def edit_images(config: Config, request: EditRequest) -> Path:
     )
     for frozen in steps:  # all of them before the first is drawn
         check_frozen(models.tokenizer.layout, frozen, masked=bool(request.mask))
+    repeated = [prompt for prompt in asked for _ in range(request.count)]
+    prompts = to_prompts(models, repeated)
+    seeds = [request.seed + index for index in range(len(repeated))]
     out = Path(request.out)
     path = out
     for file in files:
-        pixels = view_pixels(decode(file, str(file)), config.images, config.images.eval_view)
-        mask = read_mask(request.mask, file, config.images) if request.mask else None
-        repeated = [prompt for prompt in asked for _ in range(request.count)]
-        prompts = models.prompts([prompt.label for prompt in repeated], [prompt.text for prompt in repeated])
-        seeds = [request.seed + index for index in range(len(repeated))]
+        image = decode(file, str(file))
+        pixels = view_pixels(image, config.images, config.images.eval_view)
+        mask = read_mask(request.mask, image, str(file), config.images) if request.mask else None
         rows = []
         for frozen in steps:
             row = [pixels]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 from data.images.config import ImagesConfig
 from data.images.folder import ENDINGS
 from data.images.source import decode
 from data.images.views import plain_image
+from pipeline.models import Models
 from pipeline.run import RunError
-from stages.contract import Prior
+from stages.contract import Prior, Prompts
 
 
 @dataclass
@@ -43,6 +45,12 @@ class Asked:
     name: str
     """For people: the caption, the class's name, both, or nothing."""
 
+    @classmethod
+    def of(cls, label: int, text: str, class_names: Sequence[str]) -> Asked:
+        """A class id (-1: none) and a caption (empty: none), named by both."""
+        parts = (text, class_names[label] if label >= 0 else "")
+        return cls(label, text, ", ".join(part for part in parts if part))
+
     @property
     def file_name(self) -> str:
         """The name as part of a file's name."""
@@ -58,15 +66,20 @@ def parse_prompts(request: Request, prior: Prior, every_class: bool = True) -> l
     if request.count < 1:
         raise RunError(f"count={request.count}; allowed: 1 or more")
     texts = parse_texts(request.text, prior.condition.uses_text)
-    names = prior.class_names if prior.condition.uses_labels else []
+    names = known_classes(prior)
     by_class = bool(request.classes) or (every_class and not texts)
     labels = parse_classes(request.classes, names) if by_class else [-1]
-    asked = []
-    for text in texts or [""]:
-        for label in labels:
-            parts = [part for part in (text, names[label] if label >= 0 else "") if part]
-            asked.append(Asked(label, text, ", ".join(parts)))
-    return asked
+    return [Asked.of(label, text, names) for text in texts or [""] for label in labels]
+
+
+def known_classes(prior: Prior) -> list[str]:
+    """Names of the classes that can be asked of a prior; none where classes make no difference."""
+    return prior.class_names if prior.condition.uses_labels else []
+
+
+def to_prompts(models: Models, asked: Sequence[Asked]) -> Prompts:
+    """What the prior reads of prompts in plain words, one a sample."""
+    return models.prompts([one.label for one in asked], [one.text for one in asked])
 
 
 def parse_texts(text: str, known: bool) -> list[str]:
@@ -140,9 +153,7 @@ def find_inputs(path: str) -> list[Path]:
 
 def read_plain(path: Path, images: ImagesConfig) -> Tensor:
     """An image at its own size, uint8 [channels, h, w]. Raises CorruptImage."""
-    image = plain_image(decode(path, str(path)), images.channels, images.background)
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, images.channels).permute(2, 0, 1).contiguous()
+    return pil_to_tensor(plain_image(decode(path, str(path)), images.channels, images.background))
 
 
 def save_pictures(folder: Path, names: list[str], pictures: Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.models import load_models
-from pipeline.requests import Request, parse_prompts, save_pictures
+from pipeline.requests import Request, parse_prompts, save_pictures, to_prompts
 from stages.measures.pictures import sheet
 
 
@@ -25,8 +25,7 @@ def sample_images(config: Config, request: SampleRequest) -> Path:
     asked = parse_prompts(request, models.prior)
     rows = [prompt for prompt in asked for _ in range(request.count)]
     seeds = [request.seed + index for index in range(len(rows))]
-    prompts = models.prompts([row.label for row in rows], [row.text for row in rows])
-    pictures = models.decode(models.draw(prompts, config.sampling, seeds))
+    pictures = models.decode(models.draw(to_prompts(models, rows), config.sampling, seeds))
     out = Path(request.out)
     save_pictures(out, [f"{row.file_name}-{seed:06d}" for row, seed in zip(rows, seeds, strict=True)], pictures)
     names = [prompt.name for prompt in asked]

@@ -26,12 +26,11 @@ from data.images.views import view_pixels
 from pipeline.config import Config
 from pipeline.edit import edit_pixels
 from pipeline.models import Models
-from pipeline.requests import Asked, read_plain
+from pipeline.requests import Asked, known_classes, read_plain, to_prompts
 from pipeline.run import RunError
 from pipeline.upsample import rung_of, upsample_pixels
 from stages.contract import Prior
-from stages.measures.distortion import psnr
-from stages.measures.upsampling import enlarge
+from stages.measures.upsampling import consistency, enlarge
 from stages.prior.sampling import SamplingConfig
 
 MAX_COUNT = 16
@@ -104,7 +103,7 @@ def draw_samples(studio: Studio, wish: Wish, tell: Tell) -> Drawn:
     seeds = tuple(wish.seed + index for index in range(wish.count))
     models.check(settings)
     length = layout.prefix_length(settings.scales or len(layout.scales))
-    prompts = models.prompts([wish.label] * wish.count, [wish.text] * wish.count)
+    prompts = to_prompts(models, [asked] * wish.count)
     tokens = watched(models, length, wish.count, tell).draw(prompts, settings, seeds)
     reached = layout.num_scales_in(length)
     wanted = range(1, reached + 1) if layout.decodes_prefixes else [reached]
@@ -126,16 +125,10 @@ def upsample_upload(
     upload = middle_square(read_plain(check_upload(path), studio.config.images))
     small = reduce_by_averaging(upload, start)
     seeds = [wish.seed + index for index in range(wish.count)]
-    prompts = models.prompts([wish.label] * wish.count, [wish.text] * wish.count)
+    prompts = to_prompts(models, [asked] * wish.count)
     length = layout.prefix_length(last) - layout.prefix_length(first)
-    made = upsample_pixels(
-        watched(models, length, wish.count, tell),
-        small.expand(wish.count, -1, -1, -1),
-        prompts,
-        settings,
-        seeds,
-        stop,
-    )
+    many = small.expand(wish.count, -1, -1, -1)
+    made = upsample_pixels(watched(models, length, wish.count, tell), many, prompts, settings, seeds, stop)
     shown = [
         Shown(small, f"input, {start} px", "input"),
         Shown(enlarge(small.unsqueeze(0), stop)[0], "bicubic", "bicubic"),
@@ -143,8 +136,7 @@ def upsample_upload(
     ]
     if upload.shape[-1] > stop:
         shown.insert(2, Shown(reduce_by_averaging(upload, stop), f"the upload at {stop} px", "upload"))
-    reduced = torch.stack([reduce_by_averaging(picture, start) for picture in made])
-    agreement = float(psnr(reduced, small.expand_as(reduced)).mean())
+    agreement = consistency(made, many)
     return shown, f"Reduced again to {start} px, the candidates agree with the input at {agreement:.1f} dB."
 
 
@@ -159,7 +151,7 @@ def edit_upload(studio: Studio, path: str | None, frozen: int, mask: str, wish: 
     original = seen_upload(studio, path)
     open_pixels = mask_pixels(mask, mask_cells(studio), original.shape[-1])
     seeds = [wish.seed + index for index in range(wish.count)]
-    prompts = models.prompts([wish.label] * wish.count, [wish.text] * wish.count)
+    prompts = to_prompts(models, [asked] * wish.count)
     length = layout.length - layout.prefix_length(min(max(0, frozen), len(layout.scales)))
     many = original.expand(wish.count, -1, -1, -1)
     made = edit_pixels(watched(models, length, wish.count, tell), many, frozen, prompts, settings, seeds, open_pixels)
@@ -172,8 +164,7 @@ def edit_upload(studio: Studio, path: str | None, frozen: int, mask: str, wish: 
 
 def check_wish(studio: Studio, wish: Wish) -> tuple[Asked, SamplingConfig]:
     """The prompt in plain words and the settings of a wish. Raises RunError for a value out of range."""
-    prior, base = studio.models.prior, studio.config.sampling
-    names = prior.class_names if prior.condition.uses_labels else []
+    names, base = known_classes(studio.models.prior), studio.config.sampling
     if not -1 <= wish.label < len(names):
         raise RunError(f"class {wish.label}; allowed: -1 (none) to {len(names) - 1}")
     if len(wish.text) > MAX_CAPTION:
@@ -186,11 +177,10 @@ def check_wish(studio: Studio, wish: Wish) -> tuple[Asked, SamplingConfig]:
     ):
         if not low <= value <= high:  # not a number is refused, too: it compares as false
             raise RunError(f"{name}={value}; allowed: {low} to {high:g}")
-    parts = [part for part in (wish.text, names[wish.label] if wish.label >= 0 else "") if part]
     per_scale = len(base.temperature) > 1
     temperature = [value * wish.temperature for value in base.temperature] if per_scale else [wish.temperature]
     settings = dataclasses.replace(base, guidance=wish.guidance, temperature=temperature)
-    return Asked(wish.label, wish.text, ", ".join(parts)), settings
+    return Asked.of(wish.label, wish.text, names), settings
 
 
 def read_wish(label: Any, text: Any, count: Any, guidance: Any, temperature: Any, seed: Any) -> Wish:

@@ -17,12 +17,11 @@ from torch import Tensor
 from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.models import DENSE_ENCODER, Models, load_models
-from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures
+from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures, to_prompts
 from pipeline.run import RunError
 from stages.contract import PrefixUnsupported, Prompts
-from stages.measures.distortion import psnr
 from stages.measures.pictures import sheet
-from stages.measures.upsampling import back_project, blend, enlarge, reduce_to
+from stages.measures.upsampling import back_project, blend, consistency, enlarge
 from stages.prior.sampling import SamplingConfig
 
 EXACT_ROUNDS = 3
@@ -105,15 +104,14 @@ def upsample_images(config: Config, request: UpsampleRequest) -> Path:
     models = load_models(config)
     asked = parse_prompts(request, models.prior, every_class=False)
     rows, pictures = [], []
+    repeated = [prompt for prompt in asked for _ in range(request.count)]
+    prompts = to_prompts(models, repeated)
     for number, file in enumerate(files):
         small = read_plain(file, config.images)
-        repeated = [prompt for prompt in asked for _ in range(request.count)]
         seeds = [request.seed + number * len(repeated) + index for index in range(len(repeated))]
-        prompts = models.prompts([prompt.label for prompt in repeated], [prompt.text for prompt in repeated])
         many = small.expand(len(repeated), -1, -1, -1)
         made = upsample_pixels(models, many, prompts, config.sampling, seeds, request.to, request.exact, request.detail)
-        back = psnr(reduce_to(made, small.shape[-1]), many)
-        print(f"{file}: reduced again, the results agree with the input at {float(back.mean()):.1f} dB")
+        print(f"{file}: reduced again, the results agree with the input at {consistency(made, many):.1f} dB")
         parts = zip(repeated, seeds, strict=True)
         names = [f"{file.stem}-{prompt.file_name + '-' if prompt.name else ''}{seed:06d}" for prompt, seed in parts]
         save_pictures(Path(request.out), names, made)
