@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,8 +25,8 @@ from data.images.views import to_float, to_uint8
 from data.layout import TokenLayout, Tokens
 from stages.contract import Tokenizer
 from stages.measures.codes import code_use
-from stages.measures.rate import rates
-from stages.measures.reconstruction import Judge, Reconstructed, measure_distortion
+from stages.measures.rate import rates, total_rate
+from stages.measures.reconstruction import Judge, Reconstructed, measure_distortion, reconstruct
 from stages.measures.upsampling import enlarge, reduce_to
 
 TIE = 1e-5
@@ -83,22 +83,10 @@ class Contender:
     judge: Judge | None
 
 
-@torch.inference_mode()
-def pass_through(tokenizer: Tokenizer, batches: Iterable[Tensor], device: torch.device) -> Reconstructed:
-    """Encode and decode float batches; the seconds leave out the making of the batches and a warm-up."""
-    pixels, ids, seconds = [], [], [0.0, 0.0]
-    for number, batch in enumerate(batches):
-        inputs = batch.to(device)
-        if not number:
-            tokenizer.decode(tokenizer.encode(inputs[:1])).cpu()
-        started = time.perf_counter()
-        tokens = tokenizer.encode(inputs)
-        ids.append(tokens.ids.cpu())
-        encoded = time.perf_counter()
-        pixels.append(to_uint8(tokenizer.decode(tokens)).cpu())
-        seconds[0] += encoded - started
-        seconds[1] += time.perf_counter() - encoded
-    return Reconstructed(torch.cat(pixels), Tokens.fixed(torch.cat(ids)), *seconds)
+def pass_through(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: torch.device) -> Reconstructed:
+    """Encode and decode uint8 ``pixels`` [N, C, h, w]; the seconds leave out a warm-up."""
+    reconstruct(tokenizer, pixels[:1], batch_size, device)
+    return reconstruct(tokenizer, pixels, batch_size, device)
 
 
 @torch.inference_mode()
@@ -106,21 +94,19 @@ def measure_rung(
     own: Contender, baseline: Contender | None, pixels: Tensor, num_scales: int, batch_size: int, device: torch.device
 ) -> dict[str, Any]:
     """Both tokenizers on uint8 ``pixels`` [N, C, H, W], reduced to the size that ``num_scales`` scales decode to."""
-
     parts = (own.tokenizer.reference(to_float(part.to(device)), num_scales) for part in pixels.split(batch_size))
     wanted = torch.cat([to_uint8(part).cpu() for part in parts])
-    small = (to_float(part) for part in wanted.split(batch_size))
     height, width = own.tokenizer.layout.scales[num_scales - 1].image_size
     measured: dict[str, Any] = {
         "num_scales": num_scales,
         "image_size": [height, width],
-        "tokenizer": columns(own, wanted, pass_through(own.tokenizer, small, device)),
+        "tokenizer": columns(own, wanted, pass_through(own.tokenizer, wanted, batch_size, device)),
     }
     if baseline is None:
         return measured
-    large = (to_float(enlarge(part, pixels.shape[-1])) for part in wanted.split(batch_size))
-    made = pass_through(baseline.tokenizer, large, device)
-    made = Reconstructed(reduce_to(made.pixels, height), made.tokens, made.encode_seconds, made.decode_seconds)
+    large = torch.cat([enlarge(part, pixels.shape[-1]) for part in wanted.split(batch_size)])
+    made = pass_through(baseline.tokenizer, large, batch_size, device)
+    made = replace(made, pixels=reduce_to(made.pixels, height))
     measured["baseline"] = columns(baseline, wanted, made)
     measured["better"] = better(measured["tokenizer"], measured["baseline"])
     return measured
@@ -130,11 +116,8 @@ def columns(contender: Contender, wanted: Tensor, made: Reconstructed) -> dict[s
     """What one tokenizer costs and gives at one rung; bits are for each pixel of uint8 ``wanted`` [N, C, h, w]."""
     layout = contender.tokenizer.layout
     scales = rates(code_use(made.tokens, layout), len(wanted), layout)
-    num_pixels = wanted.shape[-1] * wanted.shape[-2]
     return {
-        "tokens_per_image": sum(scale.tokens_per_image for scale in scales),
-        "fixed_length_bits_per_pixel": sum(scale.fixed_length_bits for scale in scales) / num_pixels,
-        "entropy_bits_per_pixel": sum(scale.entropy_bits for scale in scales) / num_pixels,
+        **total_rate(scales, wanted.shape[-1] * wanted.shape[-2]),
         "images_per_second": len(wanted) / (made.encode_seconds + made.decode_seconds),
         **measure_distortion(wanted, made.pixels, contender.judge, "the same images reduced by averaging"),
     }
