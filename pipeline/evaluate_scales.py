@@ -113,8 +113,8 @@ def measure_ladder(
 def time_sampling(config: Config, models: Models, val: Images) -> dict[str, Any]:
     """Seconds of sampling the tokens of one batch up to every rung; captions are encoded before, nothing is decoded."""
     count = min(config.eval.batch_size, TIMED_BATCH)
-    rows = torch.arange(count) % len(val)
-    prompts = prompts_of(models, val.labels[rows], [val.texts[row] for row in rows.tolist()])
+    asked = val[torch.arange(count) % len(val)]
+    prompts = prompts_of(models, asked.labels, asked.texts)
     seeds = [config.eval.seed + index for index in range(count)]
     quiet = dataclasses.replace(models, progress=False)
 
@@ -138,7 +138,8 @@ def measure_upsampling(
     small = reduce_to(original, side)
 
     def upsampled(some: Tensor, first_seed: int) -> Tensor:
-        prompts = prompts_of(models, val.labels[some], [val.texts[row] for row in some.tolist()])
+        asked = val[some]
+        prompts = prompts_of(models, asked.labels, asked.texts)
         seeds = [first_seed + row for row in some.tolist()]
         return upsample_pixels(models, small[some], prompts, config.sampling, seeds, exact=0, detail=1)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.images.views import to_float, to_uint8
@@ -49,14 +50,10 @@ class Models:
         if self.text_encoder is None:
             raise RunError("this prior was trained without captions; train one with condition.kind=text or class-text")
         states = dict(zip(different, map(torch.from_numpy, self.text_encoder.encode(different)), strict=True))
-        lengths = torch.tensor([len(states[text]) if text else 0 for text in texts])
-        some = next(iter(states.values()))
+        some = states[different[0]]
         kind = torch.float32 if some.is_floating_point() else torch.int64
-        padded = torch.zeros(len(texts), int(lengths.max()), some.shape[1], dtype=kind)
-        for row, text in zip(padded, texts, strict=True):
-            if text:
-                row[: len(states[text])] = states[text]
-        return Prompts(plain.labels, padded, lengths)
+        rows = [states.get(text, some[:0]).to(kind) for text in texts]
+        return Prompts(plain.labels, pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]))
 
     def check(self, settings: SamplingConfig) -> None:
         """Raise RunError or InputError for settings that this tokenizer and prior cannot follow."""
