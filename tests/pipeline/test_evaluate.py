@@ -22,10 +22,14 @@ from data.images.config import ImagesConfig
 from data.images.module import validation_indices
 from data.images.reading import pixels_of
 from data.images.sources import open_source
-from pipeline.config import Config
+from pipeline.config import Config, load_config
+from pipeline.edit import edit_pixels
 from pipeline.evaluate import evaluate
+from pipeline.evaluation_images import read_images
+from pipeline.models import Models, load_models
 from pipeline.report_curves import panels_of, read_scalars, smoothed
 from pipeline.run import RunError
+from pipeline.upsample import upsample_pixels
 from stages import factory
 from stages.conditions.encoders import WordEncoder
 from stages.conditions.labels import ClassConditionConfig
@@ -33,6 +37,7 @@ from stages.conditions.text import TextConditionConfig
 from stages.factory import build_prior, build_tokenizer
 from stages.measures.config import EvalConfig
 from stages.measures.reconstruction import reconstruct
+from stages.prior.sampling import SamplingConfig
 from stages.prior.transformer import TransformerPriorConfig
 from stages.tokenizer.quantizers import FSQConfig
 from stages.tokenizer.sit import SIT, SITConfig, ViTVQGANConfig
@@ -120,6 +125,7 @@ class References(HTMLParser):
 def evaluated(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     run = tmp_path_factory.mktemp("run")
     config = toy_run(run, images, with_prior=True, attention="sit-sc")
+    config.sampling.guidance = 30.0  # an untrained prior hardly listens
     config.eval = EvalConfig(
         **{
             **vars(config.eval),
@@ -171,6 +177,14 @@ def held_out_of(evaluated: Path) -> tuple[SIT, Tensor]:
     return tokenizer, pixels_of(source, validation_indices(len(source), 16, images.split_seed), images)
 
 
+def models_of(evaluated: Path, tmp_path: Path) -> tuple[Models, list[int], SamplingConfig]:
+    """The models of an evaluation, the classes of its held-out images, and how it sampled."""
+    (tmp_path / "run.yaml").write_text(json.dumps(read(evaluated)["settings"]["config"]))
+    config = load_config(tmp_path / "run.yaml", [])
+    val = read_images(open_source(config.images, "val"), config.images, 16)
+    return load_models(config), val.labels.tolist(), config.sampling
+
+
 def mean_psnr(made: Tensor, wanted: Tensor) -> float:
     error = (made.double() - wanted.double()).square().mean((1, 2, 3))
     return float((10 * (255**2 / error).log10()).mean())
@@ -203,7 +217,7 @@ def test_the_ladder_has_every_rung_beside_the_baseline(evaluated: Path) -> None:
     assert "Ladder of resolutions" in page and "8x8, baseline" in page and "Time over tokens" in page
 
 
-def test_upsampling_stands_beside_bicubic_and_the_bound(evaluated: Path) -> None:
+def test_upsampling_stands_beside_bicubic_and_the_bound(evaluated: Path, tmp_path: Path) -> None:
     found = read(evaluated)["upsampling"]
     assert (found["from"], found["to"], found["num_images"]) == (8, 16, 6)
     tokenizer, pixels = held_out_of(evaluated)
@@ -217,10 +231,18 @@ def test_upsampling_stands_beside_bicubic_and_the_bound(evaluated: Path) -> None
         assert found["rows"][name]["consistency_psnr"] == pytest.approx(mean_psnr(again, small))
     for row in found["rows"].values():
         assert {"ssim", "perceptual_lite0", "fd_lite0"} <= set(row)
+    # what the command would give for each small image, its own class and its own seed
+    models, labels, sampling = models_of(evaluated, tmp_path)
+    prompts = models.prompts(labels[:6], [""] * 6)
+    finished = upsample_pixels(models, small.to(torch.uint8), prompts, sampling, range(6))
+    decoded = upsample_pixels(models, small.to(torch.uint8), prompts, sampling, range(6), exact=0, detail=1)
+    for name, result in (("upsampled", finished), ("upsampled_as_decoded", decoded)):
+        assert found["rows"][name]["psnr_mean_of_images"] == pytest.approx(mean_psnr(result, original))
+    assert found["rows"]["bound"]["consistency_psnr"] > found["rows"]["bound_as_decoded"]["consistency_psnr"]
     assert found["prompts"] == "each image's own" and found["seeds"] == [0, 5]
 
 
-def test_editing_compares_prompts_with_the_bare_reconstruction(evaluated: Path) -> None:
+def test_editing_compares_prompts_with_the_bare_reconstruction(evaluated: Path, tmp_path: Path) -> None:
     found = read(evaluated)["editing"]
     assert found["num_images"] == 5
     (entry,) = found["frozen"]
@@ -231,6 +253,12 @@ def test_editing_compares_prompts_with_the_bare_reconstruction(evaluated: Path) 
     made = reconstruct(tokenizer, pixels, 4, torch.device("cpu")).pixels[:5]
     small, again = (functional.avg_pool2d(each.float(), 2).round() for each in (pixels[:5], made))
     assert entry["before"]["consistency_psnr"] == pytest.approx(mean_psnr(again, small))
+    models, labels, sampling = models_of(evaluated, tmp_path)
+    # two classes: the new one is the other one
+    for name, asked in (("own_prompt", labels[:5]), ("new_prompt", [1 - label for label in labels[:5]])):
+        edited = edit_pixels(models, pixels[:5], 1, models.prompts(asked, [""] * 5), sampling, range(5))
+        again = functional.avg_pool2d(edited.float(), 2).round()
+        assert entry[name]["consistency_psnr"] == pytest.approx(mean_psnr(again, small))
     assert "decoded only" in (evaluated / "report.html").read_text(encoding="utf-8")
 
 
