@@ -50,7 +50,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,codecs]'
 	@touch $@
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'

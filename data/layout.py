@@ -10,11 +10,13 @@ What is notable here:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Ends = Literal["fixed", "token", "grammar"]
 
@@ -59,6 +61,8 @@ class TokenLayout:
     max_length: int | None = None
     """Cap for layouts of variable length; None where the length is fixed."""
     ends: Ends = "fixed"
+    grammar: dict[str, Any] | None = None
+    """What may follow what, where the layout ends by a grammar: its kind and what it is built from. Plain data."""
     encodes_prefixes: bool = False
     """A smaller image gives exactly the first scales of the large one."""
     decodes_prefixes: bool = False
@@ -71,6 +75,10 @@ class TokenLayout:
             raise ValueError("a layout needs at least one scale")
         if len({len(scale.fields) for scale in self.scales}) != 1:
             raise ValueError("all scales of a layout have the same number of fields")
+        if (self.ends == "grammar") != (self.grammar is not None):
+            raise ValueError(f"a layout that ends by {self.ends!r} with the grammar {self.grammar}")
+        if self.ends != "fixed" and self.max_length is None:
+            raise ValueError("a layout of variable length needs max_length")
         vocabularies: dict[int, tuple[Field, ...]] = {}
         for scale in self.scales:
             if vocabularies.setdefault(scale.codebook, scale.fields) != scale.fields:
@@ -109,7 +117,10 @@ class TokenLayout:
         raise KeyError(codebook)
 
     def prefix_length(self, num_scales: int) -> int:
-        """Number of elements in the first ``num_scales`` scales. Raises ValueError outside 0 … S."""
+        """Number of elements in the first ``num_scales`` scales; of variable length, the most that they can have.
+
+        Raises ValueError outside 0 … S.
+        """
         if not 0 <= num_scales <= len(self.scales):
             raise ValueError(f"num_scales={num_scales}; the layout has {len(self.scales)} scales")
         return sum(scale.length for scale in self.scales[:num_scales])
@@ -120,6 +131,10 @@ class TokenLayout:
             if self.prefix_length(num_scales) == length:
                 return num_scales
         raise ValueError(f"{length} elements end inside a scale; whole scales end at {self.ends_of_scales}")
+
+    def scale_at(self, position: int) -> int:
+        """The scale of an element in a layout of fixed length."""
+        return next(number for number, end in enumerate(self.ends_of_scales) if position < end)
 
     @property
     def ends_of_scales(self) -> tuple[int, ...]:
@@ -173,6 +188,8 @@ class Tokens:
     """int64 [B]: how many of the L elements count."""
     header: Tensor
     """int64 [B, S] side information; S may be 0."""
+    notes: Tensor | None = None
+    """int32 [B, L, P]: what a grammar knows before each element (``Grammar.annotate``); None where nobody asked."""
 
     @classmethod
     def fixed(cls, ids: Tensor) -> Tokens:
@@ -181,13 +198,45 @@ class Tokens:
         lengths = torch.full((batch,), length, dtype=torch.int64, device=ids.device)
         return cls(ids, lengths, ids.new_zeros(batch, 0))
 
+    @classmethod
+    def from_batch(cls, batch: dict[str, Tensor]) -> Tokens:
+        """The tokens of a batch of cached ones: ids, and length, header and notes where the layout has them."""
+        tokens = cls.fixed(batch["ids"])
+        return cls(
+            tokens.ids, batch.get("length", tokens.lengths), batch.get("header", tokens.header), batch.get("notes")
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Batches one after the other, padded with 0 to the longest; without notes."""
+        longest = max(part.ids.shape[1] for part in parts)
+        ids = [functional.pad(part.ids, (0, 0, 0, longest - part.ids.shape[1])) for part in parts]
+        lengths, header = ([getattr(part, name) for part in parts] for name in ("lengths", "header"))
+        return cls(torch.cat(ids), torch.cat(lengths), torch.cat(header))
+
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    def __getitem__(self, rows: slice | Tensor) -> Tokens:
+        """Some of the samples, in the order of ``rows``."""
+        notes = None if self.notes is None else self.notes[rows]
+        return Tokens(self.ids[rows], self.lengths[rows], self.header[rows], notes)
+
+    @property
+    def counted(self) -> Tensor:
+        """bool [B, L]: which elements count."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    def split(self, size: int) -> Iterator[Tokens]:
+        """The same in batches of ``size`` samples."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens on another device."""
-        return Tokens(self.ids.to(device), self.lengths.to(device), self.header.to(device))
+        notes = None if self.notes is None else self.notes.to(device)
+        return Tokens(self.ids.to(device), self.lengths.to(device), self.header.to(device), notes)
 
     def prefix(self, length: int) -> Tokens:
         """The first ``length`` elements of every sample."""
-        return Tokens(self.ids[:, :length], self.lengths.clamp(max=length), self.header)
+        notes = None if self.notes is None else self.notes[:, :length]
+        return Tokens(self.ids[:, :length], self.lengths.clamp(max=length), self.header, notes)

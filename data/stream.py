@@ -69,6 +69,32 @@ class IndexStream(Sampler[list[tuple[int, int]]]):
             position += self.world_size * self.batch_size
 
 
+class BucketedStream(IndexStream):
+    """The same pairs, but ``window`` global batches are drawn together and dealt out anew, each of about one length.
+
+    ``lengths`` [length] are the samples'. All ranks get batches of one length in the same step, and batch k is still a
+    function of its number alone. Raises ValueError for a window below 1.
+    """
+
+    def __init__(self, lengths: np.ndarray, window: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(len(lengths), *args, **kwargs)
+        if window < 1:
+            raise ValueError(f"a window of {window} batches; allowed: 1 or more")
+        self.lengths, self.window = lengths, window
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first, skip = divmod(self.start_batch, self.window)
+        joined = self.batch_size * self.world_size
+        plain = iter(IndexStream(self.length, joined * self.window, seed=self.seed, start_batch=first))
+        for number, pairs in enumerate(plain, first):
+            lengths = self.lengths[[index for _, index in pairs]]
+            order = np.argsort(lengths, kind="stable").reshape(self.window, joined)
+            shuffled = order[np.random.default_rng([self.seed, 1, number]).permutation(self.window)]
+            for row in shuffled[skip:]:
+                yield [pairs[place] for place in row[self.rank :: self.world_size]]
+            skip = 0
+
+
 def as_it_is(batch: Any) -> Any:
     """Collate function for data sets that give whole batches: there is nothing left to collate."""
     return batch

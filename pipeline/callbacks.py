@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torchvision.utils import make_grid
 
+from data.layout import Tokens
 from stages.contract import Prompts, Tokenizer
 from stages.prior.sampling import SamplingConfig, sample
 
@@ -60,15 +61,18 @@ class Throughput(L.Callback):
 class SamplePictures(L.Callback):
     """Puts a picture of new samples into TensorBoard after each validation: the same prompts, the same seeds."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: SamplingConfig, prompts: Prompts) -> None:
-        self.tokenizer, self.settings, self.prompts = tokenizer, settings, prompts
+    def __init__(
+        self, tokenizer: Tokenizer, settings: SamplingConfig, prompts: Prompts, prefix: Tokens | None = None
+    ) -> None:
+        self.tokenizer, self.settings, self.prompts, self.prefix = tokenizer, settings, prompts, prefix
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         writer = getattr(trainer.logger, "experiment", None)
         if writer is None or not trainer.is_global_zero or trainer.sanity_checking:
             return
         prompts = self.prompts.to(pl_module.device)
-        tokens = sample(pl_module.average.module, prompts, self.settings, range(len(prompts)))
+        prefix = None if self.prefix is None else self.prefix.to(pl_module.device)
+        tokens = sample(pl_module.average.module, prompts, self.settings, range(len(prompts)), prefix)
         with torch.no_grad():
             images = self.tokenizer.to(pl_module.device).decode(tokens).float().cpu()
         writer.add_image("validation/samples", make_grid((images + 1) / 2, nrow=8), pl_module.step)

@@ -112,6 +112,7 @@ POSITIVE = (
     "prior_training.max_steps",
     "prior_training.batch_size_per_device",
     "prior_training.accumulate_batches",
+    "prior_training.bucket_batches",
     "tokenizer_training.log_every",
     "tokenizer_training.checkpoint_every",
     "tokenizer_training.validate_every",
@@ -133,7 +134,7 @@ POSITIVE = (
 # Sizes of networks, checked where the chosen kinds have them.
 NETWORK_SIZES = (
     *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
-    *(f"prior.{key}" for key in ("depth", "width", "heads")),
+    *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length")),
 )
 
 

@@ -12,7 +12,7 @@ from data.images.config import ImagesConfig
 from data.images.reading import pixels_of
 from data.images.source import ImageSource
 from data.images.views import to_uint8
-from data.layout import Tokens
+from data.layout import TokenLayout, Tokens
 from stages.contract import Tokenizer
 from stages.measures.neighbours import nearest
 from stages.measures.pictures import error_picture, sheet
@@ -20,6 +20,13 @@ from stages.measures.pictures import error_picture, sheet
 NUM_SHOWN = 10
 """Images in a row of a sheet."""
 MAX_CLASSES_SHOWN = 20
+
+
+def prefix_name(layout: TokenLayout, num_scales: int) -> str:
+    """What the first scales decode to, in a few letters: their size, or the last one's name where all sizes are one."""
+    last = layout.scales[num_scales - 1]
+    same = len({scale.image_size for scale in layout.scales}) == 1
+    return last.name if same else f"{num_scales} ({last.image_size[1]} px)"
 
 
 def show_reconstructions(folder: Path, pixels: Tensor, decoded: Tensor) -> None:
@@ -35,10 +42,9 @@ def show_prefixes(folder: Path, tokenizer: Tokenizer, pixels: Tensor, tokens: To
     layout = tokenizer.layout
     if not layout.decodes_prefixes:
         return
-    first = Tokens(tokens.ids[:6], tokens.lengths[:6], tokens.header[:6]).to(device)
-    columns = [to_uint8(tokenizer.decode(first.prefix(layout.prefix_length(k)))).cpu() for k in layout.prefixes]
-    sizes = [layout.scales[k - 1].image_size[1] for k in layout.prefixes]
-    labels = [f"{k} ({size} px)" for k, size in zip(layout.prefixes, sizes, strict=True)]
+    first = tokens[:6].to(device)
+    columns = [to_uint8(tokenizer.decode(tokenizer.first_scales(first, k))).cpu() for k in layout.prefixes]
+    labels = [prefix_name(layout, k) for k in layout.prefixes]
     rows = [[*images, original] for *images, original in zip(*columns, pixels[:6], strict=True)]
     sheet(rows, column_labels=[*labels, "original"]).save(folder / "prefixes.png")
 

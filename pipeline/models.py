@@ -79,20 +79,25 @@ class Models:
         known: Tokens | None = None,
         keep: Tensor | None = None,
     ) -> Tokens:
-        """Tokens of one sample a prompt, on the CPU, drawn in batches; arguments as in ``stages.prior.sampling``."""
+        """Tokens of one sample a prompt, on the CPU, drawn in batches; arguments as in ``stages.prior.sampling``.
+
+        Without a prefix, samples begin as the tokenizer says, where it says anything.
+        """
         count, parts = len(prompts), []
+        if prefix is None:
+            prefix = self.tokenizer.start_prefix(prompts.labels, seeds)
         size = min(self.batch_size, count)
         for start in tqdm(range(0, count, size), "Sampling", disable=not self.progress):
             # a compiled step wants one shape: the last batch is filled up with its last row and cut
             rows = torch.arange(start, start + size).clamp(max=count - 1)
-            forced, there = _rows(prefix, rows, self.device), _rows(known, rows, self.device)
+            forced, there = (None if each is None else each[rows].to(self.device) for each in (prefix, known))
             kept = None if keep is None else keep[rows].to(self.device)
             asked, chosen = prompts[rows].to(self.device), [seeds[row] for row in rows]
             # bfloat16 where it is fast; a CPU samples in float32
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 tokens = sample(self.prior, asked, settings, chosen, forced, there, kept)
-            parts.append(tokens.ids[: count - start].cpu())
-        return Tokens.fixed(torch.cat(parts))
+            parts.append(tokens[: count - start].to("cpu"))
+        return Tokens.cat(parts)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tokens:
@@ -102,20 +107,14 @@ class Models:
         scales at once.
         """
         check_channels(self.tokenizer, pixels.shape[1])
-        parts = [
-            self.tokenizer.encode(to_float(part).to(self.device)).ids.cpu() for part in pixels.split(self.batch_size)
-        ]
-        return Tokens.fixed(torch.cat(parts))
+        parts = pixels.split(self.batch_size)
+        return Tokens.cat([self.tokenizer.encode(to_float(part).to(self.device)).to("cpu") for part in parts])
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> Tensor:
         """Images uint8 [N, C, h, w] of tokens, as far as they reach, on the CPU."""
-        parts = [Tokens.fixed(ids).to(self.device) for ids in tokens.ids.split(self.batch_size)]
-        return torch.cat([to_uint8(self.tokenizer.decode(part)).cpu() for part in parts])
-
-
-def _rows(tokens: Tokens | None, rows: Tensor, device: torch.device) -> Tokens | None:
-    return None if tokens is None else Tokens.fixed(tokens.ids[rows]).to(device)
+        parts = tokens.split(self.batch_size)
+        return torch.cat([to_uint8(self.tokenizer.decode(part.to(self.device))).cpu() for part in parts])
 
 
 def check_channels(tokenizer: Tokenizer, channels: int) -> None:

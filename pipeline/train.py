@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from data.images.module import ImageDataModule
-from data.images.reading import pixels_of
+from data.images.reading import read_eval
 from data.images.sources import open_source
 from data.images.views import to_float
 from data.tokens.files import file_sha256
@@ -92,6 +92,7 @@ def train_prior(config: Config) -> Path:
             config.seed,
             training.validation_samples,
             with_text=condition_kind(config.condition.kind)[1].uses_text,
+            bucket_batches=training.bucket_batches,
         )
         manifest = tokens.manifest
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
@@ -102,10 +103,15 @@ def train_prior(config: Config) -> Path:
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names), manifest.text)
         if isinstance(prior.condition, TextCondition):
             prior.condition.set_empty(TokenReader(config.tokens.path, "train").empty_caption())
+        if prior.grammar is not None:
+            tokens.cut_and_note(prior.max_length, prior.grammar.annotate)
+            print(tokens.lengths_report())
         pictures: list[Callback] = []
         if Path(config.tokenizer.path).exists():
             tokenizer, _ = load_tokenizer(config.tokenizer.path)
-            pictures.append(SamplePictures(tokenizer, settings, held_out_prompts(config, prior)))
+            prompts = held_out_prompts(config, prior)
+            prefix = tokenizer.start_prefix(prompts.labels, range(len(prompts)))
+            pictures.append(SamplePictures(tokenizer, settings, prompts, prefix))
         module = PriorModule(prior, training, config.seed)
         module.names = lambda indices: TokenReader(config.tokens.path, "train").keys(np.array(indices))
         trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)
@@ -131,13 +137,16 @@ def held_out_prompts(config: Config, prior: Prior, count: int = 16) -> Prompts:
     return Prompts.from_batch(batch)
 
 
-def first_images(config: Config, count: int) -> Iterator[Tensor]:
-    """The first training images in evaluation view as batches [B, C, H, W] in [-1, 1]: what ``fit`` measures."""
+def first_images(config: Config, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training images in evaluation view as batches [B, C, H, W] in [-1, 1] with labels [B]: what ``fit`` measures."""
     images = dataclasses.replace(config.images, skip_corrupt=True)  # statistics survive a broken file; so does training
     source = open_source(images, "train")
     indices = range(0, len(source), max(1, len(source) // count))[:count]  # spread: folders are sorted by class
     for start in range(0, len(indices), 64):
-        yield to_float(pixels_of(source, indices[start : start + 64], images))
+        views = [read_eval(source, index, images) for index in indices[start : start + 64]]
+        views = [view for view in views if view.readable]
+        if views:
+            yield to_float(torch.stack([view.pixels for view in views])), torch.tensor([view.label for view in views])
 
 
 def fit(

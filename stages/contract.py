@@ -1,5 +1,7 @@
 """The contract between the stages: a Tokenizer makes tokens, a Condition says what of, a Prior models them.
 
+Where what may come next depends on what was there, a Grammar knows it, for tokenizer and prior alike.
+
 A new tokenizer is one file with a subclass of ``Tokenizer``, one line in ``stages/factory.py``, one YAML and one test.
 The sampling engine sees ``begin / logits / advance`` of a Prior and nothing else.
 """
@@ -17,6 +19,9 @@ from torch.nn import functional
 
 from data.errors import OctavesError
 from data.layout import TokenLayout, Tokens
+
+FORBIDDEN = -1e9
+"""Logit of an id that cannot come: finite, so that guidance can subtract it."""
 
 
 class PrefixUnsupported(OctavesError, ValueError):
@@ -46,8 +51,18 @@ class Tokenizer(nn.Module, ABC):
         """True where stage 1 has weights to train; a codec is only fitted."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Measure and store statistics of pixels [B, C, H, W] before training. Default: nothing to measure."""
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Measure and store statistics of (pixels [B, C, H, W], labels int64 [B]; -1 for none) before training.
+
+        Default: nothing to measure.
+        """
+
+    def statistics(self) -> dict[str, Any]:
+        """What ``fit`` measured beside the weights, as plain data for JSON; it is stored with them."""
+        return {}
+
+    def restore(self, statistics: dict[str, Any]) -> None:
+        """The inverse of ``statistics``. Raises KeyError or ValueError on foreign data."""
 
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """One training pass of a learned tokenizer."""
@@ -72,6 +87,80 @@ class Tokenizer(nn.Module, ABC):
         if num_scales != len(self.layout.scales):
             raise PrefixUnsupported(f"{type(self).__name__} has no reference for {num_scales} scales")
         return pixels
+
+    def first_scales(self, tokens: Tokens, num_scales: int) -> Tokens:
+        """The first scales of tokens that have more."""
+        return tokens.prefix(self.layout.prefix_length(num_scales))
+
+    def start_prefix(self, labels: Tensor, seeds: Sequence[int]) -> Tokens | None:
+        """Header and first elements with which new samples of class ids [B] (-1: none) begin, each drawn by its seed.
+
+        None where a prior begins by itself.
+        """
+        return None
+
+    def header_bits(self, tokens: Tokens, labels: Tensor) -> Tensor:
+        """What the side information costs: float32 [B] bits, given class ids [B] (-1: none)."""
+        return torch.zeros(len(tokens))
+
+
+class Grammar(nn.Module, ABC):
+    """What may come next in a stream, and what is known before it does. Built from ``TokenLayout.grammar`` alone.
+
+    Its notes are whole numbers, int32 [..., num_notes], one row before each element; what they mean is its own affair.
+    """
+
+    num_notes: int
+    place_width: int
+    """Features of an element's place."""
+    known_width: int
+    """Features of what else is known before an element."""
+
+    @abstractmethod
+    def start(self, header: Tensor) -> GrammarState:
+        """The beginning of streams with side information int64 [B, S]. Raises ValueError for one that cannot be."""
+
+    @abstractmethod
+    def advance(self, state: GrammarState, element: Tensor) -> None:
+        """Follow an element int64 [B, F] in each stream that has not ended. Raises ValueError for an illegal one."""
+
+    @abstractmethod
+    def annotate(self, tokens: Tokens) -> Tensor:
+        """Notes int32 [B, L, num_notes] of whole streams or beginnings of them, 0 behind their lengths; on the CPU.
+
+        Raises ValueError that names the place of the first illegal element.
+        """
+
+    @abstractmethod
+    def allowed(self, notes: Tensor, strict: bool = True) -> Tensor:
+        """bool [..., V]: which ids may come next. Where nothing may, nothing is forbidden: the stream has ended.
+
+        Without ``strict``, what only the rules of the code forbid, not what the elements before make impossible.
+        """
+
+    @abstractmethod
+    def scale_of(self, notes: Tensor) -> Tensor:
+        """int64 [...]: the layout's scale to which the next element belongs."""
+
+    @abstractmethod
+    def place(self, notes: Tensor) -> Tensor:
+        """float32 [..., place_width]: where the next element belongs."""
+
+    @abstractmethod
+    def known(self, notes: Tensor) -> Tensor:
+        """float32 [..., known_width]: what else is known before it."""
+
+
+@dataclass
+class GrammarState:
+    """Streams while they grow."""
+
+    notes: Tensor
+    """int32 [B, num_notes], on the CPU"""
+    going: Tensor
+    """bool [B]: which streams have not ended, on the CPU."""
+    inner: Any
+    """The grammar's own."""
 
 
 @dataclass
@@ -172,6 +261,19 @@ class Condition(nn.Module, ABC):
         return prompts.without(gone, gone)
 
 
+@dataclass
+class PriorOutput:
+    """What a prior says of given tokens."""
+
+    nll: Tensor
+    """Negative log-likelihood in nats of every field: float32 [B, L, F]; 0 behind a sample's length. Where a grammar
+    forbids ids, the others share the probability."""
+    illegal: Tensor | None = None
+    """float32 [B, L]: probability that the network itself gives to forbidden ids; None without a grammar."""
+    legal_nll: Tensor | None = None
+    """float32 [B, L]: negative log of the rest, which training adds to the loss: the network learns the grammar."""
+
+
 class Prior(nn.Module, ABC):
     """A model of token sequences. It knows their layout, never which tokenizer made them."""
 
@@ -181,21 +283,44 @@ class Prior(nn.Module, ABC):
     text: dict[str, Any] | None
     """Spec of the text encoder whose states it was trained on; None without text."""
 
+    grammar: Grammar | None
+    """What may come next, where the layout has a grammar."""
+
+    @property
+    def max_length(self) -> int:
+        """Elements that it models: a longer stream is cut there."""
+        return self.layout.length
+
     @abstractmethod
+    def forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
+        """What it says of tokens, which may be a prefix of scales or of a stream."""
+
     def nll(self, tokens: Tokens, prompts: Prompts) -> Tensor:
-        """Negative log-likelihood in nats of every field: float32 [B, L, F]. ``tokens`` may be a prefix of scales."""
+        """Negative log-likelihood in nats of every field: float32 [B, L, F]."""
+        output: PriorOutput = self(tokens, prompts)
+        return output.nll
 
     @abstractmethod
     def begin(self, prompts: Prompts, prefix: Tokens | None, length: int) -> Any:
-        """State of a sequence of at most ``length`` elements that starts with ``prefix``."""
+        """State of a sequence of at most ``length`` elements that starts with ``prefix``, whose rows are equally long.
+
+        Where the layout has a header, the prefix brings it.
+        """
 
     @abstractmethod
     def logits(self, state: Any, partial: Tensor) -> Tensor:
-        """float32 [B, V] of the next field, given the fields int64 [B, f] of the same element chosen so far."""
+        """float32 [B, V] of the next field, given the fields int64 [B, f] of the same element chosen so far.
+
+        An id that a grammar forbids has ``FORBIDDEN``.
+        """
 
     @abstractmethod
     def advance(self, state: Any, element: Tensor) -> None:
         """Append an element int64 [B, F]."""
+
+    def ended(self, state: Any, num_scales: int) -> Tensor | None:
+        """bool [B], on the CPU: which sequences have all of their first ``num_scales`` scales; None for a fixed length."""
+        return None
 
     def compile_step(self) -> None:
         """Compile what ``advance`` runs, where that pays. Default: nothing to compile."""

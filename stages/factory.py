@@ -9,7 +9,7 @@ from data.errors import InputError
 
 if TYPE_CHECKING:
     from data.layout import TokenLayout
-    from stages.contract import Condition, Prior, Tokenizer
+    from stages.contract import Condition, Grammar, Prior, Tokenizer
     from stages.tokenizer.quantizers import Quantizer
 
 Registry = dict[str, tuple[str, str, str]]
@@ -17,6 +17,10 @@ Registry = dict[str, tuple[str, str, str]]
 TOKENIZERS: Registry = {
     "sit": ("stages.tokenizer.sit", "SITConfig", "SIT"),
     "vit-vqgan": ("stages.tokenizer.sit", "ViTVQGANConfig", "SIT"),
+    "bitplane": ("stages.codecs.bitplane", "BitplaneConfig", "BitplaneCodec"),
+}
+GRAMMARS: dict[str, tuple[str, str]] = {
+    "bitplane": ("stages.codecs.grammar", "BitplaneGrammar"),
 }
 QUANTIZERS: Registry = {
     "fsq": ("stages.tokenizer.quantizers", "FSQConfig", "FSQ"),
@@ -64,6 +68,20 @@ def prior_kind(kind: str) -> tuple[type[Any], type[Prior]]:
 def build_tokenizer(config: Any, image_size: tuple[int, int], channels: int) -> Tokenizer:
     """A tokenizer of ``config.kind`` with fresh weights, for pixels [B, channels, *image_size]."""
     return tokenizer_kind(config.kind)[1](config, image_size=image_size, channels=channels)
+
+
+def build_grammar(layout: TokenLayout) -> Grammar | None:
+    """The grammar of a layout; None where it has none. Raises ValueError that lists the kinds."""
+    if layout.grammar is None:
+        return None
+    kind = layout.grammar["kind"]
+    if kind not in GRAMMARS:
+        raise InputError(f"a grammar of kind {kind!r}; this version knows {', '.join(sorted(GRAMMARS))}")
+    module, cls = GRAMMARS[kind]
+    grammar: Grammar = getattr(import_module(module), cls)(
+        **{key: value for key, value in layout.grammar.items() if key != "kind"}
+    )
+    return grammar
 
 
 def build_quantizer(config: Any, width_in: int, width_out: int) -> Quantizer:

@@ -74,6 +74,7 @@ def save_tokenizer(path: Path, tokenizer: Tokenizer, config: Any, extra: dict[st
         "channels": tokenizer.channels,
         "layout": tokenizer.layout.to_dict(),
         "pixel_range": [-1, 1],
+        "statistics": tokenizer.statistics(),
         **(extra or {}),
     }
     save_weights(path, tokenizer, metadata)
@@ -89,6 +90,7 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
         config = from_plain(tokenizer_kind(metadata["kind"])[0], metadata["config"])
         height, width = metadata["image_size"]
         tokenizer = build_tokenizer(config, (height, width), metadata["channels"])
+        tokenizer.restore(metadata.get("statistics", {}))
         layout = TokenLayout.from_dict(metadata["layout"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: metadata do not describe a tokenizer ({error})") from error

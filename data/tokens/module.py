@@ -7,6 +7,7 @@ process cannot know its rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.stream import IndexStream, as_it_is
+from data.layout import Tokens
+from data.stream import BucketedStream, IndexStream, as_it_is
 from data.tokens.manifest import Manifest
 from data.tokens.order import random_bits
 from data.tokens.reader import TokenReader
@@ -32,8 +34,10 @@ def to_tensors(batch: dict[str, np.ndarray]) -> Batch:
 class TrainingTokens(Dataset[Batch]):
     """Whole batches of the train split, asked for by lists of (epoch, position)."""
 
-    def __init__(self, reader: TokenReader, seed: int, with_text: bool = False) -> None:
-        self.reader, self.seed, self.with_text = reader, seed, with_text
+    def __init__(
+        self, reader: TokenReader, seed: int, with_text: bool = False, finish: Callable[[Batch], Batch] = lambda batch: batch
+    ) -> None:
+        self.reader, self.seed, self.with_text, self.finish = reader, seed, with_text, finish
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -42,7 +46,7 @@ class TrainingTokens(Dataset[Batch]):
         """ids [B, L, F] in the type on disk, label and index int64 [B]; the view is drawn by (seed, epoch, index)."""
         epochs, positions = np.asarray(items, dtype=np.int64).T
         views = random_bits(self.seed, epochs, positions) % np.uint64(len(self.reader.manifest.views))
-        return to_tensors(self.reader.read(positions, views.astype(np.int64), self.with_text))
+        return self.finish(to_tensors(self.reader.read(positions, views.astype(np.int64), self.with_text)))
 
 
 class ValidationTokens(Dataset[Batch]):
@@ -59,8 +63,9 @@ class ValidationTokens(Dataset[Batch]):
         rank: int,
         world_size: int,
         with_text: bool = False,
+        finish: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
-        self.reader, self.with_text = reader, with_text
+        self.reader, self.with_text, self.finish = reader, with_text, finish
         self.samples = min(samples, len(reader))
         count = -(-self.samples // (batch_size * world_size))
         places = np.arange(count * world_size * batch_size).reshape(count, world_size, batch_size)
@@ -75,7 +80,7 @@ class ValidationTokens(Dataset[Batch]):
         real = places < self.samples
         batch = to_tensors(self.reader.read(np.where(real, places, 0), with_text=self.with_text))
         batch["weight"] = torch.from_numpy(real.astype(np.float32))
-        return batch
+        return self.finish(batch)
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -83,6 +88,9 @@ class TokenDataModule(L.LightningDataModule):
 
     With ``with_text``, where the cache has encoded captions, also text (states float32 [B, T, W] or word ids int64
     [B, T, 1], padded with 0) and text_length int64 [B], 0 for no caption.
+
+    Layouts of variable length add length int64 [B], with side information header int64 [B, S]; after ``cut_and_note``
+    also notes int32 [B, L, P]. Their training batches hold samples of about one length.
 
     Validation batches also have weight float32 [B]. A trained module that counts its batches as ``batches_seen``
     resumes in the middle of an epoch. Raises CacheError when the cache is missing or damaged.
@@ -96,6 +104,7 @@ class TokenDataModule(L.LightningDataModule):
         seed: int,
         validation_samples: int,
         with_text: bool = False,
+        bucket_batches: int = 1,
     ) -> None:
         super().__init__()
         self.tokens_path = Path(tokens_path)
@@ -103,23 +112,49 @@ class TokenDataModule(L.LightningDataModule):
         self.validation_samples = validation_samples
         self.manifest = Manifest.load(tokens_path)
         self.with_text = with_text and self.manifest.text is not None
+        self.bucket_batches = bucket_batches
+        self._max_length: int | None = None
+        self._annotate: Callable[[Tokens], Tensor] | None = None
+
+    def cut_and_note(self, max_length: int, annotate: Callable[[Tokens], Tensor]) -> None:
+        """Cut streams to ``max_length`` elements, and add the notes of a grammar to each batch, in the loader."""
+        self._max_length, self._annotate = max_length, annotate
+
+    def lengths_report(self) -> str:
+        """How long the streams are, and how many of them are cut."""
+        lengths = TokenReader(self.tokens_path, "train").lengths
+        cut = int((lengths > (self._max_length or lengths.max(initial=0))).sum())
+        return (
+            f"{self.tokens_path}: streams of {lengths.mean():.1f} elements on average, {lengths.max(initial=0)} at most; "
+            f"{cut} of {len(lengths)} ({cut / max(1, len(lengths)):.2%}) are longer than prior.max_length="
+            f"{self._max_length} and cut"
+        )
+
+    def finish(self, batch: Batch) -> Batch:
+        """A batch as it leaves the loader."""
+        if self._max_length is None or self._annotate is None:
+            return batch
+        tokens = Tokens.from_batch(batch).prefix(self._max_length)
+        return {**batch, "ids": tokens.ids, "length": tokens.lengths, "notes": self._annotate(tokens)}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """An endless loader: the trainer counts steps."""
         reader = TokenReader(self.tokens_path, "train")
         module = getattr(self.trainer, "lightning_module", None)
         rank, world_size = self._place()
-        stream = IndexStream(
-            len(reader), self.batch_size, rank, world_size, self.seed, start_batch=getattr(module, "batches_seen", 0)
+        place = (self.batch_size, rank, world_size, self.seed, getattr(module, "batches_seen", 0))
+        bucketed = reader.layout.ends != "fixed" and self.bucket_batches > 1
+        stream = (
+            BucketedStream(reader.lengths, self.bucket_batches, *place) if bucketed else IndexStream(len(reader), *place)
         )
-        return self._loader(TrainingTokens(reader, self.seed, self.with_text), batch_sampler=stream)
+        return self._loader(TrainingTokens(reader, self.seed, self.with_text, self.finish), batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The first ``validation_samples`` of the val split, as many batches on every rank."""
         reader = TokenReader(self.tokens_path, "val")
         rank, world_size = self._place()
         tokens = ValidationTokens(
-            reader, self.batch_size, self.validation_samples, rank, world_size, with_text=self.with_text
+            reader, self.batch_size, self.validation_samples, rank, world_size, self.with_text, self.finish
         )
         return self._loader(tokens, batch_size=None)
 

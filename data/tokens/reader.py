@@ -12,6 +12,7 @@ import json
 import mmap
 import tarfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ class TokenReader:
         if with_text:
             batch.update(self._read_text(groups, len(positions)))
         return batch
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: elements of each sample in view 0, in layouts of variable length."""
+        num_views = len(self.manifest.views)
+        parts = [np.diff(block.offsets)[::num_views] for block in self._blocks if block.offsets is not None]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     def empty_caption(self) -> np.ndarray:
         """What the text encoder gives for the empty caption: [t, W] in the type on disk.

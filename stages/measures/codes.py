@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.layout import TokenLayout, Tokens
+from stages.scales import scale_ids
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def code_use(tokens: Tokens, layout: TokenLayout) -> list[CodeUse]:
 
     Scales in which no sample has an element are left out.
     """
-    counted = torch.arange(tokens.ids.shape[1], device=tokens.ids.device) < tokens.lengths[:, None]
+    scales = scale_ids(tokens, layout).masked_fill(~tokens.counted, -1)
     uses: list[CodeUse] = []
-    for scale, end in zip(layout.scales, layout.ends_of_scales, strict=True):
-        ids = tokens.ids[:, end - scale.length : end][counted[:, end - scale.length : end]]
+    for number, scale in enumerate(layout.scales):
+        ids = tokens.ids[scales == number]
         if not len(ids):
             continue
         for index, field in enumerate(scale.fields):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.layout import TokenLayout, Tokens
 from stages.measures.codes import CodeUse
+from stages.scales import scale_ids
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,10 @@ class ScaleRate:
 
 def prior_bits(nll: Tensor, tokens: Tokens, layout: TokenLayout) -> list[float]:
     """Mean bits per image of each scale from nll [B, L, F] in nats; elements beyond a sample's length are free."""
-    counted = torch.arange(nll.shape[1], device=nll.device) < tokens.lengths.to(nll.device)[:, None]
-    bits = (nll.double() * counted.unsqueeze(-1)).sum(dim=-1) / math.log(2)
-    return [
-        float(bits[:, end - scale.length : end].sum(dim=1).mean())
-        for scale, end in zip(layout.scales, layout.ends_of_scales, strict=True)
-    ]
+    tokens = tokens.prefix(nll.shape[1])
+    scales = scale_ids(tokens, layout).masked_fill(~tokens.counted, -1).to(nll.device)
+    bits = nll.double().sum(dim=-1) / math.log(2)
+    return [float((bits * (scales == number)).sum() / len(bits)) for number in range(len(layout.scales))]
 
 
 def rates(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +69,6 @@ class Reconstructed:
     decode_seconds: float
 
 
-def batches_of(tokens: Tokens, size: int) -> Iterator[Tokens]:
-    """Tokens in batches of ``size`` samples."""
-    parts = (tokens.ids.split(size), tokens.lengths.split(size), tokens.header.split(size))
-    return (Tokens(*part) for part in zip(*parts, strict=True))
-
-
 @torch.inference_mode()
 def reconstruct(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: torch.device) -> Reconstructed:
     """Encode and decode uint8 images [N, C, H, W]; the seconds are whole passes, transfers included."""
@@ -84,10 +77,7 @@ def reconstruct(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: t
     encoded_at = time.perf_counter()
     decoded = torch.cat([to_uint8(tokenizer.decode(tokens.to(device))).cpu() for tokens in encoded])
     decoded_at = time.perf_counter()
-    ids, lengths, header = (
-        torch.cat([getattr(part, name) for part in encoded]) for name in ("ids", "lengths", "header")
-    )
-    return Reconstructed(decoded, Tokens(ids, lengths, header), encoded_at - started, decoded_at - encoded_at)
+    return Reconstructed(decoded, Tokens.cat(encoded), encoded_at - started, decoded_at - encoded_at)
 
 
 def measure_reconstruction(pixels: Tensor, made: Reconstructed, judge: Judge | None) -> dict[str, Any]:
@@ -134,9 +124,9 @@ def measure_prefixes(
     found = []
     for k in layout.prefixes if layout.decodes_prefixes else ():
         values = []
-        for images, part in zip(pixels.split(batch_size), batches_of(tokens, batch_size), strict=True):
+        for images, part in zip(pixels.split(batch_size), tokens.split(batch_size), strict=True):
             wanted = to_uint8(tokenizer.reference(to_float(images.to(device)), k))
-            decoded = to_uint8(tokenizer.decode(part.prefix(layout.prefix_length(k)).to(device)))
+            decoded = to_uint8(tokenizer.decode(tokenizer.first_scales(part, k).to(device)))
             values.append(psnr(decoded, wanted).cpu())
         size = list(layout.scales[k - 1].image_size)
         found.append({"num_scales": k, "image_size": size, "psnr_mean_of_images": float(torch.cat(values).mean())})
@@ -148,9 +138,11 @@ def measure_nll(prior: Prior, tokens: Tokens, prompts: Prompts, batch_size: int,
     """Mean bits per image of each scale of held-out tokens with their prompts under the prior."""
     starts = range(0, len(prompts), batch_size)
     some = (prompts[start : start + batch_size].to(device) for start in starts)
-    pairs = zip(batches_of(tokens, batch_size), some, strict=True)
-    nll = torch.cat([prior.nll(part.to(device), asked).cpu() for part, asked in pairs])
-    return prior_bits(nll, tokens, prior.layout)
+    total = [0.0] * len(prior.layout.scales)
+    for part, asked in zip(tokens.split(batch_size), some, strict=True):
+        bits = prior_bits(prior.nll(part.to(device), asked).cpu(), part, prior.layout)
+        total = [sum(pair) for pair in zip(total, (one * len(part) for one in bits), strict=True)]
+    return [one / len(tokens) for one in total]
 
 
 def measure_rate(

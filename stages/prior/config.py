@@ -23,6 +23,8 @@ class PriorTrainingConfig:
     """Updates."""
     batch_size_per_device: int = 64
     """Token sequences in one forward pass of one process."""
+    bucket_batches: int = 32
+    """Streams: so many batches are drawn together and dealt out by length, so that less is padding; 1 for none."""
     accumulate_batches: int = 1
     """Forward passes per update."""
     precision: str = "bf16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning as L
@@ -12,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from data.layout import Tokens
 from stages.contract import Prior, Prompts
+from stages.scales import scale_ids
 from stages.prior.config import PriorTrainingConfig
 from stages.training import (
     NamesSamples,
@@ -28,7 +30,10 @@ NATS_PER_BIT = math.log(2)
 
 
 class PriorModule(L.LightningModule):
-    """Trains ``prior`` on batches {ids [B, L, F], label [B], index [B]}, and text and text_length for captions."""
+    """Trains ``prior`` on batches {ids [B, L, F], label [B], index [B]}.
+
+    Captions add text and text_length, streams add length [B], header [B, S] and notes [B, L, P].
+    """
 
     def __init__(self, prior: Prior, training: PriorTrainingConfig, seed: int) -> None:
         super().__init__()
@@ -57,21 +62,35 @@ class PriorModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         seed_batch(self.seed, self.global_rank, self.batches_seen)
         prompts = self.prior.condition.drop(Prompts.from_batch(batch))
-        nll = self.prior.nll(Tokens.fixed(batch["ids"]), prompts)
-        loss = nll.mean()
-        check_finite({"nll": loss}, self.step, batch["index"], self.names)
+        tokens = Tokens.from_batch(batch).prefix(self.prior.max_length)
+        output = self.prior(tokens, prompts)
+        nll, count = output.nll, tokens.counted.sum().clamp(min=1)
+        terms = {"nll": nll.sum() / (count * nll.shape[2])}
+        if output.legal_nll is not None:
+            terms["illegal"] = output.legal_nll.sum() / count
+        check_finite(terms, self.step, batch["index"], self.names)
         self.batches_seen += 1
-        self.log("bits_per_token", loss.detach() * nll.shape[2] / NATS_PER_BIT, prog_bar=True, logger=False)
+        bits_per_token = terms["nll"].detach() * nll.shape[2] / NATS_PER_BIT
+        self.log("bits_per_token", bits_per_token, prog_bar=True, logger=False)
         if self.batches_seen % (self.config.accumulate_batches * self.config.log_every) == 0 or self.batches_seen == 1:
-            bits = nll.detach().sum(2).mean(0) / NATS_PER_BIT
-            self._log({f"train/bits_per_token/{name}": value for name, value in self._by_scale(bits).items()})
-        return loss
+            values = {f"bits_per_token/{name}": value for name, value, _ in self._by_scale(nll.detach(), tokens)}
+            if output.illegal is not None:
+                values["illegal_probability"] = output.illegal.sum() / count
+                values["padding_share"] = 1 - count / tokens.counted.numel()
+            self._log({f"train/{name}": value for name, value in values.items()})
+        return torch.stack(list(terms.values())).sum()
 
-    def _by_scale(self, bits: Tensor) -> dict[str, Tensor]:
-        """Means over the elements [..., L] of all scales and of each."""
-        scales = self.prior.layout.scales
-        parts = bits.split([scale.length for scale in scales], dim=-1)
-        return {"all": bits.mean(-1)} | {scale.name: part.mean(-1) for scale, part in zip(scales, parts, strict=True)}
+    def _by_scale(
+        self, nll: Tensor, tokens: Tokens, weight: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, mean bits of an element, elements) of all scales and of each; ``weight`` [B] counts samples."""
+        counted = tokens.counted.float() if weight is None else tokens.counted * weight[:, None]
+        bits = nll.sum(2) / NATS_PER_BIT * counted
+        yield "all", bits.sum() / counted.sum().clamp(min=1), counted.sum()
+        scales = scale_ids(tokens, self.prior.layout, self.prior.grammar)
+        for number, scale in enumerate(self.prior.layout.scales):
+            here = counted * (scales == number)
+            yield scale.name, (bits * (scales == number)).sum() / here.sum().clamp(min=1), here.sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         step = self.trainer.global_step
@@ -92,9 +111,11 @@ class PriorModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         prior = cast(Prior, self.average.module)
-        nll = prior.nll(Tokens.fixed(batch["ids"]), Prompts.from_batch(batch))
-        for metric, values in zip(self.validation, self._by_scale(nll.sum(2) / NATS_PER_BIT).values(), strict=True):
-            metric.update(values, batch["weight"])  # type: ignore[operator]
+        tokens = Tokens.from_batch(batch).prefix(prior.max_length)
+        nll = prior.nll(tokens, Prompts.from_batch(batch))
+        found = self._by_scale(nll, tokens, batch["weight"])
+        for metric, (_, mean, elements) in zip(self.validation, found, strict=True):
+            metric.update(mean, elements)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         names = ["all", *(scale.name for scale in self.prior.layout.scales)]

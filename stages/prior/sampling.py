@@ -3,6 +3,7 @@
 What is notable here:
 
 - each sample has a generator of its own, so the same seed gives the same image whatever the batch it is drawn in;
+- a stream ends by its grammar: its row then waits for the others of its batch;
 - guidance doubles the batch: logits = unconditional + guidance · (conditional - unconditional);
 - temperature, top-k and top-p may differ from scale to scale; k scales may be enough;
 - what is there already may be kept: a prefix (upsampling, editing), or single elements (editing under a mask).
@@ -22,6 +23,10 @@ from data.layout import TokenLayout, Tokens
 from stages.contract import Prior, Prompts
 
 
+NOISE_CHUNK = 1024
+"""Elements for which random numbers are drawn at once."""
+
+
 @dataclass
 class SamplingConfig:
     """How tokens are drawn: one config section, ``sampling``. Lists have one value, or one per scale."""
@@ -37,7 +42,7 @@ class SamplingConfig:
     guidance_schedule: str = "constant"
     """constant, linear or cosine: how guidance rises from 1 to its value over the sequence."""
     scales: int = 0
-    """Stop after this many scales; 0 samples all. Needs a decoder of prefixes."""
+    """Stop after this many scales, or bit-planes; 0 samples all. Needs a decoder of prefixes."""
     compile: bool = False
     """Compile the decoding step (GPU)."""
 
@@ -80,8 +85,9 @@ def sample(
 ) -> Tokens:
     """Draw one sequence for each prompt, seeded one by one.
 
-    ``prefix`` [B, l, F] is forced. So is ``known`` [B, L, F] wherever ``keep`` bool [B, L] is true; an element knows
-    only what stands before it, so what is kept after it has no say in it.
+    ``prefix`` [B, l, F] is forced, each row as far as it reaches, and brings the header where the layout has one. So is
+    ``known`` [B, L, F] wherever ``keep`` bool [B, L] is true; an element knows only what stands before it, so what is
+    kept after it has no say in it. Streams end by their grammar, or where the prior's ``max_length`` cuts them.
     Raises ValueError when settings, seeds, prefix or what is known do not fit.
     """
     layout = prior.layout
@@ -89,40 +95,51 @@ def sample(
     batch, device = len(prompts), prompts.labels.device
     if len(seeds) != batch:
         raise InputError(f"{len(seeds)} seeds for {batch} samples")
-    length = layout.prefix_length(settings.scales) if settings.scales else layout.length
-    ids = torch.zeros(batch, length, layout.num_fields, dtype=torch.int64, device=device)
-    start = 0
-    if prefix is not None:
-        start = prefix.ids.shape[1]
-        if start > length or len(prefix) != batch:
-            raise InputError(f"a prefix of {len(prefix)}x{start} elements for {batch} sequences of {length}")
-        ids[:, :start] = prefix.ids
-        if start == length:
-            return Tokens.fixed(ids)
+    fixed = layout.ends == "fixed"
+    length = layout.prefix_length(settings.scales) if fixed and settings.scales else prior.max_length
+    if prefix is None:
+        if layout.header:
+            raise InputError("a layout with side information needs a prefix that brings it")
+        prefix = Tokens.fixed(torch.zeros(batch, 0, layout.num_fields, dtype=torch.int64, device=device))
+    if prefix.ids.shape[1] > length or len(prefix) != batch:
+        raise InputError(f"a prefix of {len(prefix)}x{prefix.ids.shape[1]} elements for {batch} sequences of {length}")
+    start = int(prefix.lengths.min()) if batch else 0
+    if fixed and start == length:
+        return prefix
+    forced = prefix.counted
     if (known is None) != (keep is None):
         raise InputError("known tokens and the places to keep are given together")
     if known is not None and keep is not None:
         wanted = (batch, layout.length)
-        if keep.shape != wanted or known.ids.shape[:2] != wanted:
+        if not fixed or keep.shape != wanted or known.ids.shape[:2] != wanted:
             raise InputError(
-                f"known tokens {tuple(known.ids.shape[:2])}, places {tuple(keep.shape)}; allowed: {wanted}"
+                f"known tokens {tuple(known.ids.shape[:2])}, places {tuple(keep.shape)}; allowed: {wanted}, "
+                "in layouts of fixed length"
             )
-    # one uniform number for each field, drawn on the CPU: the same on every device and in every batch
-    noise = torch.stack(
-        [
-            torch.rand(length, layout.num_fields, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            for seed in seeds
-        ]
-    ).to(device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     guided = settings.guidance != 1.0
     rows = Prompts.cat([prompts, prompts.without()]) if guided else prompts
-    forced = None if prefix is None else Tokens.fixed(torch.cat([prefix.ids] * 2) if guided else prefix.ids)
+    begun = prefix.prefix(start)
     was_training = prior.training
     prior.eval()
+    elements = list(begun.ids.unbind(1))
+    lengths = torch.full((batch,), length)
+    over = torch.zeros(batch, dtype=torch.bool)
+    noise = torch.empty(batch, 0, layout.num_fields, dtype=torch.float64)
+    _uniform(generators, start, layout.num_fields)
     try:
-        state = prior.begin(rows, forced, length)
-        scale_of = [index for index, scale in enumerate(layout.scales) for _ in range(scale.length)]
+        state = prior.begin(rows, Tokens.cat([begun] * 2) if guided else begun, length)
         for position in range(start, length):
+            ended = prior.ended(state, settings.scales or len(layout.scales))
+            if ended is not None:
+                ended = ended[:batch]
+                lengths[ended & ~over] = position
+                over |= ended
+                if bool(over.all()):
+                    break
+            if not (position - start) % NOISE_CHUNK:
+                noise = _uniform(generators, min(NOISE_CHUNK, length - position), layout.num_fields).to(device)
+            scale = layout.scale_at(position) if fixed else 0
             element = torch.zeros(batch, 0, dtype=torch.int64, device=device)
             for index in range(layout.num_fields):
                 logits = prior.logits(state, torch.cat([element] * 2) if guided else element).double()
@@ -130,15 +147,25 @@ def sample(
                     conditional, unconditional = logits.chunk(2)
                     weight = guidance_at(settings, position, layout.length)
                     logits = unconditional + weight * (conditional - unconditional)
-                chosen = draw(logits, noise[:, position, index], settings, scale_of[position])
+                chosen = draw(logits, noise[:, (position - start) % NOISE_CHUNK, index], settings, scale)
+                if position < prefix.ids.shape[1]:
+                    chosen = torch.where(forced[:, position], prefix.ids[:, position, index], chosen)
                 if known is not None and keep is not None:
                     chosen = torch.where(keep[:, position], known.ids[:, position, index], chosen)
                 element = torch.cat([element, chosen.unsqueeze(-1)], dim=-1)
-            ids[:, position] = element
+            elements.append(element)
             prior.advance(state, torch.cat([element] * 2) if guided else element)
     finally:
         prior.train(was_training)
-    return Tokens.fixed(ids)
+    ids = torch.stack(elements, dim=1) if elements else begun.ids
+    lengths = lengths.clamp(max=ids.shape[1]).to(device)
+    there = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    return Tokens(ids.masked_fill(~there.unsqueeze(-1), 0), lengths, prefix.header)
+
+
+def _uniform(generators: Sequence[torch.Generator], count: int, num_fields: int) -> Tensor:
+    """The next uniform numbers float64 [B, count, F], drawn on the CPU: the same on every device and in every batch."""
+    return torch.stack([torch.rand(count, num_fields, generator=each, dtype=torch.float64) for each in generators])
 
 
 def draw(logits: Tensor, noise: Tensor, settings: SamplingConfig, scale: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""The prior: a decoder-only transformer over any layout of fixed length.
+"""The prior: a decoder-only transformer over layouts of fixed length and over streams with a grammar.
 
 What is notable here:
 
-- pre-norm RMSNorm, SwiGLU, no biases; one token table for each codebook and field, one head for each;
+- pre-norm RMSNorm, SwiGLU, no biases; one head for each codebook and field;
+- what it sees of elements and places is an input embedding of its own (``stages/prior/embeddings.py``);
 - the states of the condition stand before the tokens, or every layer looks at them by cross-attention;
 - the slot that predicts element t holds element t-1 and the position (scale, row, column) of element t: the model is
   told what it is asked for;
@@ -25,9 +26,13 @@ from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.attention import attend
 from stages.conditions.config import ConditionConfig
-from stages.contract import ConditionStates, Prior, Prompts
-from stages.factory import build_condition
+from stages.contract import FORBIDDEN, ConditionStates, GrammarState, Prior, PriorOutput, Prompts
+from stages.factory import build_condition, build_grammar
 from stages.prior.config import PriorConfig
+from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
+
+FIRST_SLOTS = 256
+"""Slots of a stream's first key-value cache; it doubles when it is full."""
 
 
 @dataclass
@@ -47,6 +52,10 @@ class TransformerPriorConfig(PriorConfig):
     """Dropout on embeddings and residual branches."""
     checkpoint_gradients: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    max_length: int = 4096
+    """Elements of a stream that are modelled, a beginning where it is longer; a fixed length is always whole."""
+    context: bool = True
+    """Streams: tell each slot what the grammar knows of the next place, beside the place itself."""
 
 
 class Attention(nn.Module):
@@ -136,10 +145,22 @@ Memory = tuple[Tensor, Tensor]
 class DecodingState:
     """A sequence while it is sampled: how far it is, what was computed, and the last hidden state."""
 
-    def __init__(self, cache: Tensor, position: int, hidden: Tensor, memory: Memory | None) -> None:
+    def __init__(
+        self,
+        cache: Tensor,
+        position: int,
+        hidden: Tensor,
+        memory: Memory | None,
+        common: Tensor | None = None,
+        stream: GrammarState | None = None,
+    ) -> None:
         self.cache = cache
-        """[depth, 2, B, H, T, D/H]"""
+        """[depth, 2, B, H, T, D/H]; T grows in streams"""
         self.memory = memory
+        self.common = common
+        """[B, 1, D] that every slot is told, or None."""
+        self.stream = stream
+        """What the grammar knows, or None without one."""
         self.position = position
         """Index of the next element."""
         self.hidden = hidden
@@ -147,12 +168,7 @@ class DecodingState:
 
 
 class TransformerPrior(Prior):
-    """Decoder-only transformer. Raises ValueError for a layout of variable length or heads that do not divide."""
-
-    offsets: Tensor
-    scale_of: Tensor
-    row_of: Tensor
-    column_of: Tensor
+    """Decoder-only transformer. Raises ValueError for a layout that ends by a token, or heads that do not divide."""
 
     def __init__(
         self,
@@ -163,8 +179,8 @@ class TransformerPrior(Prior):
         text: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if layout.ends != "fixed" or layout.header:
-            raise InputError(f"prior.kind=transformer models layouts of fixed length; this one ends by {layout.ends}")
+        if layout.ends == "token":
+            raise InputError("prior.kind=transformer models fixed lengths and grammars; this layout ends by a token")
         if config.width % config.heads:
             raise InputError(f"prior.width={config.width} is no multiple of prior.heads={config.heads}")
         self.config = config
@@ -173,14 +189,12 @@ class TransformerPrior(Prior):
         self.class_names = list(class_names)
         self.text = text
         self.condition = build_condition(condition, self.class_names, config.width, text)
-
-        first_row: dict[tuple[int, int], int] = {}
-        rows = 0
-        for codebook in layout.codebooks:
-            for index, part in enumerate(layout.fields_of(codebook)):
-                first_row[codebook, index] = rows
-                rows += part.vocabulary_size
-        self.table = nn.Embedding(rows, config.width)
+        self.grammar = build_grammar(layout)
+        self.inputs: InputEmbedding = (
+            GridEmbedding(layout, config.width)
+            if self.grammar is None
+            else StreamEmbedding(layout, self.grammar, config.width, config.context)
+        )
         self.heads = nn.ModuleDict(
             {
                 f"{codebook}-{index}": nn.Linear(config.width, part.vocabulary_size, bias=False)
@@ -189,18 +203,6 @@ class TransformerPrior(Prior):
             }
         )
         self.runs = _runs_of_codebooks(layout)
-        places = [
-            (number, *((divmod(index, scale.grid[1])) if scale.grid else (0, index)), scale.codebook)
-            for number, scale in enumerate(layout.scales)
-            for index in range(scale.length)
-        ]
-        offsets = [[first_row[place[3], index] for index in range(layout.num_fields)] for place in places]
-        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
-        for name, column in (("scale_of", 0), ("row_of", 1), ("column_of", 2)):
-            self.register_buffer(name, torch.tensor([place[column] for place in places]), persistent=False)
-        self.scale_embedding = nn.Embedding(len(layout.scales), config.width)
-        self.row_embedding = nn.Embedding(1 + max(place[1] for place in places), config.width)
-        self.column_embedding = nn.Embedding(1 + max(place[2] for place in places), config.width)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config, self.condition.cross) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
@@ -212,30 +214,25 @@ class TransformerPrior(Prior):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.project.weight", "cross.project.weight", "mlp.fc2.weight")):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5)
 
     # ------------------------------------------------------------------ the pass
 
-    def _embed(self, ids: Tensor, first: int = 0) -> Tensor:
-        """Embeddings [B, n, D] of the elements ids [B, n, F] that stand at ``first`` and after."""
-        return self.table(ids + self.offsets[first : first + ids.shape[1]]).sum(2)
+    def _slots(self, states: Tensor, ids: Tensor, notes: Tensor | None, common: Tensor | None) -> Tensor:
+        """Input [B, P + n, D]: states [B, P, D] and elements ids [B, n, F]; the last slot predicts element n.
 
-    def _position(self, start: int, stop: int) -> Tensor:
-        """Embeddings [n, D] of the places of elements ``start`` to ``stop``."""
-        part = slice(start, stop)
-        return (
-            self.scale_embedding(self.scale_of[part])
-            + self.row_embedding(self.row_of[part])
-            + self.column_embedding(self.column_of[part])
-        )
-
-    def _slots(self, states: Tensor, ids: Tensor, upto: int) -> Tensor:
-        """Input [B, P + n, D]: states [B, P, D] and elements ids [B, n, F]; the last slot predicts ``upto``."""
-        x = torch.cat([states, self._embed(ids).to(states.dtype)], dim=1)
-        predicted = self._position(0, upto + 1)
-        return x + functional.pad(predicted, (0, 0, x.shape[1] - len(predicted), 0))
+        ``notes`` [B, n + 1, ...] reach to the element that is predicted.
+        """
+        upto = ids.shape[1]
+        elements = self.inputs.elements(ids, 0, None if notes is None else notes[:, :upto])
+        x = torch.cat([states, elements.to(states.dtype)], dim=1)
+        predicted = self.inputs.places(0, upto + 1, notes)
+        x = x + functional.pad(predicted, (0, 0, x.shape[1] - predicted.shape[-2], 0))
+        return x if common is None else x + common
 
     def _remember(self, states: ConditionStates) -> Memory | None:
         """What the layers keep of the condition's memory; None where there is none."""
@@ -263,16 +260,27 @@ class TransformerPrior(Prior):
 
     def _field_logits(self, hidden: Tensor, codebook: int, first: int, chosen: Tensor) -> Tensor:
         """Logits [..., V] of field ``chosen.shape[-1]`` at ``first``, given the fields chosen [..., f]."""
-        for index in range(chosen.shape[-1]):
-            hidden = hidden + self.table(chosen[..., index] + self.offsets[first, index])
-        return self.heads[f"{codebook}-{chosen.shape[-1]}"](hidden).float()
+        return self.heads[f"{codebook}-{chosen.shape[-1]}"](self.inputs.fields(hidden, first, chosen)).float()
 
-    def nll(self, tokens: Tokens, prompts: Prompts) -> Tensor:
+    @property
+    def max_length(self) -> int:
+        return self.layout.length if self.grammar is None else min(self.layout.length, self.config.max_length)
+
+    def forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
+        tokens = tokens.prefix(self.max_length)
+        notes = tokens.notes
+        if self.grammar is not None and notes is None:
+            notes = self.grammar.annotate(tokens).to(tokens.ids.device)
         ids = tokens.ids
         length = ids.shape[1]
+        if not length:
+            return PriorOutput(torch.zeros(ids.shape, device=ids.device))
         states = self.condition(prompts)
-        x = self._slots(states.prefix, ids[:, :-1], length - 1)
+        x = self._slots(states.prefix, ids[:, :-1], notes, self.inputs.common(tokens.header, states))
         hidden = self._blocks(x, memory=self._remember(states))[:, -length:]
+        if self.grammar is not None and notes is not None:
+            logits = self._field_logits(hidden, self.runs[0][0], 0, ids[..., :0])
+            return _judge(logits, ids, self.grammar.allowed(notes), tokens.counted)
         parts = []
         for codebook, start, stop in self.runs:
             stop = min(stop, length)
@@ -292,30 +300,49 @@ class TransformerPrior(Prior):
                     dim=-1,
                 )
             )
-        return torch.cat(parts, dim=1)
+        return PriorOutput(torch.cat(parts, dim=1))
 
     # ------------------------------------------------------------------ one element at a time
 
     def begin(self, prompts: Prompts, prefix: Tokens | None, length: int) -> DecodingState:
-        batch, width = len(prompts), self.config.width // self.config.heads
+        batch = len(prompts)
         ids = prompts.labels.new_zeros(batch, 0, self.layout.num_fields) if prefix is None else prefix.ids
-        size = self.condition.num_states + length - 1
-        weight = self.table.weight
+        states = self.condition(prompts)
+        notes = common = stream = None
+        if self.grammar is not None:
+            if prefix is None:
+                raise InputError("a stream begins with its header; give it as the prefix")
+            stream = self.grammar.start(prefix.header)
+            found = [stream.notes.clone()]
+            for position in range(ids.shape[1]):
+                self.grammar.advance(stream, ids[:, position])
+                found.append(stream.notes.clone())
+            notes = torch.stack(found, dim=1).to(ids.device)
+            common = self.inputs.common(prefix.header, states)
+        memory = self._remember(states)
+        x = self._slots(states.prefix, ids, notes, common)
+        cache = self._allocate(batch, self.condition.num_states + length - 1, x.shape[1])
+        hidden = self._prefill(x, torch.arange(x.shape[1], device=x.device), cache, memory)
+        return DecodingState(cache, ids.shape[1], hidden, memory, common, stream)
+
+    def _allocate(self, batch: int, size: int, filled: int) -> Tensor:
+        """Room for keys and values of ``size`` slots; streams begin with less, for most end early."""
+        weight = self.norm.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        compiled = self._step != self._prefill
+        if self.grammar is not None and not compiled:
+            size = min(size, max(FIRST_SLOTS, 2 * filled))
+        width = self.config.width // self.config.heads
         shape = (len(self.blocks), 2, batch, self.config.heads, size, width)
         cache = self._compiled_cache
         if cache is None or (cache.shape, cache.dtype, cache.device) != (shape, dtype, weight.device):
             cache = torch.zeros(shape, device=weight.device, dtype=dtype)
-            if self._step != self._prefill:
+            if compiled:
                 # a CUDA graph writes to one address: the next batch of the same shape takes the same memory
                 torch._dynamo.mark_static_address(cache)
                 self._compiled_cache = cache
-        states = self.condition(prompts)
-        memory = self._remember(states)
-        x = self._slots(states.prefix, ids, ids.shape[1])
-        hidden = self._prefill(x, torch.arange(x.shape[1], device=x.device), cache, memory)
-        return DecodingState(cache, ids.shape[1], hidden, memory)
+        return cache
 
     def _prefill(self, x: Tensor, slots: Tensor, cache: Tensor, memory: Memory | None) -> Tensor:
         """Last hidden state [B, D] of new slots x [B, n, D], whose keys and values go into the cache."""
@@ -328,17 +355,49 @@ class TransformerPrior(Prior):
 
     def logits(self, state: DecodingState, partial: Tensor) -> Tensor:
         codebook = next(codebook for codebook, _, stop in self.runs if state.position < stop)
-        return self._field_logits(state.hidden, codebook, state.position, partial)
+        logits = self._field_logits(state.hidden, codebook, state.position, partial)
+        if self.grammar is None or state.stream is None:
+            return logits
+        allowed = self.grammar.allowed(state.stream.notes).to(logits.device)
+        return logits.masked_fill(~allowed, FORBIDDEN)
+
+    def ended(self, state: DecodingState, num_scales: int) -> Tensor | None:
+        if self.grammar is None or state.stream is None:
+            return None
+        return ~state.stream.going | (self.grammar.scale_of(state.stream.notes) >= num_scales)
 
     def advance(self, state: DecodingState, element: Tensor) -> None:
         position = state.position
         state.position += 1
-        if state.position >= state.cache.shape[4] - self.condition.num_states + 1:
+        slot = self.condition.num_states + position
+        before = after = None
+        if self.grammar is not None and state.stream is not None:
+            before = state.stream.notes.clone().unsqueeze(1).to(element.device)
+            self.grammar.advance(state.stream, element)
+            after = state.stream.notes.clone().unsqueeze(1).to(element.device)
+            if state.position >= self.max_length or not state.stream.going.any():
+                return
+            if slot >= state.cache.shape[4]:
+                state.cache = functional.pad(state.cache, (0, 0, 0, state.cache.shape[4]))
+        elif slot >= state.cache.shape[4]:
             return  # the last element of the sequence predicts nothing
-        x = self._embed(element.unsqueeze(1), position) + self._position(position + 1, position + 2)
-        slot = torch.tensor([self.condition.num_states + position], device=element.device)
+        x = self.inputs.elements(element.unsqueeze(1), position, before)
+        x = x + self.inputs.places(position + 1, position + 2, after)
+        x = x if state.common is None else x + state.common
         # a CUDA graph writes its next result to the same place
-        state.hidden = self._step(x, slot, state.cache, state.memory).clone()
+        slots = torch.tensor([slot], device=element.device)
+        state.hidden = self._step(x, slots, state.cache, state.memory).clone()
+
+
+def _judge(logits: Tensor, ids: Tensor, allowed: Tensor, counted: Tensor) -> PriorOutput:
+    """What logits [B, L, V] say of ids [B, L, 1] where only ``allowed`` [B, L, V] ones may come."""
+    everything = logits.logsumexp(-1)
+    legal = logits.masked_fill(~allowed, FORBIDDEN).logsumexp(-1)
+    nll = legal - logits.gather(-1, ids)[..., 0]
+    legal_nll = everything - legal
+    parts = (nll, 1 - torch.exp(-legal_nll), legal_nll)
+    nll, illegal, legal_nll = (part.masked_fill(~counted, 0) for part in parts)
+    return PriorOutput(nll.unsqueeze(-1), illegal.detach(), legal_nll)
 
 
 def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:

@@ -152,11 +152,11 @@ class SIT(Tokenizer):
         return haar_idwt([bands[0], *(band.unflatten(1, (3, self.channels)) for band in bands[1:])], "averaging")
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> None:
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Measure each scale's standard deviation (and the approximation's mean) over pixels [B, C, H, W]."""
         count = torch.zeros(len(self.patches), dtype=torch.float64)
         total, squares = torch.zeros_like(count), torch.zeros_like(count)
-        for pixels in batches:
+        for pixels, _ in batches:
             for index, part in enumerate(self.analyse(pixels)):
                 part = part.double().cpu()
                 count[index] += part.numel()

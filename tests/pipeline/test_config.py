@@ -40,7 +40,7 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
     training = dataclasses.replace(config.tokenizer_training, perceptual="none", discriminator_width=8)
     tokenizer = build_tokenizer(tokenizer_config, (side, side), config.images.channels)
     pixels = torch.rand(2, config.images.channels, side, side) * 2 - 1
-    tokenizer.fit([pixels])
+    tokenizer.fit([(pixels, None)])
     terms, _, ids = TokenizerModule(tokenizer, training, 0).loss_terms(pixels)
     sum(terms.values()).backward()
     assert all(torch.isfinite(value) for value in terms.values())

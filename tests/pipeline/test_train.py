@@ -178,7 +178,7 @@ def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
     """Under autocast every loss term is float32 and nearly what float32 gives."""
     module = TokenizerModule(*fresh(tiny, "tokenizer_training.perceptual=lite0"))
     pixels = torch.rand(4, 3, 16, 16) * 2 - 1
-    module.tokenizer.fit([pixels])
+    module.tokenizer.fit([(pixels, None)])
     module.tokenizer.eval()
     exact, _, _ = module.loss_terms(pixels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -217,7 +217,7 @@ def test_one_batch_can_be_learned_by_heart(tiny):
     """A tokenizer that cannot do this is broken, whatever its loss curve says."""
     tokenizer, training, _ = fresh(tiny, "tokenizer.quantizer.codes=512")
     pixels = torch.rand(4, 3, 4, 4).repeat_interleave(4, -1).repeat_interleave(4, -2) * 2 - 1
-    tokenizer.fit([pixels])
+    tokenizer.fit([(pixels, None)])
     optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
     for _ in range(300):
         output: TokenizerOutput = tokenizer(pixels)

@@ -48,7 +48,7 @@ def shaken(config: SITConfig) -> SIT:
     with torch.no_grad():
         for parameter in tokenizer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    tokenizer.fit([to_float(images())])
+    tokenizer.fit([(to_float(images()), None)])
     return tokenizer.eval()
 
 

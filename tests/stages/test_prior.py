@@ -69,7 +69,7 @@ def test_every_place_and_the_class_matter():
     model, sample = prior(layout()), tokens(layout())
     nll = model.nll(sample, LABELS)
     assert not torch.allclose(nll, model.nll(sample, classes(1, 1, 1)))
-    for table in (model.scale_embedding, model.row_embedding, model.column_embedding):
+    for table in (model.inputs.scale_embedding, model.inputs.row_embedding, model.inputs.column_embedding):
         kept = table.weight.data.clone()
         table.weight.data.zero_()
         assert not torch.allclose(nll, model.nll(sample, LABELS))

@@ -22,7 +22,7 @@ def make(attention="sit", quantizer=None, **keys):
     with torch.no_grad():  # fresh weights are near zero: larger ones make every token matter
         for parameter in tokenizer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    tokenizer.fit([pixels()])
+    tokenizer.fit([(pixels(), None)])
     return tokenizer.eval()
 
 
@@ -132,7 +132,7 @@ def test_wrong_input_is_named():
 def test_fit_measures_each_scale():
     tokenizer = make()
     parts = tokenizer.analyse(pixels(64))
-    tokenizer.fit([pixels(64)])
+    tokenizer.fit([(pixels(64), None)])
     for index, part in enumerate(parts):
         torch.testing.assert_close(tokenizer.scale_std[index], part.std(), rtol=0.01, atol=0)
     assert tokenizer.scale_mean[1:].abs().max() == 0

@@ -40,7 +40,7 @@ class FixedPrior(Prior):
         self.unconditional = self.conditional if unconditional is None else torch.tensor(unconditional)
         self.seen = []
 
-    def nll(self, tokens, prompts):
+    def forward(self, tokens, prompts):
         raise AssertionError("sampling asks for logits only")
 
     def begin(self, prompts, prefix, length):

@@ -1,0 +1,153 @@
+"""The grammar of bit-plane streams: the walk of ``stages/codecs/kernels.py`` for many streams at once.
+
+Beyond the paper's own rules (which token fits a coefficient's state) it knows what these make impossible: in a group
+that was opened in this plane, after three Insignificant the fourth coefficient is significant; in a block that was
+opened, after three Group2x2 the fourth group opens; below a coefficient that is Insignificant where its tree is not,
+after three empty trees the fourth is not empty.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.errors import InputError
+from data.layout import Tokens
+from stages.codecs import kernels
+from stages.codecs.scan import NEIGHBOURS, levels_of, scan_of
+from stages.contract import Grammar, GrammarState
+
+Variant = Literal["blocks", "zerotree"]
+NAMES: dict[str, tuple[str, ...]] = {
+    "blocks": ("Group4x4", "Group2x2", "Insignificant", "Positive", "Negative", "Lower", "Upper"),
+    "zerotree": ("ZeroTree", "Insignificant", "Positive", "Negative", "Lower", "Upper"),
+}
+"""The tokens of each variant. Lower and Upper refine a coefficient: the paper's NextAccuracy0 and NextAccuracy1."""
+FREQUENCIES = (1, 2, 4, 8)
+"""Waves across the image by which a place is told, beside the place itself."""
+
+
+class BitplaneGrammar(Grammar):
+    """Streams of images [channels, side, side] with up to ``planes`` bit-planes, the last of threshold ``final``.
+
+    A stream's header is the number of its planes. Notes are [place in the scan, plane counted from the coarsest, bits of
+    the ids that may come, bits without what is impossible, and of each neighbour in ``NEIGHBOURS`` the sign times the
+    number of planes by which it is above the threshold, 0 while it is insignificant].
+    """
+
+    features: Tensor
+
+    def __init__(self, side: int, channels: int, planes: int, final: float, variant: Variant) -> None:
+        super().__init__()
+        kernels.warn_if_slow()
+        self.planes, self.final, self.variant = planes, final, variant
+        self.scan = scan_of(side, channels)
+        self.names = NAMES[variant]
+        self.zerotree = variant == "zerotree"
+        self.num_notes = 4 + len(NEIGHBOURS)
+        tables = [
+            functional.one_hot(torch.from_numpy(table), size).float()
+            for table, size in (
+                (self.scan.level, levels_of(side) + 1),
+                (self.scan.band, 4),
+                (self.scan.channel, channels),
+            )
+        ]
+        place = torch.from_numpy(self.scan.place)
+        waves = [part(2 * torch.pi * n * place / 2) for n in FREQUENCIES for part in (torch.sin, torch.cos)]
+        self.register_buffer("features", torch.cat([*tables, place, *waves], dim=1), persistent=False)
+        self.place_width = self.features.shape[1] + planes
+        self.known_width = len(self.names) + 3 * len(NEIGHBOURS)
+
+    def start(self, header: Tensor) -> GrammarState:
+        planes = self.check_header(header)
+        size, count = len(self.scan.order), len(planes)
+        inner = {
+            "planes": planes,
+            "registers": np.zeros((count, kernels.REGISTERS), np.int64),
+            "approximation": np.zeros((count, size), np.float64),
+            "marks": np.zeros((count, 3, size if self.zerotree else 1), np.int16),
+        }
+        notes = np.zeros((count, self.num_notes), np.int32)
+        state = GrammarState(torch.from_numpy(notes), torch.ones(count, dtype=torch.bool), inner)
+        self._advance(state, np.full(count, -1))
+        return state
+
+    def advance(self, state: GrammarState, element: Tensor) -> None:
+        self._advance(state, element[:, 0].cpu().numpy())
+
+    def _advance(self, state: GrammarState, tokens: np.ndarray) -> None:
+        inner: dict[str, Any] = state.inner
+        wrong = kernels.advance(
+            tokens,
+            state.going.numpy(),
+            inner["registers"],
+            inner["approximation"],
+            inner["marks"],
+            inner["planes"],
+            self.planes,
+            self.final,
+            self.scan.parent,
+            self.scan.child,
+            self.scan.neighbours,
+            self.zerotree,
+            state.notes.numpy(),
+        )
+        if wrong >= 0:
+            raise InputError(f"stream {wrong}: {self._name(int(tokens[wrong]))} cannot come next")
+
+    def annotate(self, tokens: Tokens) -> Tensor:
+        ids, planes = tokens.ids[..., 0].cpu().numpy().astype(np.int64), self.check_header(tokens.header)
+        notes = np.zeros((*ids.shape, self.num_notes), np.int32)
+        row, position = kernels.annotate(
+            ids,
+            tokens.lengths.cpu().numpy(),
+            planes,
+            self.planes,
+            self.final,
+            self.scan.parent,
+            self.scan.child,
+            self.scan.neighbours,
+            self.zerotree,
+            notes,
+        )
+        self.check(ids, row, position)
+        return torch.from_numpy(notes)
+
+    def check(self, ids: np.ndarray, row: int, position: int) -> None:
+        """Raise InputError where a kernel found an illegal token at ``row`` and ``position``, -1 for none."""
+        if row >= 0:
+            name = self._name(int(ids[row, position]))
+            raise InputError(f"stream {row}: token {position} ({name}) cannot stand there")
+
+    def check_header(self, header: Tensor) -> np.ndarray:
+        """Numbers of planes int64 [B] of headers [B, 1]. Raises InputError for one outside 0 … ``planes``."""
+        planes = header[:, 0].cpu().numpy().astype(np.int64)
+        if len(planes) and not 0 <= planes.min() <= planes.max() <= self.planes:
+            wrong = planes.max() if planes.max() > self.planes else planes.min()
+            raise InputError(f"a stream of {wrong} bit-planes; allowed: 0 to {self.planes}")
+        return planes
+
+    def allowed(self, notes: Tensor, strict: bool = True) -> Tensor:
+        bits = notes[..., 2 if strict else 3, None]
+        which = torch.arange(len(self.names), device=notes.device)
+        return ((bits >> which) & 1).bool() | (bits == 0)
+
+    def scale_of(self, notes: Tensor) -> Tensor:
+        return notes[..., 1].long()
+
+    def place(self, notes: Tensor) -> Tensor:
+        plane = functional.one_hot(notes[..., 1].long(), self.planes)
+        return torch.cat([self.features[notes[..., 0].long()], plane], dim=-1)
+
+    def known(self, notes: Tensor) -> Tensor:
+        around = notes[..., 4:].float()
+        seen = (around.sign(), around.abs().clamp(max=8) / 4, (around != 0).float())
+        return torch.cat([self.allowed(notes).float(), *seen], dim=-1)
+
+    def _name(self, token: int) -> str:
+        return self.names[token] if 0 <= token < len(self.names) else f"id {token}"

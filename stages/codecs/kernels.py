@@ -1,0 +1,293 @@
+"""The state machine of bit-plane streams, compiled by numba where it is installed and plain Python where it is not.
+
+One walk serves everything: the encoder asks it what may come and chooses by the coefficients, the decoder and the prior
+feed it tokens. ``walk[STATE]`` of one stream:
+
+- registers int64 [8]: place of the next coefficient, plane (0 is the stream's first), and what is known of the group
+  and the block in which that coefficient lies;
+- approximation float64 [n]: 0 while a coefficient is insignificant;
+- marks int16 [3, n] (zero-trees): the plane, counted from 1, in which a coefficient was last skipped; in which it was
+  last Insignificant above nothing significant; and 1 where a descendant is significant.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+try:
+    from numba import njit
+
+    COMPILED = True
+except ImportError:
+    COMPILED = False
+
+    def njit(**_: Any) -> Callable[[Any], Any]:
+        """Without numba: the function as it is."""
+        return lambda function: function
+
+
+
+def warn_if_slow() -> None:
+    """Say once what is missing where the walk is not compiled."""
+    if not COMPILED:
+        warnings.warn(
+            "numba is not installed: bit-planes are coded about a hundred times slower; pip install 'octaves[codecs]'",
+            stacklevel=3,
+        )
+
+
+PLACE, PLANE, GROUP_OPEN, GROUP_ZEROS, BLOCK_OPEN, BLOCK_ZEROS = range(6)
+REGISTERS = 6
+SKIPPED, OPENED, ABOVE = range(3)
+GROUP4, GROUP2 = 0, 1
+"""Tokens of the variant with blocks; zero-trees have ZEROTREE instead, and all others one lower."""
+ZEROTREE = 0
+# behind them, in both variants
+INSIGNIFICANT, POSITIVE, NEGATIVE, LOWER, UPPER = range(5)
+
+
+@njit(cache=True, nogil=True)
+def arrive(registers, approximation, marks, parent, child, zerotree, planes):  # type: ignore[no-untyped-def]
+    """Settle on the next coefficient that has a token, and on what is known there. False at the stream's end."""
+    size = len(approximation)
+    while True:
+        place, plane = registers[PLACE], registers[PLANE]
+        if plane >= planes:
+            return False
+        if place == size:
+            registers[PLACE], registers[PLANE] = 0, plane + 1
+            continue
+        if not zerotree or marks[SKIPPED, place] != plane + 1:
+            break
+        if child[place] >= 0:
+            for index in range(child[place], child[place] + 4):
+                marks[SKIPPED, index] = plane + 1
+        registers[PLACE] = place + 1
+    if place % 4 == 0:
+        registers[GROUP_ZEROS] = 0
+        if zerotree:
+            registers[GROUP_OPEN] = parent[place] >= 0 and marks[OPENED, parent[place]] == plane + 1
+        else:
+            registers[GROUP_OPEN] = 1
+            for index in range(place, place + 4):
+                if approximation[index] != 0:
+                    registers[GROUP_OPEN] = 0
+            if place % 16 == 0:
+                registers[BLOCK_ZEROS] = 0
+                registers[BLOCK_OPEN] = 1
+                for index in range(place, place + 16):
+                    if approximation[index] != 0:
+                        registers[BLOCK_OPEN] = 0
+    return True
+
+
+@njit(cache=True, nogil=True)
+def allowed(registers, approximation, marks, child, zerotree, strict):  # type: ignore[no-untyped-def]
+    """Bits of the tokens that may come; without ``strict`` also those that the tokens before make impossible."""
+    place = registers[PLACE]
+    base = 1 if zerotree else 2
+    if approximation[place] != 0:
+        return (1 << (base + LOWER)) | (1 << (base + UPPER))
+    bits = (1 << (base + INSIGNIFICANT)) | (1 << (base + POSITIVE)) | (1 << (base + NEGATIVE))
+    last = strict and place % 4 == 3 and registers[GROUP_OPEN] and registers[GROUP_ZEROS] == 3
+    if zerotree:
+        if child[place] >= 0 and marks[ABOVE, place] == 0:
+            if not last:
+                bits |= 1 << ZEROTREE
+        elif last:
+            bits &= ~(1 << (base + INSIGNIFICANT))
+        return bits
+    if last:
+        bits &= ~(1 << (base + INSIGNIFICANT))
+    if place % 4 == 0 and registers[GROUP_OPEN]:
+        if place % 16 == 0 and registers[BLOCK_OPEN]:
+            bits |= 1 << GROUP4
+        if not (strict and place % 16 == 12 and registers[BLOCK_OPEN] and registers[BLOCK_ZEROS] == 3):
+            bits |= 1 << GROUP2
+    return bits
+
+
+@njit(cache=True, nogil=True)
+def consume(registers, approximation, marks, parent, child, zerotree, threshold, token):  # type: ignore[no-untyped-def]
+    """Follow an allowed token. ``threshold`` is that of its plane."""
+    place = registers[PLACE]
+    base = 1 if zerotree else 2
+    step = 1
+    if token >= base + LOWER:
+        value = approximation[place]
+        outwards = (token == base + UPPER) == (value > 0)
+        approximation[place] = value + (threshold / 2 if outwards else -threshold / 2)
+    elif token > base + INSIGNIFICANT:
+        approximation[place] = 1.5 * threshold if token == base + POSITIVE else -1.5 * threshold
+        if zerotree:
+            above = parent[place]
+            while above >= 0 and marks[ABOVE, above] == 0:
+                marks[ABOVE, above] = 1
+                above = parent[above]
+    elif zerotree:
+        if child[place] < 0:
+            registers[GROUP_ZEROS] += 1
+        elif token == ZEROTREE:
+            registers[GROUP_ZEROS] += 1
+            for index in range(child[place], child[place] + 4):
+                marks[SKIPPED, index] = registers[PLANE] + 1
+        elif marks[ABOVE, place] == 0:
+            marks[OPENED, place] = registers[PLANE] + 1
+    elif token == base + INSIGNIFICANT:
+        registers[GROUP_ZEROS] += 1
+    else:
+        step = 16 if token == GROUP4 else 4
+        registers[BLOCK_ZEROS] += 1
+    registers[PLACE] = place + step
+
+
+@njit(cache=True, nogil=True)
+def encode(values, planes, final, parent, child, zerotree, ids):  # type: ignore[no-untyped-def]
+    """Streams of coefficients float64 [N, n] in ``planes`` [N] into ids uint8 [N, L]; returns their lengths int64 [N]."""
+    count, size = values.shape
+    lengths = np.zeros(count, np.int64)
+    base = 1 if zerotree else 2
+    thresholds = final * 2.0 ** np.arange(max(1, planes.max()) if count else 1)
+    # of a coefficient and its descendants; or of its group and of its block
+    largest = np.empty(size, np.float64)
+    groups, blocks = np.empty(size // 4, np.float64), np.empty(size // 16, np.float64)
+    for row in range(count):
+        registers = np.zeros(REGISTERS, np.int64)
+        approximation = np.zeros(size, np.float64)
+        marks = np.zeros((3, size if zerotree else 1), np.int16)
+        groups[:], blocks[:] = 0, 0
+        for index in range(size - 1, -1, -1):
+            here = abs(values[row, index])
+            if zerotree and child[index] >= 0:
+                for under in range(child[index], child[index] + 4):
+                    here = max(here, largest[under])
+            largest[index] = here
+            groups[index // 4] = max(groups[index // 4], here)
+            blocks[index // 16] = max(blocks[index // 16], here)
+        length = 0
+        while arrive(registers, approximation, marks, parent, child, zerotree, planes[row]):
+            place = registers[PLACE]
+            threshold = thresholds[planes[row] - 1 - registers[PLANE]]
+            value, now = values[row, place], approximation[place]
+            bits = allowed(registers, approximation, marks, child, zerotree, False)
+            if now != 0:
+                token = base + (UPPER if abs(value) > abs(now) else LOWER)
+            elif abs(value) >= threshold:
+                token = base + (POSITIVE if value > 0 else NEGATIVE)
+            else:
+                token = base + INSIGNIFICANT
+                if zerotree:
+                    if bits & (1 << ZEROTREE) and largest[place] < threshold:
+                        token = ZEROTREE
+                elif bits & (1 << GROUP4) and blocks[place // 16] < threshold:
+                    token = GROUP4
+                elif bits & (1 << GROUP2) and groups[place // 4] < threshold:
+                    token = GROUP2
+            ids[row, length] = token
+            length += 1
+            consume(registers, approximation, marks, parent, child, zerotree, threshold, token)
+        lengths[row] = length
+    return lengths
+
+
+@njit(cache=True, nogil=True)
+def decode(ids, lengths, planes, final, parent, child, zerotree, values):  # type: ignore[no-untyped-def]
+    """Coefficients of streams into float64 [N, n]; returns (row, position) of the first illegal token, or (-1, -1)."""
+    count, size = values.shape
+    for row in range(count):
+        registers = np.zeros(REGISTERS, np.int64)
+        marks = np.zeros((3, size if zerotree else 1), np.int16)
+        approximation = values[row]
+        approximation[:] = 0
+        for position in range(lengths[row]):
+            token = ids[row, position]
+            going = arrive(registers, approximation, marks, parent, child, zerotree, planes[row])
+            if not going or token < 0 or token > 7:
+                return row, position
+            if not allowed(registers, approximation, marks, child, zerotree, True) & (1 << token):
+                return row, position
+            threshold = final * 2.0 ** (planes[row] - 1 - registers[PLANE])
+            consume(registers, approximation, marks, parent, child, zerotree, threshold, token)
+    return -1, -1
+
+
+@njit(cache=True, nogil=True)
+def note(registers, approximation, marks, child, zerotree, neighbours, threshold, first_plane, out):  # type: ignore[no-untyped-def]
+    """What is known before the next token, into int32 [4 + Q]; see ``Grammar.annotate``."""
+    place = registers[PLACE]
+    out[0] = place
+    out[1] = first_plane + registers[PLANE]
+    out[2] = allowed(registers, approximation, marks, child, zerotree, True)
+    out[3] = allowed(registers, approximation, marks, child, zerotree, False)
+    for index in range(neighbours.shape[1]):
+        where = neighbours[place, index]
+        code = 0
+        if where >= 0 and approximation[where] != 0:
+            code = 1 + int(math.floor(math.log2(abs(approximation[where]) / threshold)))
+            if approximation[where] < 0:
+                code = -code
+        out[4 + index] = code
+
+
+@njit(cache=True, nogil=True)
+def annotate(ids, lengths, planes, total, final, parent, child, neighbours, zerotree, notes):  # type: ignore[no-untyped-def]
+    """Notes int32 [N, L, 4 + Q] of streams; returns (row, position) of the first illegal token, or (-1, -1)."""
+    size = len(parent)
+    for row in range(ids.shape[0]):
+        registers = np.zeros(REGISTERS, np.int64)
+        marks = np.zeros((3, size if zerotree else 1), np.int16)
+        approximation = np.zeros(size, np.float64)
+        for position in range(lengths[row]):
+            if not arrive(registers, approximation, marks, parent, child, zerotree, planes[row]):
+                return row, position
+            threshold = final * 2.0 ** (planes[row] - 1 - registers[PLANE])
+            out = notes[row, position]
+            first_plane = total - planes[row]
+            note(registers, approximation, marks, child, zerotree, neighbours, threshold, first_plane, out)
+            token = ids[row, position]
+            if token < 0 or token > 7 or not out[2] & (1 << token):
+                return row, position
+            consume(registers, approximation, marks, parent, child, zerotree, threshold, token)
+    return -1, -1
+
+
+@njit(cache=True, nogil=True)
+def advance(  # type: ignore[no-untyped-def]
+    tokens, going, registers, approximation, marks, planes, total, final, parent, child, neighbours, zerotree, notes
+):
+    """Feed one token [N] to each stream that is still ``going`` [N] (token -1: none yet), then note what is known.
+
+    Returns the first row whose token is illegal, or -1.
+    """
+    for row in range(len(tokens)):
+        if not going[row]:
+            continue
+        token = tokens[row]
+        if token >= 0:
+            if token > 7 or not notes[row, 2] & (1 << token):
+                return row
+            threshold = final * 2.0 ** (planes[row] - 1 - registers[row, PLANE])
+            consume(registers[row], approximation[row], marks[row], parent, child, zerotree, threshold, token)
+        going[row] = arrive(registers[row], approximation[row], marks[row], parent, child, zerotree, planes[row])
+        if going[row]:
+            threshold = final * 2.0 ** (planes[row] - 1 - registers[row, PLANE])
+            first_plane = total - planes[row]
+            note(
+                registers[row],
+                approximation[row],
+                marks[row],
+                child,
+                zerotree,
+                neighbours,
+                threshold,
+                first_plane,
+                notes[row],
+            )
+        else:
+            notes[row] = 0
+    return -1

@@ -1,0 +1,541 @@
+"""Bit-planes: known figures, an oracle written from the paper, every stream that can be, and what must be refused."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import pywt
+import torch
+
+from data.images.config import ImagesConfig
+from data.images.fashion import FashionSource
+from data.images.sources import open_source
+from data.images.views import to_float, to_uint8
+from data.layout import TokenLayout, Tokens
+from stages.codecs.bitplane import BitplaneCodec, BitplaneConfig
+from stages.codecs.scan import NEIGHBOURS, coefficients, images, levels_of, scan_of
+from stages.factory import build_grammar
+from stages.spectral.colour import to_rgb, to_ycbcr
+
+VARIANTS = ("blocks", "zerotree")
+
+
+def codec(variant="blocks", side=16, channels=1, **named):
+    named.setdefault("final_threshold", 0.0625)
+    return BitplaneCodec(BitplaneConfig(variant=variant, **named), (side, side), channels)
+
+
+def noise(count=4, side=16, channels=1, seed=0):
+    return torch.randint(0, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
+
+
+def smooth(count=4, side=16, channels=1):
+    y, x = torch.meshgrid(*[torch.linspace(0, 3, side)] * 2, indexing="ij")
+    phase = torch.arange(count * channels).view(count, channels, 1, 1)
+    return (127.5 * (1 + torch.sin(y * (1 + phase % 3) + x + phase))).round().to(torch.uint8)
+
+
+def matrix_of(pixels, wavelet="haar"):
+    side = pixels.shape[-1]
+    with pytest.warns(UserWarning, match="boundary effects") if wavelet != "haar" else pytest.MonkeyPatch.context():
+        bands = pywt.wavedec2(pixels, wavelet, mode="periodization", level=levels_of(side), axes=(-2, -1))
+    return pywt.coeffs_to_array(bands, axes=(-2, -1))[0]
+
+
+# ------------------------------------------------------------------------------------------------ known figures
+
+
+@pytest.mark.fashion
+@pytest.mark.parametrize(
+    ("wavelet", "longest", "mean"), [("bior4.4", 3098, 1723.91), ("haar", 3217, 1822.47)], ids=["bior4.4", "haar"]
+)
+def test_the_papers_figures_on_all_70_000_images(request, wavelet, longest, mean):
+    """The paper: at most 3098 tokens (bior4.4), 1822.5 on average (Haar). The other two figures are this code's own."""
+    sources = [open_fashion(split) for split in ("train", "val")]
+    tokenizer = codec(side=32, wavelet=wavelet)
+    lengths = []
+    for source in sources:
+        for start in range(0, len(source), 2000):
+            pixels = np.pad(source.images[start : start + 2000], ((0, 0), (2, 2), (2, 2)))
+            lengths.append(tokenizer.encode(to_float(torch.from_numpy(pixels).unsqueeze(1))).lengths)
+    found = torch.cat(lengths)
+    assert len(found) == 70_000 and int(found.max()) == longest
+    assert round(float(found.double().mean()), 2) == mean
+
+
+def open_fashion(split):
+    source = open_source(ImagesConfig(kind="fashion", size=32, channels=1, eval_view="pad"), split)
+    assert isinstance(source, FashionSource)
+    return source
+
+
+def test_the_papers_arithmetic():
+    """a = -17.45 with T = 16: negative, 24 from 0; found to lie above 16 and below 24, it becomes -20 one plane on."""
+    tokenizer = codec(side=64, final_threshold=8.0)
+    values = np.zeros((1, 64 * 64))
+    values[0, 0] = -17.45
+    tokens = tokenizer.encode_coefficients(values, np.array([2]))
+    names = [tokenizer.grammar.names[token] for token in tokens.ids[0, :, 0].tolist()]
+    blocks = 64 * 64 // 16
+    first = ["Negative", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * (blocks - 1)]
+    assert names == first + ["Lower", *first[1:]]
+    assert tokenizer.decode_coefficients(tokens)[0, 0] == -20
+    assert tokenizer.decode_coefficients(tokens.prefix(1))[0, 0] == -24
+
+
+# --------------------------------------------------------------------------------------------------- an oracle
+
+
+def scan_by_hand(side):
+    """The coarse 4x4 corner, then level by level the bands high along y, along x, along both; blocks of groups."""
+    corner = [(y + top, x + left) for top, left in ((0, 0), (2, 0), (0, 2), (2, 2)) for y in (0, 1) for x in (0, 1)]
+    blocks = [[corner[i : i + 4] for i in range(0, 16, 4)]]
+    half = 4
+    while half < side:
+        for top, left in ((half, 0), (0, half), (half, half)):
+            for y in range(top, top + half, 4):
+                for x in range(left, left + half, 4):
+                    blocks.append(
+                        [
+                            [(y + b + c, x + d + e) for c in (0, 1) for e in (0, 1)]
+                            for b in (0, 2)
+                            for d in (0, 2)
+                        ]
+                    )
+        half *= 2
+    return blocks
+
+
+def planes_by_hand(matrix, final):
+    top = np.abs(matrix).max()
+    threshold = 2.0 ** (np.ceil(np.log2(top)) - 1)
+    while threshold >= final:
+        yield threshold
+        threshold /= 2
+
+
+def refine(matrix, approximation, place, threshold):
+    up = abs(matrix[place]) > abs(approximation[place])
+    approximation[place] += np.sign(approximation[place]) * (threshold / 2 if up else -threshold / 2)
+    return "Upper" if up else "Lower"
+
+
+def blocks_by_hand(matrix, final):
+    approximation, found = np.zeros_like(matrix), []
+    for threshold in planes_by_hand(matrix, final):
+        for block in scan_by_hand(len(matrix)):
+            if all(abs(matrix[place]) < threshold for group in block for place in group):
+                found.append("Group4x4")
+                continue
+            for group in block:
+                if all(abs(matrix[place]) < threshold for place in group):
+                    found.append("Group2x2")
+                    continue
+                found += [one_by_hand(matrix, approximation, place, threshold) for place in group]
+    return found
+
+
+def one_by_hand(matrix, approximation, place, threshold):
+    if approximation[place]:
+        return refine(matrix, approximation, place, threshold)
+    if abs(matrix[place]) < threshold:
+        return "Insignificant"
+    approximation[place] = np.sign(matrix[place]) * 1.5 * threshold
+    return "Positive" if matrix[place] > 0 else "Negative"
+
+
+def tree(place, side):
+    y, x = place
+    if max(place) * 2 >= side:
+        return []
+    children = [(2 * y + b, 2 * x + c) for b in (0, 1) for c in (0, 1)]
+    return children + [under for child in children for under in tree(child, side)]
+
+
+def zerotree_by_hand(matrix, final):
+    approximation, found, side = np.zeros_like(matrix), [], len(matrix)
+    for threshold in planes_by_hand(matrix, final):
+        covered = set()
+        for place in (place for block in scan_by_hand(side) for group in block for place in group):
+            under = tree(place, side) if max(place) > 1 else []
+            if place in covered:
+                continue
+            if under and all(abs(matrix[each]) < threshold for each in (place, *under)):
+                covered.update(under)
+                found.append("ZeroTree")
+            else:
+                found.append(one_by_hand(matrix, approximation, place, threshold))
+    return found
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "bior4.4"])
+@pytest.mark.parametrize(("variant", "by_hand"), [("blocks", blocks_by_hand), ("zerotree", zerotree_by_hand)])
+@pytest.mark.parametrize("pixels", [noise(3), smooth(3)], ids=["noise", "smooth"])
+def test_streams_are_those_of_the_paper_written_down_again(wavelet, variant, by_hand, pixels):
+    tokenizer = codec(variant, wavelet=wavelet)
+    tokens = tokenizer.encode(to_float(pixels))
+    for row, image in enumerate(pixels[:, 0].double().numpy() / 255):
+        expected = by_hand(matrix_of(image, wavelet), 0.0625)
+        assert int(tokens.lengths[row]) == len(expected)
+        assert [tokenizer.grammar.names[token] for token in tokens.ids[row, : len(expected), 0]] == expected
+
+
+def test_transforms_are_pywavelets_own():
+    pixels = noise(2, 32, 3).double().numpy() / 255
+    for wavelet in ("haar", "bior4.4"):
+        found = coefficients(pixels, wavelet)
+        assert np.array_equal(found, matrix_of(pixels, wavelet))
+        assert np.abs(images(found, wavelet) - pixels).max() < 1e-10  # bior4.4: its filters are given to 12 digits
+
+
+def test_the_scan_knows_parents_children_and_neighbours():
+    scan = scan_of(16, 3)
+    assert sorted(scan.order.tolist()) == list(range(3 * 256))
+    channel, flat = np.divmod(scan.order, 256)
+    row, column = np.divmod(flat, 16)
+    one = {(c, y, x): index for index, (c, y, x) in enumerate(zip(channel, row, column, strict=True))}
+    names = dict(zip(NEIGHBOURS, scan.neighbours.T, strict=True))
+    # (channel 1, row 9, column 3) lies in the finest band high along y: rows 8 to 15, columns 0 to 7
+    place = one[1, 9, 3]
+    assert (scan.level[place], scan.band[place]) == (3, 1)
+    assert scan.parent[place] == one[1, 4, 1] and scan.child[one[1, 4, 1]] == one[1, 8, 2]
+    assert scan.child[place] == -1 and scan.child[one[0, 0, 1]] == -1
+    expected = {"left": (1, 9, 2), "right": (1, 9, 4), "up": (1, 8, 3), "down": (1, 10, 3), "parent": (1, 4, 1)}
+    expected |= {"next band": (1, 1, 11), "last band": (1, 9, 11), "next plane": (2, 9, 3), "last plane": (0, 9, 3)}
+    assert {name: names[name][place] for name in expected} == {name: one[at] for name, at in expected.items()}
+    # at the border of a band there is nobody
+    assert names["up"][one[1, 8, 3]] == -1 and names["right"][one[1, 9, 7]] == -1
+    assert np.allclose(scan.place[place], [1.5 / 8, 3.5 / 8])
+
+
+def test_colour_is_jpegs():
+    reds = np.zeros((1, 3, 1, 2))
+    reds[0, 0, 0, 0] = 1
+    assert np.allclose(to_ycbcr(reds)[0, :, 0], [[0.299, 0], [-0.168736, 0], [0.5, 0]], atol=1e-6)
+    pixels = np.random.default_rng(0).random((2, 3, 4, 4))
+    assert np.abs(to_rgb(to_ycbcr(pixels)) - pixels).max() < 1e-14
+
+
+# ---------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("wavelet", ["haar", "bior4.4"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_errors_keep_the_bound_and_the_finest_threshold_is_exact(variant, wavelet, channels):
+    pixels = torch.cat([noise(3, 16, channels), smooth(3, 16, channels)])
+    for final in (0.5, 0.0625):
+        tokenizer = codec(variant, channels=channels, wavelet=wavelet, final_threshold=final)
+        values = tokenizer.to_coefficients(to_float(pixels))
+        found = tokenizer.decode_coefficients(tokenizer.encode(to_float(pixels)))
+        seen = found != 0
+        assert seen.any() and np.abs(found - values)[seen].max() <= final / 2
+        assert np.abs(values[~seen]).max() < final
+    fine = codec(variant, channels=channels, wavelet=wavelet, final_threshold=2**-12)
+    assert torch.equal(to_uint8(fine.decode(fine.encode(to_float(pixels)))), pixels)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_prefix_decodes_and_planes_come_closer(variant):
+    tokenizer, pixels = codec(variant, channels=3), smooth(2, 16, 3)
+    tokens = tokenizer.encode(to_float(pixels))
+    for length in range(0, int(tokens.lengths.max()), 37):
+        decoded = tokenizer.decode(tokens.prefix(length))
+        assert decoded.shape == (2, 3, 16, 16) and decoded.abs().max() <= 1
+    errors = []
+    for k in range(1, tokenizer.planes + 1):
+        part = tokenizer.first_scales(tokens, k)
+        errors.append(float((tokenizer.decode(part) - to_float(pixels)).square().mean()))
+        stopped = codec(variant, channels=3, final_threshold=tokenizer.config.final_threshold * 2 ** (tokenizer.planes - k))
+        assert torch.equal(stopped.encode(to_float(pixels)).lengths, part.lengths)
+    assert errors[0] > 100 * errors[-1]
+    # the coarsest planes already have colour: blocks of the three colour planes come in turn
+    half = tokenizer.decode(tokens.prefix(int(tokens.lengths.min()) // 3))
+    assert (half[:, 0] - half[:, 2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("level", [0, 1, 128, 255])
+def test_constant_images(variant, level):
+    pixels = torch.full((1, 1, 16, 16), level, dtype=torch.uint8)
+    tokenizer = codec(variant)
+    tokens = tokenizer.encode(to_float(pixels))
+    assert (to_uint8(tokenizer.decode(tokens)).int() - level).abs().max() <= 2
+    assert (tokens.header.item() == 0, tokens.lengths.item() == 0) == (level <= 1, level <= 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_bright_pixel_and_the_smallest_side(variant):
+    pixels = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    pixels[0, 0, 3, 0] = 255
+    tokenizer = codec(variant, side=4, final_threshold=2**-10)
+    assert torch.equal(to_uint8(tokenizer.decode(tokenizer.encode(to_float(pixels)))), pixels)
+
+
+def test_a_fixed_start_gives_every_image_all_planes():
+    tokenizer = codec(start_threshold=4.0, wavelet="haar")
+    tokens = tokenizer.encode(to_float(torch.cat([smooth(2), torch.zeros(1, 1, 16, 16, dtype=torch.uint8)])))
+    assert tokens.header.flatten().tolist() == [7, 7, 7] == [tokenizer.planes] * 3
+    assert tokens.lengths[2] == 7 * 16  # a black image is one token a block and plane
+    own = codec(wavelet="haar").encode(to_float(smooth(2)))
+    assert (own.lengths <= tokens.lengths[:2]).all()
+    high = codec(start_threshold=2.0)
+    with pytest.raises(ValueError, match=r"image 1 of the batch has a coefficient of .*use 4 or more, or 0 for"):
+        high.encode(to_float(torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 16, 16)))
+
+
+# ------------------------------------------------------------------------------------------------ the grammar
+
+
+def draw_streams(tokenizer, count, seed):
+    """Complete legal streams in which every allowed id is as likely."""
+    generator = torch.Generator().manual_seed(seed)
+    header = torch.randint(0, tokenizer.planes + 1, (count, 1), generator=generator)
+    state = tokenizer.grammar.start(header)
+    ids, lengths = [], torch.zeros(count, dtype=torch.int64)
+    while state.going.any():
+        lengths += state.going
+        allowed = tokenizer.grammar.allowed(state.notes).float()
+        ids.append(torch.multinomial(allowed, 1, generator=generator))
+        tokenizer.grammar.advance(state, ids[-1])
+    tokens = Tokens(torch.stack(ids, 1), lengths, header)
+    tokens.ids.masked_fill_(~tokens.counted.unsqueeze(-1), 0)
+    return tokens
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def ten_thousand(request):
+    tokenizer = codec(request.param, side=8, final_threshold=0.25)
+    return tokenizer, draw_streams(tokenizer, 10_000, 1)
+
+
+def test_ten_thousand_random_legal_streams(ten_thousand):
+    tokenizer, tokens = ten_thousand
+    values = tokenizer.decode_coefficients(tokens)
+    again = tokenizer.encode_coefficients(values, tokens.header[:, 0].numpy())
+    # the same header gives the same coefficients, and because nothing impossible was drawn, the same tokens
+    assert np.array_equal(tokenizer.decode_coefficients(again), values)
+    assert torch.equal(again.lengths, tokens.lengths) and torch.equal(again.ids, tokens.ids)
+    cut = (tokens.lengths * torch.rand(10_000, generator=torch.Generator().manual_seed(2))).long()
+    prefix = Tokens(tokens.ids, cut, tokens.header)
+    assert tokenizer.decode(prefix).isfinite().all()
+    # the whole vocabulary is there
+    assert tokens.ids[tokens.counted].unique().tolist() == list(range(len(tokenizer.grammar.names)))
+
+
+def test_ten_thousand_corrupted_streams_are_refused_or_decode(ten_thousand):
+    tokenizer, tokens = ten_thousand
+    generator = np.random.default_rng(4)
+    refused = 0
+    for row in range(10_000):
+        one = Tokens(tokens.ids[row : row + 1].clone(), tokens.lengths[row : row + 1].clone(), tokens.header[row : row + 1])
+        kind, length = row % 4, int(one.lengths)
+        if kind == 0 and length:
+            one.ids[0, generator.integers(length)] = int(generator.integers(-3, 300))
+        elif kind == 1:
+            one.lengths += int(generator.integers(-5, 5))
+        elif kind == 2:
+            one.header = one.header + int(generator.integers(-9, 9))
+        else:
+            one.ids = one.ids.roll(int(generator.integers(1, 9)), 1)
+        try:
+            decoded = tokenizer.decode(one)
+        except ValueError:
+            refused += 1
+            continue
+        assert decoded.shape == (1, 1, 8, 8) and decoded.isfinite().all()
+    assert 5000 < refused < 10_000
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_illegal_streams_are_refused_at_their_first_offence(variant):
+    tokenizer = codec(variant)
+    tokens = tokenizer.encode(to_float(smooth(2)))
+    place = int(tokens.lengths[1]) // 2
+    notes = tokenizer.grammar.annotate(tokens)
+    wrong = int((~tokenizer.grammar.allowed(notes[1, place])).nonzero()[0])
+    broken = Tokens(tokens.ids.clone(), tokens.lengths, tokens.header)
+    broken.ids[1, place] = wrong
+    name = tokenizer.grammar.names[wrong]
+    for refuses in (tokenizer.decode, tokenizer.grammar.annotate):
+        with pytest.raises(ValueError, match=rf"stream 1: token {place} \({name}\) cannot stand there"):
+            refuses(broken)
+    state = tokenizer.grammar.start(tokens.header)
+    with pytest.raises(ValueError, match=r"cannot come next"):
+        tokenizer.grammar.advance(state, torch.full((2, 1), len(tokenizer.grammar.names) - 1))
+    with pytest.raises(ValueError, match=rf"a stream of 99 bit-planes; allowed: 0 to {tokenizer.planes}"):
+        tokenizer.decode(Tokens(tokens.ids, tokens.lengths, torch.full((2, 1), 99)))
+    with pytest.raises(ValueError, match="lengths from"):
+        tokenizer.decode(Tokens(tokens.ids, tokens.lengths + 10_000, tokens.header))
+
+
+def test_an_empty_stream_is_black_and_may_not_go_on():
+    tokenizer = codec()
+    nothing = Tokens(torch.zeros(1, 0, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1).long())
+    assert (tokenizer.decode(nothing) == -1).all()
+    more = Tokens(torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), nothing.header)
+    with pytest.raises(ValueError, match="stream 0: token 0"):
+        tokenizer.decode(more)
+
+
+def after(tokenizer, names):
+    """What may come after some tokens: (with, without) what they make impossible."""
+    state = tokenizer.grammar.start(torch.full((1, 1), tokenizer.planes))
+    for name in names:
+        tokenizer.grammar.advance(state, torch.tensor([[tokenizer.grammar.names.index(name)]]))
+    return tuple(
+        {tokenizer.grammar.names[i] for i in tokenizer.grammar.allowed(state.notes, strict)[0].nonzero()[:, 0]}
+        for strict in (True, False)
+    )
+
+
+SIGNS = {"Positive", "Negative"}
+ANY = {"Insignificant", *SIGNS}
+
+
+@pytest.mark.parametrize(
+    ("variant", "before", "strict", "loose"),
+    [
+        ("blocks", [], {"Group4x4", "Group2x2", *ANY}, {"Group4x4", "Group2x2", *ANY}),
+        ("blocks", ["Group4x4"], {"Group4x4", "Group2x2", *ANY}, {"Group4x4", "Group2x2", *ANY}),
+        ("blocks", ["Insignificant"], ANY, ANY),
+        ("blocks", ["Insignificant"] * 3, SIGNS, ANY),
+        ("blocks", ["Positive", *["Insignificant"] * 2], ANY, ANY),
+        ("blocks", ["Group2x2"], {"Group2x2", *ANY}, {"Group2x2", *ANY}),
+        ("blocks", ["Group2x2"] * 3, ANY, {"Group2x2", *ANY}),
+        ("blocks", [*["Group2x2"] * 3, *["Insignificant"] * 3], SIGNS, ANY),
+        # the next plane: what was found is refined, and a block that holds it promises nothing
+        ("blocks", ["Positive", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * 3], *[{"Lower", "Upper"}] * 2),
+        ("blocks", ["Positive", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * 3, "Lower"], ANY, ANY),
+        (
+            "blocks",
+            ["Positive", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * 3, "Lower", *["Insignificant"] * 3]
+            + ["Group2x2"] * 2,
+            {"Group2x2", *ANY},
+            {"Group2x2", *ANY},
+        ),
+        ("zerotree", [], ANY, ANY),
+        ("zerotree", ["Insignificant"] * 4, {"ZeroTree", *ANY}, {"ZeroTree", *ANY}),
+        # scaling coefficients promise nothing; the first detail is Insignificant above something, the other eleven empty
+        ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11, ANY, ANY),
+        ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11 + ["Insignificant"] * 3, SIGNS, ANY),
+        ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11 + ["Positive", *["Insignificant"] * 2], ANY, ANY),
+        # the second detail was significant itself: its four children promise nothing
+        ("zerotree", [*["Insignificant"] * 4, "Positive", *["ZeroTree"] * 11, *["Insignificant"] * 3], ANY, ANY),
+    ],
+)
+def test_what_was_said_rules_out_what_cannot_be(variant, before, strict, loose):
+    assert after(codec(variant, side=8), before) == (strict, loose)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_notes_are_the_same_token_by_token_and_at_once(variant, channels):
+    tokenizer = codec(variant, channels=channels)
+    tokens = tokenizer.encode(to_float(torch.cat([noise(2, 16, channels), smooth(2, 16, channels)])))
+    grammar = build_grammar(TokenLayout.from_dict(tokenizer.layout.to_dict()))
+    notes, state = grammar.annotate(tokens), grammar.start(tokens.header)
+    for position in range(tokens.ids.shape[1]):
+        going = position < tokens.lengths
+        assert torch.equal(state.going, going) and torch.equal(state.notes[going], notes[going, position])
+        assert (notes[~going, position] == 0).all()
+        grammar.advance(state, tokens.ids[:, position])
+    assert not state.going.any()
+    assert grammar.place(notes).shape == (*notes.shape[:2], grammar.place_width)
+    assert grammar.known(notes).shape == (*notes.shape[:2], grammar.known_width)
+    planes = grammar.scale_of(notes)[tokens.counted]
+    assert planes.max() == tokenizer.planes - 1 and planes.min() == tokenizer.planes - tokens.header.max()
+
+
+def test_notes_know_the_neighbours():
+    """Right of a coefficient of 5 (found at T=4): 1 while its plane lasts; then it is 2 planes up."""
+    tokenizer = codec(side=8, final_threshold=1.0)
+    values = np.zeros((1, 64))
+    values[0, :2] = -5.0, 1.5
+    tokens = tokenizer.encode_coefficients(values, np.array([3]))
+    notes = tokenizer.grammar.annotate(tokens)
+    left = 4 + NEIGHBOURS.index("left")
+    there = (notes[0, :, 0] == 1) & tokens.counted[0]
+    assert notes[0, there, left].tolist() == [-1, -2, -3]
+    assert notes[0, there, 1].tolist() == [p + tokenizer.planes - 3 for p in range(3)]
+    assert notes[0, there, 4].tolist() == [0, 0, 0]  # itself, before it is found
+
+
+# --------------------------------------------------------------------------------------------- how images begin
+
+
+def test_starts_are_drawn_from_what_was_measured():
+    tokenizer = codec(channels=3, final_threshold=0.25)
+    dark, light = smooth(40, 16, 3) // 8, 255 - smooth(40, 16, 3) // 8
+    labels = torch.arange(2).repeat_interleave(40)
+    pixels = to_float(torch.cat([dark, light]))
+    tokenizer.fit([(pixels[:50], labels[:50]), (pixels[50:], labels[50:])])
+    again = codec(channels=3, final_threshold=0.25)
+    again.restore(tokenizer.statistics())
+    own = tokenizer.encode(pixels).header[:, 0]
+    for each in (tokenizer, again):
+        prefix = each.start_prefix(torch.tensor([0] * 50 + [1] * 50 + [-1] * 50), range(150))
+        assert set(prefix.header[:50, 0].tolist()) <= set(own[:40].tolist())
+        assert set(prefix.header[50:100, 0].tolist()) <= set(own[40:].tolist())
+        assert set(prefix.lengths.tolist()) <= {0, 4} and (prefix.lengths == 4).sum() > 100
+        assert torch.equal(prefix.ids, tokenizer.start_prefix(torch.tensor([0] * 50 + [1] * 50 + [-1] * 50), range(150)).ids)
+        positive = each.grammar.names.index("Positive")
+        assert (prefix.ids[50:100, :, 0][prefix.lengths[50:100] == 4] == positive).float().mean() > 0.9
+        each.decode(prefix)
+    tokens = tokenizer.encode(pixels)
+    bits = tokenizer.header_bits(tokens, labels)
+    shares = (torch.bincount(own[:40], minlength=tokenizer.planes + 1) + 0.5) / (40 + 0.5 * (tokenizer.planes + 1))
+    torch.testing.assert_close(bits[:40], -shares[own[:40]].double().log2())
+    never = Tokens(tokens.ids[:1], tokens.lengths[:1], torch.zeros(1, 1).long())
+    assert 5 < float(tokenizer.header_bits(never, labels[:1])) < 20
+
+
+# --------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"side": 28}, "images.size: a side of 28 pixels; allowed: powers of two from 4, e.g. 16 or 32"),
+        ({"side": 2}, "a side of 2 pixels"),
+        ({"channels": 2}, "allowed: squares with 1 or 3 channels"),
+        ({"wavelet": "db2"}, "tokenizer.wavelet='db2'; allowed: haar, bior4.4"),
+        ({"variant": "trees"}, "tokenizer.variant='trees'; allowed: blocks, zerotree"),
+        ({"final_threshold": 0.3}, "tokenizer.final_threshold=0.3; allowed: powers of two from 2\\^-20 to"),
+        ({"final_threshold": 0.0}, "tokenizer.final_threshold=0.0"),
+        ({"final_threshold": 64.0}, "tokenizer.final_threshold=64.0"),
+        ({"final_threshold": 1.0, "start_threshold": 0.5}, "start_threshold=0.5 is below"),
+    ],
+)
+def test_configs_that_cannot_be(named, message):
+    with pytest.raises(ValueError, match=message):
+        codec(**named)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"images \(1, 8, 8\); allowed: \(1, 16, 16\)"):
+        codec().encode(torch.zeros(1, 1, 8, 8))
+
+
+def test_without_numba_it_is_the_same_only_slower():
+    code = (
+        "import sys, torch, warnings\n"
+        "sys.modules['numba'] = None\n"
+        "from stages.codecs.bitplane import BitplaneCodec, BitplaneConfig\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    codec = BitplaneCodec(BitplaneConfig(variant=sys.argv[1]), (16, 16), 1)\n"
+        "assert any('octaves[codecs]' in str(one.message) for one in said), said\n"
+        "tokens = codec.encode(torch.linspace(-1, 1, 512).view(2, 1, 16, 16))\n"
+        "assert (codec.decode(tokens) - torch.linspace(-1, 1, 512).view(2, 1, 16, 16)).abs().max() < 0.2\n"
+        "codec.grammar.annotate(tokens)\n"
+        "print(tokens.ids.flatten().tolist())\n"
+    )
+    for variant in VARIANTS:
+        done = subprocess.run([sys.executable, "-c", code, variant], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        tokens = codec(variant).encode(torch.linspace(-1, 1, 512).view(2, 1, 16, 16))
+        assert done.stdout.strip() == str(tokens.ids.flatten().tolist())
