@@ -85,6 +85,11 @@ class TokenLayout:
                 raise ValueError(f"scale {scale.name}: codebook {scale.codebook} has other fields in another scale")
 
     @property
+    def keeps_prefixes(self) -> bool:
+        """The first scales of an image can stay while the others change: they know nothing of them."""
+        return self.encodes_prefixes or self.ends == "grammar"
+
+    @property
     def length(self) -> int:
         """Number of elements of a full sample (the cap for variable lengths)."""
         return self.max_length if self.max_length is not None else sum(scale.length for scale in self.scales)

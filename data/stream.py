@@ -91,7 +91,7 @@ class BucketedStream(IndexStream):
             order = np.argsort(lengths, kind="stable").reshape(self.window, joined)
             shuffled = order[np.random.default_rng([self.seed, 1, number]).permutation(self.window)]
             for row in shuffled[skip:]:
-                yield [pairs[place] for place in row[self.rank :: self.world_size]]
+                yield [pairs[place] for place in row[self.rank * self.batch_size :][: self.batch_size]]
             skip = 0
 
 

@@ -8,6 +8,8 @@ sample            draw new images: classes=… text=… count=… seed=… out=�
 upsample          make a small image large: input=… to=… and the keys of sample
 edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
 studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
+rates             bits beside PSNR of evaluations and of image formats: runs=folder,folder out=…
+bench             how fast the tokenizer is: repeats=… out=…
 photos            gather colour photos from installed packages: size=64
 
 CONFIG is a YAML or the name of a shipped experiment; every key of it can be overridden by key=value.
@@ -35,6 +37,8 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "upsample": ("pipeline.upsample", "upsample_images", "UpsampleRequest"),
     "edit": ("pipeline.edit", "edit_images", "EditRequest"),
     "studio": ("pipeline.studio", "run_studio", "StudioRequest"),
+    "rates": ("pipeline.rates", "compare_rates", "RatesRequest"),
+    "bench": ("pipeline.bench", "run_bench", "BenchRequest"),
     "photos": ("pipeline.photos", "run_photos", None),
 }
 

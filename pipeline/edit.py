@@ -63,7 +63,7 @@ def check_frozen(layout: TokenLayout, frozen: int, masked: bool) -> None:
             f"frozen={frozen}; allowed: {lowest} to {len(layout.scales) - 1} of the {len(layout.scales)} scales"
             + ("" if masked else " (0 with a mask)")
         )
-    if frozen and not layout.encodes_prefixes:
+    if frozen and not layout.keeps_prefixes:
         raise PrefixUnsupported(f"keeping scales needs a scale-causal encoder: {DENSE_ENCODER}")
 
 
@@ -91,7 +91,7 @@ def edit_pixels(
     settings = dataclasses.replace(settings, scales=0)
     models.check(settings)
     known = models.encode(pixels)
-    prefix = known.prefix(layout.prefix_length(frozen)) if frozen else None
+    prefix = models.tokenizer.first_scales(known, frozen) if frozen else None
     if mask is None:
         return models.decode(models.draw(prompts, settings, seeds, prefix=prefix))
     keep = ~open_elements(layout, mask)

@@ -28,6 +28,7 @@ from data.images.sources import open_source
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
+from pipeline.evaluate_streams import measure_rates, show_finished, show_grids, show_growing, shown_settings
 from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import (
     show_captioned,
@@ -101,10 +102,12 @@ def evaluate(config: Config) -> Path:
         metrics["samples"] = measure_samples(config, folder, models, reference, judge, skipped)
         if config.eval.upsample_from:
             metrics["upsampling"] = measure_upsampling(config, folder, models, val, made, judge)
+        show_finished(config, folder, models, val, made.tokens)
         if config.eval.edit_frozen:
             metrics["editing"] = measure_editing(
                 config, folder, models, val, made, classifier, source.class_names, skipped
             )
+    metrics["streams"] = measure_rates(config, tokenizer, models, val, made, measured)
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured)
     metrics["codes"] = [use.to_dict() for use in uses]
     metrics["skipped"] = skipped
@@ -123,6 +126,7 @@ def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
         raise RunError(f"sampling.scales={config.sampling.scales}: eval compares whole images; set it to 0")
     check_images(tokenizer, config.images.channels, config.images.size, config.images.size)
     check_scales(config, tokenizer)
+    shown_settings(config, tokenizer.layout)
     if (Path(config.tokens.path) / FILE).exists():
         check_belongs(Manifest.load(config.tokens.path), path)
 
@@ -221,7 +225,8 @@ def measure_samples(
     seeds = [config.eval.seed + index for index in range(count)]
     prompts = prompts_of(models, labels, texts)
     started = time.perf_counter()
-    drawn = models.decode(models.draw(prompts, config.sampling, seeds))
+    tokens = models.draw(prompts, config.sampling, seeds)
+    drawn = models.decode(tokens)
     seconds = time.perf_counter() - started
     np.savez_compressed(folder / "samples.npz", arr_0=drawn.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
 
@@ -275,6 +280,8 @@ def measure_samples(
         show_captioned(folder, drawn, val.pixels[rows], texts)
     else:
         show_samples(folder, drawn, labels, class_names if conditional else ())
+    show_growing(folder, models, tokens[:6])
+    show_grids(config, folder, models, tuple(class_names) if conditional and not by_text else ())
     show_neighbours(
         folder, config.images, drawn, fake, train.pixels, train.indices, train_source, spaces.get("classifier")
     )

@@ -49,7 +49,9 @@ def show_prefixes(folder: Path, tokenizer: Tokenizer, pixels: Tensor, tokens: To
     sheet(rows, column_labels=[*labels, "original"]).save(folder / "prefixes.png")
 
 
-def show_samples(folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
+def show_samples(
+    folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...], name: str = "samples.png"
+) -> None:
     """Samples row by row: one class a row, or the first ones where there are no classes."""
     if class_names:
         shown = range(min(len(class_names), MAX_CLASSES_SHOWN))
@@ -58,7 +60,7 @@ def show_samples(folder: Path, drawn: Tensor, labels: Tensor, class_names: tuple
         picture = sheet([row for row, _ in kept], [name for _, name in kept])
     else:
         picture = sheet(drawn[: 6 * NUM_SHOWN].split(NUM_SHOWN))
-    picture.save(folder / "samples.png")
+    picture.save(folder / name)
 
 
 def show_captioned(folder: Path, drawn: Tensor, originals: Tensor, texts: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from pipeline.report_curves import draw_curves
 from pipeline.report_scales import editing_part, ladder_part, upsampling_part
+from pipeline.report_streams import growing_part, streams_part
 from pipeline.report_tables import class_table, code_table, prefix_table, same_backbone, section
 
 CREDIT = "Icons: Twemoji by Twitter, Inc. and other contributors, CC-BY 4.0 (creativecommons.org/licenses/by/4.0)."
@@ -87,6 +88,8 @@ def write_report(folder: Path, metrics: dict[str, Any], run: Path) -> Path:
             folder / "samples.png",
         ),
         class_table(metrics),
+        growing_part(folder),
+        streams_part(metrics),
         upsampling_part(metrics, folder),
         editing_part(metrics, folder),
         section(
@@ -148,7 +151,7 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
             "Rate",
             f"{rate['fixed_length_bits_per_pixel']:.3f} bits/px",
             f"{rate['entropy_bits_per_pixel']:.3f} by entropy",
-            f"{rate['tokens_per_image']:g} tokens an image, all of equal length; to be read beside the PSNR.",
+            f"{rate['tokens_per_image']:g} tokens an image, all of equal cost; to be read beside the PSNR.",
         )
     )
     if rate["prior_bits_per_pixel"] is not None:

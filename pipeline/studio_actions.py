@@ -105,9 +105,9 @@ def draw_samples(studio: Studio, wish: Wish, tell: Tell) -> Drawn:
     length = layout.prefix_length(settings.scales or len(layout.scales))
     prompts = to_prompts(models, [asked] * wish.count)
     tokens = watched(models, length, wish.count, tell).draw(prompts, settings, seeds)
-    reached = layout.num_scales_in(length)
+    reached = settings.scales or len(layout.scales)
     wanted = range(1, reached + 1) if layout.decodes_prefixes else [reached]
-    steps = tuple((k, models.decode(tokens.prefix(layout.prefix_length(k)))) for k in wanted)
+    steps = tuple((k, models.decode(models.tokenizer.first_scales(tokens, k))) for k in wanted)
     return Drawn(steps, asked, seeds)
 
 

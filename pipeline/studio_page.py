@@ -162,7 +162,7 @@ def _upsample_tab(gr: Any, studio: Studio) -> None:
 def _edit_tab(gr: Any, studio: Studio) -> None:
     layout, cells = studio.models.tokenizer.layout, mask_cells(studio)
     num_scales = len(layout.scales)
-    most = num_scales - 1 if layout.encodes_prefixes else 0
+    most = num_scales - 1 if layout.keeps_prefixes else 0
     if not most:
         _html(gr, line(NO_FREEZING + (" What is painted can still be drawn anew." if cells else "")))
     if not most and not cells:
@@ -282,14 +282,16 @@ def _tell(progress: Any) -> Callable[[float], None]:
 
 def _reach(studio: Studio, number: int) -> str:
     layout = studio.models.prior.layout
-    side, tokens = layout.scales[number - 1].image_size[0], layout.prefix_length(number)
-    return f"{number} of {len(layout.scales)} scales · {side} px · {tokens} tokens"
+    scale = layout.scales[number - 1]
+    tokens = f"{layout.prefix_length(number)} tokens" if layout.ends == "fixed" else f"down to {scale.name}"
+    return f"{number} of {len(layout.scales)} scales · {scale.image_size[0]} px · {tokens}"
 
 
 def _summary(studio: Studio) -> str:
     layout = studio.models.prior.layout
     side = layout.image_size[0]
-    return f"Pictures of {side} x {side} pixels from {layout.length} tokens in {len(layout.scales)} scales."
+    most = "" if layout.ends == "fixed" else "at most "
+    return f"Pictures of {side} x {side} pixels from {most}{layout.length} tokens in {len(layout.scales)} scales."
 
 
 def _footer(studio: Studio) -> str:

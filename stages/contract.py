@@ -270,6 +270,9 @@ class PriorOutput:
     forbids ids, the others share the probability."""
     illegal: Tensor | None = None
     """float32 [B, L]: probability that the network itself gives to forbidden ids; None without a grammar."""
+    saved: Tensor | None = None
+    """float32 [B, L]: nats that the element would cost besides, were those ids allowed that only the elements before
+    make impossible; None without a grammar."""
     legal_nll: Tensor | None = None
     """float32 [B, L]: negative log of the rest, which training adds to the loss: the network learns the grammar."""
 
@@ -319,7 +322,7 @@ class Prior(nn.Module, ABC):
         """Append an element int64 [B, F]."""
 
     def ended(self, state: Any, num_scales: int) -> Tensor | None:
-        """bool [B], on the CPU: which sequences have all of their first ``num_scales`` scales; None for a fixed length."""
+        """bool [B], on the CPU: which have all of their first ``num_scales`` scales; None for a fixed length."""
         return None
 
     def compile_step(self) -> None:

@@ -11,7 +11,7 @@ from stages.factory import build_grammar
 
 
 def scale_ids(tokens: Tokens, layout: TokenLayout, grammar: Grammar | None = None) -> Tensor:
-    """int64 [B, L]: the scale of each element, as far as it counts; in streams, found again where there are no notes."""
+    """int64 [B, L]: the scale of each element that counts; in streams, found again where there are no notes."""
     if layout.ends == "fixed":
         lengths = torch.tensor([scale.length for scale in layout.scales])
         scales = torch.arange(len(lengths)).repeat_interleave(lengths)[: tokens.ids.shape[1]]

@@ -35,7 +35,11 @@ class TrainingTokens(Dataset[Batch]):
     """Whole batches of the train split, asked for by lists of (epoch, position)."""
 
     def __init__(
-        self, reader: TokenReader, seed: int, with_text: bool = False, finish: Callable[[Batch], Batch] = lambda batch: batch
+        self,
+        reader: TokenReader,
+        seed: int,
+        with_text: bool = False,
+        finish: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self.reader, self.seed, self.with_text, self.finish = reader, seed, with_text, finish
 
@@ -125,7 +129,7 @@ class TokenDataModule(L.LightningDataModule):
         lengths = TokenReader(self.tokens_path, "train").lengths
         cut = int((lengths > (self._max_length or lengths.max(initial=0))).sum())
         return (
-            f"{self.tokens_path}: streams of {lengths.mean():.1f} elements on average, {lengths.max(initial=0)} at most; "
+            f"{self.tokens_path}: streams of {lengths.mean():.1f} elements, {lengths.max(initial=0)} at most; "
             f"{cut} of {len(lengths)} ({cut / max(1, len(lengths)):.2%}) are longer than prior.max_length="
             f"{self._max_length} and cut"
         )
@@ -145,7 +149,9 @@ class TokenDataModule(L.LightningDataModule):
         place = (self.batch_size, rank, world_size, self.seed, getattr(module, "batches_seen", 0))
         bucketed = reader.layout.ends != "fixed" and self.bucket_batches > 1
         stream = (
-            BucketedStream(reader.lengths, self.bucket_batches, *place) if bucketed else IndexStream(len(reader), *place)
+            BucketedStream(reader.lengths, self.bucket_batches, *place)
+            if bucketed
+            else IndexStream(len(reader), *place)
         )
         return self._loader(TrainingTokens(reader, self.seed, self.with_text, self.finish), batch_sampler=stream)
 

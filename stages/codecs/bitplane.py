@@ -1,9 +1,10 @@
 """Bit-planes of wavelet coefficients as tokens: a tokenizer that needs no training.
 
-After *Wavelets Are All You Need for Autoregressive Image Generation* (Mattar et al., arXiv 2406.19997). What is notable:
+After *Wavelets Are All You Need for Autoregressive Image Generation* (Mattar et al., arXiv 2406.19997).
+What is notable here:
 
-- each plane says of every coefficient whether it reaches the threshold T, its sign once it does, and from the next plane
-  on which half of its interval it lies in; then T is halved. Every prefix of a stream decodes;
+- each plane says of every coefficient whether it reaches the threshold T, its sign once it does, and from the next
+  plane on which half of its interval it lies in; then T is halved. Every prefix of a stream decodes;
 - a coefficient that was found errs by at most half of the final threshold, one that was not by less than all of it.
   The paper's text refines in the plane of discovery too; its own printed example and lengths do not, nor does this;
 - colour is coded as Y, Cb and Cr, block by block in turn, so every prefix is an image in colour;
@@ -43,8 +44,8 @@ class BitplaneConfig(TokenizerConfig):
     wavelet: str = "bior4.4"
     """haar, or bior4.4 (CDF 9/7, as in JPEG 2000)."""
     variant: str = "blocks"
-    """blocks: one token for a block of 4x4 or a group of 2x2 without significance; zerotree: one for a coefficient and all
-    of the finer ones at its place."""
+    """blocks: one token for a block of 4x4 or a group of 2x2 without significance; zerotree: one for a coefficient and
+    all of the finer ones at its place."""
     final_threshold: float = 0.0625
     """Threshold of the last plane, for pixels in [0, 1]: a power of two, and the quality. Lower is finer."""
     start_threshold: float = 0.0
@@ -54,7 +55,8 @@ class BitplaneConfig(TokenizerConfig):
 class BitplaneCodec(Tokenizer):
     """Images with a side that is a power of two, in gray or RGB.
 
-    Raises ValueError for another side, number of channels, wavelet or variant, and thresholds that are no powers of two.
+    Raises ValueError for another side, number of channels, wavelet or variant, and for thresholds that are no powers
+    of two.
     """
 
     def __init__(self, config: BitplaneConfig, image_size: tuple[int, int], channels: int) -> None:
@@ -76,9 +78,9 @@ class BitplaneCodec(Tokenizer):
         final, start = config.final_threshold, config.start_threshold
         largest = largest_coefficient(side, config.wavelet) * (1 - 1e-9)
         most = 2.0 ** (math.ceil(math.log2(largest)) - 1)
-        for name, value in (("final_threshold", final), ("start_threshold", start or final)):
-            if value <= 0 or math.frexp(value)[0] != 0.5 or not 2**-20 <= value <= most:
-                raise InputError(f"tokenizer.{name}={value}; allowed: powers of two from 2^-20 to {most:g}")
+        for name, threshold in (("final_threshold", final), ("start_threshold", start or final)):
+            if math.frexp(threshold)[0] != 0.5 or not 2**-20 <= threshold <= most:
+                raise InputError(f"tokenizer.{name}={threshold}; allowed: powers of two from 2^-20 to {most:g}")
         if start and start < final:
             raise InputError(f"tokenizer.start_threshold={start} is below tokenizer.final_threshold={final}")
         self.planes = 1 + round(math.log2((start or most) / final))
@@ -104,7 +106,7 @@ class BitplaneCodec(Tokenizer):
     # ------------------------------------------------------------------ pixels and coefficients
 
     def to_coefficients(self, pixels: Tensor) -> np.ndarray:
-        """Coefficients float64 [B, n] in scan order of pixels in [-1, 1]. Raises ValueError for images of another size."""
+        """Coefficients float64 [B, n] in scan order of pixels in [-1, 1]. Raises ValueError for another size."""
         wanted = (self.channels, *self.layout.image_size)
         if pixels.shape[1:] != wanted:
             raise InputError(f"images {tuple(pixels.shape[1:])}; allowed: {wanted}")
@@ -127,7 +129,7 @@ class BitplaneCodec(Tokenizer):
         return self.encode_coefficients(values, self.planes_of(values)).to(pixels.device)
 
     def planes_of(self, values: np.ndarray) -> np.ndarray:
-        """How many planes int64 [B] coefficients [B, n] have. Raises ValueError for one above a fixed start threshold."""
+        """Planes int64 [B] of coefficients [B, n]. Raises ValueError for one that a fixed start does not reach."""
         largest = np.abs(values).max(axis=1, initial=0)
         if self.config.start_threshold:
             wrong = np.flatnonzero(largest > 2 * self.config.start_threshold)
@@ -187,8 +189,8 @@ class BitplaneCodec(Tokenizer):
         for pixels, labels in batches:
             values = self.to_coefficients(pixels)
             parts.append((self.planes_of(values), values[:, : SCALING * self.channels * 4], labels.numpy()))
-        planes, firsts, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
-        self._starts = _Starts.measure(planes, self._scaling(firsts), labels, self.planes)
+        planes, firsts, classes = (np.concatenate(part) for part in zip(*parts, strict=True))
+        self._starts = _Starts.measure(planes, self._scaling(firsts), classes, self.planes)
 
     def _scaling(self, firsts: np.ndarray) -> np.ndarray:
         """Scaling coefficients [B, 4 C]: the first group of the first block of each colour plane."""
@@ -201,7 +203,7 @@ class BitplaneCodec(Tokenizer):
         self._starts = _Starts.from_dict(statistics)
 
     def start_prefix(self, labels: Tensor, seeds: Sequence[int]) -> Tokens:
-        """The number of planes from the class's histogram, and tokens of its scaling coefficients (of Y) from a Gaussian."""
+        """Planes from the class's histogram, and tokens of the scaling coefficients (of Y) from its Gaussian."""
         planes, values = [], np.zeros((len(seeds), len(self.scan.order)))
         for row, (label, seed) in enumerate(zip(labels.tolist(), seeds, strict=True)):
             number, scaling = self._starts.draw(label, np.random.default_rng([seed, 1]))

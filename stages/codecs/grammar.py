@@ -34,9 +34,9 @@ FREQUENCIES = (1, 2, 4, 8)
 class BitplaneGrammar(Grammar):
     """Streams of images [channels, side, side] with up to ``planes`` bit-planes, the last of threshold ``final``.
 
-    A stream's header is the number of its planes. Notes are [place in the scan, plane counted from the coarsest, bits of
-    the ids that may come, bits without what is impossible, and of each neighbour in ``NEIGHBOURS`` the sign times the
-    number of planes by which it is above the threshold, 0 while it is insignificant].
+    A stream's header is the number of its planes. Notes are [place in the scan, plane counted from the coarsest, bits
+    of the ids that may come, the same and those that are only impossible, and for each neighbour in ``NEIGHBOURS`` its
+    sign times the number of planes by which it is above the threshold, 0 while it is insignificant].
     """
 
     features: Tensor

@@ -26,10 +26,9 @@ try:
 except ImportError:
     COMPILED = False
 
-    def njit(**_: Any) -> Callable[[Any], Any]:
+    def njit(**_: Any) -> Callable[[Any], Any]:  # type: ignore[no-redef]
         """Without numba: the function as it is."""
         return lambda function: function
-
 
 
 def warn_if_slow() -> None:
@@ -148,7 +147,7 @@ def consume(registers, approximation, marks, parent, child, zerotree, threshold,
 
 @njit(cache=True, nogil=True)
 def encode(values, planes, final, parent, child, zerotree, ids):  # type: ignore[no-untyped-def]
-    """Streams of coefficients float64 [N, n] in ``planes`` [N] into ids uint8 [N, L]; returns their lengths int64 [N]."""
+    """Streams of coefficients float64 [N, n] with ``planes`` [N] into ids uint8 [N, L]; returns lengths int64 [N]."""
     count, size = values.shape
     lengths = np.zeros(count, np.int64)
     base = 1 if zerotree else 2

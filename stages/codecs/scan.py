@@ -1,9 +1,9 @@
 """The order in which wavelet coefficients are scanned, and who is whose neighbour: tables made once for an image size.
 
-The nested matrix of coefficients is cut into blocks of 4x4, these into groups of 2x2. Coarse levels come first, in each
-the bands high along y, high along x, high along both; the four 2x2 bands of the coarsest level share one block. A block
-holds the same place in each colour plane in turn. So sixteen consecutive coefficients are a block, four a group, and the
-four children of a coefficient (the same place one level finer) are a group, too.
+The nested matrix of coefficients is cut into blocks of 4x4, these into groups of 2x2. Coarse levels come first, in
+each the bands high along y, high along x, high along both; the four 2x2 bands of the coarsest level share one block.
+The blocks of the colour planes at one place follow one another. So sixteen consecutive coefficients are a block, four a
+group, and the four children of a coefficient (the same place one level finer) are a group, too.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def scan_of(side: int, channels: int) -> Scan:
         other_plane(-1),
     ]
     place = np.stack([(row - top + 0.5) / width, (column - left + 0.5) / width], axis=1)
-    return Scan(
-        order, parent, child, np.stack(neighbours, axis=1), level, band, channel, place.astype(np.float32)
-    )
+    return Scan(order, parent, child, np.stack(neighbours, axis=1), level, band, channel, place.astype(np.float32))
 
 
 def coefficients(pixels: np.ndarray, wavelet: str) -> np.ndarray:

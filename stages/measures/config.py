@@ -27,6 +27,8 @@ class EvalConfig:
     """k of coverage: a real image's neighbourhood reaches to its k-th nearest real image."""
     num_train_reference: int = 60000
     """Training images among which nearest neighbours are searched; the whole set where it is smaller."""
+    grids: list[str] = field(default_factory=list)
+    """Settings under which a grid of samples is shown besides, e.g. top_p=[0.6]: one key of sampling each."""
     baseline: str | None = None
     """Another tokenizer's safetensors, to be beaten at every rung of the ladder of resolutions; none by default."""
     timing_repeats: int = 5

@@ -29,7 +29,7 @@ class InputEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def fields(self, hidden: Tensor, first: int, chosen: Tensor) -> Tensor:
-        """Hidden states [..., D] that also know the fields chosen [..., f] of the element, which stands at ``first``."""
+        """Hidden states [..., D] that also know the fields chosen [..., f] of the element at ``first``."""
 
     def common(self, header: Tensor, states: ConditionStates) -> Tensor | None:
         """[B, 1, D] that every slot is told; None for nothing."""
@@ -86,9 +86,9 @@ class GridEmbedding(InputEmbedding):
 class StreamEmbedding(InputEmbedding):
     """One-hot token, where it stood and where the next one belongs, header and condition: concatenated and projected.
 
-    No table of tokens and no additive positions, after Mattar et al. (arXiv 2406.19997, section 4). A projection of what
-    is concatenated is the sum of the parts' projections, so the parts may come at different times. With ``context`` the
-    next place also says what the grammar knows there: which ids may come, and the significance of its neighbours.
+    No table of tokens and no additive positions, after Mattar et al. (arXiv 2406.19997, section 4). A projection of
+    what is concatenated is the sum of the parts' projections, so the parts may come at different times. With
+    ``context`` the next place also says what the grammar knows there: which ids may come, and of its neighbours.
     """
 
     def __init__(self, layout: TokenLayout, grammar: Grammar, width: int, context: bool) -> None:

@@ -13,8 +13,8 @@ from torchmetrics import MeanMetric
 
 from data.layout import Tokens
 from stages.contract import Prior, Prompts
-from stages.scales import scale_ids
 from stages.prior.config import PriorTrainingConfig
+from stages.scales import scale_ids
 from stages.training import (
     NamesSamples,
     build_average,

@@ -22,7 +22,6 @@ from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.contract import Prior, Prompts
 
-
 NOISE_CHUNK = 1024
 """Elements for which random numbers are drawn at once."""
 

@@ -214,7 +214,7 @@ class TransformerPrior(Prior):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.project.weight", "cross.project.weight", "mlp.fc2.weight")):
@@ -280,7 +280,7 @@ class TransformerPrior(Prior):
         hidden = self._blocks(x, memory=self._remember(states))[:, -length:]
         if self.grammar is not None and notes is not None:
             logits = self._field_logits(hidden, self.runs[0][0], 0, ids[..., :0])
-            return _judge(logits, ids, self.grammar.allowed(notes), tokens.counted)
+            return _judge(logits, ids, self.grammar.allowed(notes), self.grammar.allowed(notes, False), tokens.counted)
         parts = []
         for codebook, start, stop in self.runs:
             stop = min(stop, length)
@@ -389,15 +389,16 @@ class TransformerPrior(Prior):
         state.hidden = self._step(x, slots, state.cache, state.memory).clone()
 
 
-def _judge(logits: Tensor, ids: Tensor, allowed: Tensor, counted: Tensor) -> PriorOutput:
-    """What logits [B, L, V] say of ids [B, L, 1] where only ``allowed`` [B, L, V] ones may come."""
+def _judge(logits: Tensor, ids: Tensor, allowed: Tensor, loosely: Tensor, counted: Tensor) -> PriorOutput:
+    """What logits [B, L, V] say of ids [B, L, 1] where ``allowed`` [B, L, V] ones may come, a part of ``loosely``."""
     everything = logits.logsumexp(-1)
     legal = logits.masked_fill(~allowed, FORBIDDEN).logsumexp(-1)
     nll = legal - logits.gather(-1, ids)[..., 0]
     legal_nll = everything - legal
-    parts = (nll, 1 - torch.exp(-legal_nll), legal_nll)
-    nll, illegal, legal_nll = (part.masked_fill(~counted, 0) for part in parts)
-    return PriorOutput(nll.unsqueeze(-1), illegal.detach(), legal_nll)
+    saved = logits.masked_fill(~loosely, FORBIDDEN).logsumexp(-1) - legal
+    parts = (nll, -torch.expm1(-legal_nll), saved, legal_nll)
+    nll, illegal, saved, legal_nll = (part.masked_fill(~counted, 0) for part in parts)
+    return PriorOutput(nll.unsqueeze(-1), illegal.detach(), saved.detach(), legal_nll)
 
 
 def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:

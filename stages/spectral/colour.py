@@ -16,7 +16,7 @@ _INVERSE = np.linalg.inv(_FORWARD)
 
 
 def to_ycbcr(pixels: np.ndarray) -> np.ndarray:
-    """Y, Cb and Cr float64 [N, 3, H, W] of RGB [N, 3, H, W]: Y in the range of RGB, Cb and Cr within half of it of 0."""
+    """Y, Cb and Cr float64 [N, 3, H, W] of RGB [N, 3, H, W]: Y from 0 to 1 as RGB is, Cb and Cr from -1/2 to 1/2."""
     return np.einsum("ij,njhw->nihw", _FORWARD, pixels)
 
 

@@ -99,11 +99,7 @@ def scan_by_hand(side):
             for y in range(top, top + half, 4):
                 for x in range(left, left + half, 4):
                     blocks.append(
-                        [
-                            [(y + b + c, x + d + e) for c in (0, 1) for e in (0, 1)]
-                            for b in (0, 2)
-                            for d in (0, 2)
-                        ]
+                        [[(y + b + c, x + d + e) for c in (0, 1) for e in (0, 1)] for b in (0, 2) for d in (0, 2)]
                     )
         half *= 2
     return blocks
@@ -249,7 +245,9 @@ def test_every_prefix_decodes_and_planes_come_closer(variant):
     for k in range(1, tokenizer.planes + 1):
         part = tokenizer.first_scales(tokens, k)
         errors.append(float((tokenizer.decode(part) - to_float(pixels)).square().mean()))
-        stopped = codec(variant, channels=3, final_threshold=tokenizer.config.final_threshold * 2 ** (tokenizer.planes - k))
+        stopped = codec(
+            variant, channels=3, final_threshold=tokenizer.config.final_threshold * 2 ** (tokenizer.planes - k)
+        )
         assert torch.equal(stopped.encode(to_float(pixels)).lengths, part.lengths)
     assert errors[0] > 100 * errors[-1]
     # the coarsest planes already have colour: blocks of the three colour planes come in turn
@@ -331,7 +329,9 @@ def test_ten_thousand_corrupted_streams_are_refused_or_decode(ten_thousand):
     generator = np.random.default_rng(4)
     refused = 0
     for row in range(10_000):
-        one = Tokens(tokens.ids[row : row + 1].clone(), tokens.lengths[row : row + 1].clone(), tokens.header[row : row + 1])
+        one = Tokens(
+            tokens.ids[row : row + 1].clone(), tokens.lengths[row : row + 1].clone(), tokens.header[row : row + 1]
+        )
         kind, length = row % 4, int(one.lengths)
         if kind == 0 and length:
             one.ids[0, generator.integers(length)] = int(generator.integers(-3, 300))
@@ -374,7 +374,9 @@ def test_illegal_streams_are_refused_at_their_first_offence(variant):
 
 def test_an_empty_stream_is_black_and_may_not_go_on():
     tokenizer = codec()
-    nothing = Tokens(torch.zeros(1, 0, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1).long())
+    nothing = Tokens(
+        torch.zeros(1, 0, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1).long()
+    )
     assert (tokenizer.decode(nothing) == -1).all()
     more = Tokens(torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), nothing.header)
     with pytest.raises(ValueError, match="stream 0: token 0"):
@@ -408,7 +410,11 @@ ANY = {"Insignificant", *SIGNS}
         ("blocks", ["Group2x2"] * 3, ANY, {"Group2x2", *ANY}),
         ("blocks", [*["Group2x2"] * 3, *["Insignificant"] * 3], SIGNS, ANY),
         # the next plane: what was found is refined, and a block that holds it promises nothing
-        ("blocks", ["Positive", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * 3], *[{"Lower", "Upper"}] * 2),
+        (
+            "blocks",
+            ["Positive", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * 3],
+            *[{"Lower", "Upper"}] * 2,
+        ),
         ("blocks", ["Positive", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * 3, "Lower"], ANY, ANY),
         (
             "blocks",
@@ -419,7 +425,7 @@ ANY = {"Insignificant", *SIGNS}
         ),
         ("zerotree", [], ANY, ANY),
         ("zerotree", ["Insignificant"] * 4, {"ZeroTree", *ANY}, {"ZeroTree", *ANY}),
-        # scaling coefficients promise nothing; the first detail is Insignificant above something, the other eleven empty
+        # scaling coefficients promise nothing; the first detail is Insignificant above something, the others are empty
         ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11, ANY, ANY),
         ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11 + ["Insignificant"] * 3, SIGNS, ANY),
         ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11 + ["Positive", *["Insignificant"] * 2], ANY, ANY),
@@ -481,7 +487,9 @@ def test_starts_are_drawn_from_what_was_measured():
         assert set(prefix.header[:50, 0].tolist()) <= set(own[:40].tolist())
         assert set(prefix.header[50:100, 0].tolist()) <= set(own[40:].tolist())
         assert set(prefix.lengths.tolist()) <= {0, 4} and (prefix.lengths == 4).sum() > 100
-        assert torch.equal(prefix.ids, tokenizer.start_prefix(torch.tensor([0] * 50 + [1] * 50 + [-1] * 50), range(150)).ids)
+        assert torch.equal(
+            prefix.ids, tokenizer.start_prefix(torch.tensor([0] * 50 + [1] * 50 + [-1] * 50), range(150)).ids
+        )
         positive = each.grammar.names.index("Positive")
         assert (prefix.ids[50:100, :, 0][prefix.lengths[50:100] == 4] == positive).float().mean() > 0.9
         each.decode(prefix)

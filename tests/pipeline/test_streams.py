@@ -1,0 +1,158 @@
+"""A codec without training through all commands: streams in the cache, the prior, evaluation, samples and edits."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.tokens.reader import TokenReader
+from pipeline.__main__ import main
+from stages.weights import load_prior, load_tokenizer
+
+BITPLANES = ("tokenizer.kind=bitplane", "tokenizer.final_threshold=1.0", "tokenizer.wavelet=haar")
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory, image_folder):
+    """A finished run over bit-planes and its YAML; the stages were trained for three steps."""
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("streams")
+    (folder / "tiny.yaml").write_text(TINY.format(path=image_folder))
+    call = made_with(folder)
+    for command in ("train-tokenizer", "cache-tokens", "train-prior"):
+        assert call(command, "prior_training.max_steps=3") == 0
+    return folder
+
+
+def made_with(folder):
+    def call(command, *overrides):
+        return main([command, str(folder / "tiny.yaml"), f"run={folder}/run", *BITPLANES, *overrides])
+
+    return call
+
+
+def test_stage_one_only_fits_and_the_cache_holds_whole_streams(streams):
+    tokenizer, metadata = load_tokenizer(streams / "run/tokenizer/tokenizer.safetensors")
+    assert metadata["steps"] == 0 and not tokenizer.state_dict()
+    assert sum(tokenizer.statistics()["counts"][-1]) == 16  # fit_images
+    assert len(tokenizer.statistics()["counts"]) == 4  # three classes, and all
+    reader = TokenReader(streams / "run/tokens", "train")
+    assert len(set(reader.lengths.tolist())) > 1
+    batch = reader.read(np.arange(len(reader)), 1)
+    assert batch["header"].shape == (48, 1)
+    # the flipped view is another stream of the same image
+    assert not np.array_equal(batch["ids"], reader.read(np.arange(len(reader)), 0)["ids"])
+    assert np.array_equal(reader.lengths, reader.read(np.arange(len(reader)), 0)["length"])
+
+
+def test_the_prior_resumes_in_the_middle_of_a_bucket(streams, tmp_path):
+    """Stopped after two of four steps and continued, the weights are those of an uninterrupted run."""
+    call, settings = made_with(streams), ("prior_training.max_steps=4", "prior_training.bucket_batches=3")
+    settings += ("prior_training.checkpoint_every=2",)
+    weights = []
+    for name, parts in (("whole", [()]), ("halves", [("stop",), ()])):
+        path = f"prior.path={tmp_path}/{name}/prior.safetensors"
+        for part in parts:
+            if part:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("stages.prior.module.PriorModule.on_train_batch_end", stop_after_two, raising=False)
+                    with pytest.raises(KeyboardInterrupt):
+                        call("train-prior", path, *settings)
+            else:
+                assert call("train-prior", path, *settings) == 0
+        weights.append(load_prior(tmp_path / name / "prior.safetensors")[0].state_dict())
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def stop_after_two(module, *_):
+    if module.batches_seen == 3:
+        raise KeyboardInterrupt
+
+
+def test_eval_shows_rates_growth_and_other_settings(streams):
+    call = made_with(streams)
+    assert call("eval", "eval.grids=[top_p=[0.6],top_k=[2]]", "eval.batch_size=5") == 0
+    folder = streams / "run/eval/default"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = metrics["streams"]
+    assert found["prefixes"][-1]["prior_bits_per_pixel"] == pytest.approx(found["prior_bits"] / 256)
+    total = metrics["rate"]["prior_bits_per_pixel"] * 256 + found["header_bits"]
+    assert found["prior_bits"] == pytest.approx(total, rel=1e-4) and found["header_bits"] > 0
+    psnr = [entry["psnr_mean_of_images"] for entry in found["prefixes"]]
+    assert psnr == [entry["psnr_mean_of_images"] for entry in metrics["tokenizer"]["prefixes"]]
+    assert psnr[-1] == pytest.approx(metrics["tokenizer"]["psnr_mean_of_images"]) and psnr[-1] > psnr[0]
+    names = {path.name for path in folder.glob("*.png")}
+    assert {"growing.png", "finished.png", "samples_top_p_0.6.png", "samples_top_k_2.png", "prefixes.png"} <= names
+    page = (folder / "report.html").read_text()
+    for words in ("Growing samples", "Finished images", "Samples with top_p_0.6", "tokens that cannot come"):
+        assert words in page
+    rates = streams / "rates"
+    assert call("rates", f"runs={folder}", f"out={rates}", "eval.num_images=3") == 0
+    curves = {curve["name"]: curve["points"] for curve in json.loads((rates / "rates.json").read_text())["curves"]}
+    assert set(curves) == {
+        "tiny, under its prior",
+        "tiny, without a prior",
+        *("PNG", "WebP, lossless", "JPEG", "WebP", "JPEG 2000"),
+    }
+    assert curves["PNG"][0]["psnr"] is None and curves["WebP, lossless"][0]["psnr"] is None
+    for name in ("JPEG", "WebP", "JPEG 2000"):
+        sizes = [point["bits_per_pixel"] for point in curves[name]]
+        assert sizes[0] < sizes[-1] and curves[name][0]["psnr"] < curves[name][-1]["psnr"]
+    assert Image.open(rates / "rates.png").size[0] > 500
+
+
+def test_samples_stop_at_a_plane_and_images_are_finished(streams, tmp_path, image_folder, capsys):
+    call = made_with(streams)
+    assert call("sample", "count=1", f"out={tmp_path}/all") == 0
+    assert call("sample", "count=1", "sampling.scales=1", f"out={tmp_path}/one") == 0
+    whole, one = (np.array(Image.open(tmp_path / name / "red-000002.png")) for name in ("all", "one"))
+    assert whole.shape == one.shape == (16, 16, 3)
+    picture = image_folder / "red/000.png"
+    assert call("edit", f"input={picture}", "frozen=1,2", "count=2", f"out={tmp_path}/edited") == 0
+    assert len(list((tmp_path / "edited").glob("*.png"))) == 5
+    assert call("edit", f"input={picture}", "frozen=1", f"mask={picture}", f"out={tmp_path}/masked") == 2
+    assert "a mask needs tokens with a place" in capsys.readouterr().err
+    assert call("upsample", f"input={picture}", f"out={tmp_path}/up") == 2
+    assert "scale-causal encoder" in capsys.readouterr().err
+
+
+def test_speed_is_measured(streams, capsys):
+    assert made_with(streams)("bench", "repeats=2", f"out={streams}/bench.json") == 0
+    found = json.loads((streams / "bench.json").read_text())["images_per_second"]
+    assert set(found) == {"encode", "decode", "annotate"}
+    assert all(entry["slowest_and_fastest"][0] <= entry["median"] for entry in found.values())
+    assert made_with(streams)("bench", "repeats=0") == 2
+    assert "repeats=0; allowed: 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("images.size=24",), "a side of 24 pixels; allowed: powers of two from 4, e.g. 16 or 32"),
+        (("tokenizer.variant=trees",), "tokenizer.variant='trees'; allowed: blocks, zerotree"),
+        (("prior.max_length=0",), "prior.max_length=0; allowed: 1 or more"),
+        (("prior_training.bucket_batches=0",), "prior_training.bucket_batches=0; allowed: 1 or more"),
+    ],
+)
+def test_wrong_keys_end_in_one_line(streams, tmp_path, capsys, overrides, message):
+    path = f"tokenizer.path={tmp_path}/tokenizer.safetensors"
+    assert made_with(streams)("train-tokenizer", path, *overrides) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [("top_q=[1]", "eval.grids: top_q=[1]"), ("top_p=[2]", "sampling.top_p=[2.0]"), ("top_p=0.6", "eval.grids: top_p")],
+)
+def test_wrong_grids_end_before_any_work(streams, capsys, grid, message):
+    assert made_with(streams)("eval", f"eval.grids=['{grid}']", "eval.name=wrong") == 2
+    assert message in capsys.readouterr().err
+    assert not (streams / "run/eval/wrong").exists()
+
+
+def test_a_fixed_start_that_is_too_low_names_the_right_one(streams, tmp_path, capsys):
+    path = f"tokenizer.path={tmp_path}/tokenizer.safetensors"
+    assert made_with(streams)("train-tokenizer", path, "tokenizer.start_threshold=1.0") == 2
+    assert "use 4 or more, or 0 for each image's own" in capsys.readouterr().err
