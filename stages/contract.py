@@ -268,13 +268,17 @@ class PriorOutput:
     nll: Tensor
     """Negative log-likelihood in nats of every field: float32 [B, L, F]; 0 behind a sample's length. Where a grammar
     forbids ids, the others share the probability."""
-    illegal: Tensor | None = None
-    """float32 [B, L]: probability that the network itself gives to forbidden ids; None without a grammar."""
+    legal_nll: Tensor | None = None
+    """float32 [B, L]: negative log of what the network itself gives to the ids that may come; training adds it to the
+    loss, so the network learns the grammar. 0 behind a sample's length; None without a grammar."""
     saved: Tensor | None = None
     """float32 [B, L]: nats that the element would cost besides, were those ids allowed that only the elements before
     make impossible; None without a grammar."""
-    legal_nll: Tensor | None = None
-    """float32 [B, L]: negative log of the rest, which training adds to the loss: the network learns the grammar."""
+
+    @property
+    def illegal(self) -> Tensor | None:
+        """float32 [B, L]: probability that the network itself gives to ids that cannot come; None without a grammar."""
+        return None if self.legal_nll is None else -torch.expm1(-self.legal_nll.detach())
 
 
 class Prior(nn.Module, ABC):

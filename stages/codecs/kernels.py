@@ -1,7 +1,7 @@
 """The state machine of bit-plane streams, compiled by numba where it is installed and plain Python where it is not.
 
-One walk serves everything: the encoder asks it what may come and chooses by the coefficients, the decoder and the prior
-feed it tokens. ``walk[STATE]`` of one stream:
+The encoder knows every coefficient and writes its stream straight down. Who reads a stream, decoder or prior, walks it
+token by token; ``arrive``, ``allowed`` and ``consume`` are that walk, and this is what it remembers of one stream:
 
 - registers int64 [8]: place of the next coefficient, plane (0 is the stream's first), and what is known of the group
   and the block in which that coefficient lies;
@@ -146,52 +146,68 @@ def consume(registers, approximation, marks, parent, child, zerotree, threshold,
 
 
 @njit(cache=True, nogil=True)
-def encode(values, planes, final, parent, child, zerotree, ids):  # type: ignore[no-untyped-def]
+def encode(values, planes, final, child, zerotree, ids):  # type: ignore[no-untyped-def]
     """Streams of coefficients float64 [N, n] with ``planes`` [N] into ids uint8 [N, L]; returns lengths int64 [N]."""
     count, size = values.shape
     lengths = np.zeros(count, np.int64)
-    base = 1 if zerotree else 2
-    thresholds = final * 2.0 ** np.arange(max(1, planes.max()) if count else 1)
-    # of a coefficient and its descendants; or of its group and of its block
-    largest = np.empty(size, np.float64)
-    groups, blocks = np.empty(size // 4, np.float64), np.empty(size // 16, np.float64)
+    # of a coefficient and its descendants, of a group, of a block
+    trees, groups, blocks = np.empty(size), np.empty(size // 4), np.empty(size // 16)
     for row in range(count):
-        registers = np.zeros(REGISTERS, np.int64)
-        approximation = np.zeros(size, np.float64)
-        marks = np.zeros((3, size if zerotree else 1), np.int16)
         groups[:], blocks[:] = 0, 0
-        for index in range(size - 1, -1, -1):
-            here = abs(values[row, index])
-            if zerotree and child[index] >= 0:
-                for under in range(child[index], child[index] + 4):
-                    here = max(here, largest[under])
-            largest[index] = here
-            groups[index // 4] = max(groups[index // 4], here)
-            blocks[index // 16] = max(blocks[index // 16], here)
+        for place in range(size - 1, -1, -1):
+            here = abs(values[row, place])
+            groups[place // 4] = max(groups[place // 4], here)
+            blocks[place // 16] = max(blocks[place // 16], here)
+            if child[place] >= 0:
+                for under in range(child[place], child[place] + 4):
+                    here = max(here, trees[under])
+            trees[place] = here
+        approximation = np.zeros(size)
+        skipped = np.zeros(size, np.int16)
         length = 0
-        while arrive(registers, approximation, marks, parent, child, zerotree, planes[row]):
-            place = registers[PLACE]
-            threshold = thresholds[planes[row] - 1 - registers[PLANE]]
-            value, now = values[row, place], approximation[place]
-            bits = allowed(registers, approximation, marks, child, zerotree, False)
-            if now != 0:
-                token = base + (UPPER if abs(value) > abs(now) else LOWER)
-            elif abs(value) >= threshold:
-                token = base + (POSITIVE if value > 0 else NEGATIVE)
-            else:
-                token = base + INSIGNIFICANT
+        for plane in range(planes[row]):
+            threshold = final * 2.0 ** (planes[row] - 1 - plane)
+            place = 0
+            while place < size:
                 if zerotree:
-                    if bits & (1 << ZEROTREE) and largest[place] < threshold:
-                        token = ZEROTREE
-                elif bits & (1 << GROUP4) and blocks[place // 16] < threshold:
-                    token = GROUP4
-                elif bits & (1 << GROUP2) and groups[place // 4] < threshold:
-                    token = GROUP2
-            ids[row, length] = token
-            length += 1
-            consume(registers, approximation, marks, parent, child, zerotree, threshold, token)
+                    step = 1
+                    gone = skipped[place] == plane + 1
+                    empty = child[place] >= 0 and trees[place] < threshold
+                    if gone or empty:
+                        if child[place] >= 0:
+                            skipped[child[place] : child[place] + 4] = plane + 1
+                        if not gone:
+                            ids[row, length] = ZEROTREE
+                            length += 1
+                    else:
+                        ids[row, length] = refine(values[row, place], approximation, place, threshold, 1)
+                        length += 1
+                else:
+                    step = 16 if place % 16 == 0 and blocks[place // 16] < threshold else 1
+                    if step == 1 and place % 4 == 0 and groups[place // 4] < threshold:
+                        step = 4
+                    if step == 1:
+                        ids[row, length] = refine(values[row, place], approximation, place, threshold, 2)
+                    else:
+                        ids[row, length] = GROUP4 if step == 16 else GROUP2
+                    length += 1
+                place += step
         lengths[row] = length
     return lengths
+
+
+@njit(cache=True, nogil=True)
+def refine(value, approximation, place, threshold, base):  # type: ignore[no-untyped-def]
+    """The token of a coefficient that stands for itself; its approximation follows."""
+    now = approximation[place]
+    if now != 0:
+        up = abs(value) > abs(now)
+        approximation[place] += threshold / 2 if up == (now > 0) else -threshold / 2
+        return base + (UPPER if up else LOWER)
+    if abs(value) < threshold:
+        return base + INSIGNIFICANT
+    approximation[place] = 1.5 * threshold if value > 0 else -1.5 * threshold
+    return base + (POSITIVE if value > 0 else NEGATIVE)
 
 
 @njit(cache=True, nogil=True)

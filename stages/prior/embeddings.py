@@ -94,8 +94,7 @@ class StreamEmbedding(InputEmbedding):
     def __init__(self, layout: TokenLayout, grammar: Grammar, width: int, context: bool) -> None:
         super().__init__()
         assert layout.num_fields == 1 and len(layout.codebooks) == 1
-        # the grammar belongs to the prior, which holds it as a module
-        self._grammar = [grammar]
+        self.grammar = grammar
         self.context = context
         self.vocabulary = layout.fields_of(layout.codebooks[0])[0].vocabulary_size
         self.header_sizes = [part.vocabulary_size for part in layout.header]
@@ -103,11 +102,6 @@ class StreamEmbedding(InputEmbedding):
         self.next_place = nn.Linear(grammar.place_width + context * grammar.known_width, width)
         self.header = nn.Linear(sum(self.header_sizes), width, bias=False)
         self.condition = nn.Linear(width, width, bias=False)
-
-    @property
-    def grammar(self) -> Grammar:
-        """Of the streams."""
-        return self._grammar[0]
 
     def elements(self, ids: Tensor, first: int, notes: Tensor | None) -> Tensor:
         assert notes is not None

@@ -394,11 +394,9 @@ def _judge(logits: Tensor, ids: Tensor, allowed: Tensor, loosely: Tensor, counte
     everything = logits.logsumexp(-1)
     legal = logits.masked_fill(~allowed, FORBIDDEN).logsumexp(-1)
     nll = legal - logits.gather(-1, ids)[..., 0]
-    legal_nll = everything - legal
     saved = logits.masked_fill(~loosely, FORBIDDEN).logsumexp(-1) - legal
-    parts = (nll, -torch.expm1(-legal_nll), saved, legal_nll)
-    nll, illegal, saved, legal_nll = (part.masked_fill(~counted, 0) for part in parts)
-    return PriorOutput(nll.unsqueeze(-1), illegal.detach(), saved.detach(), legal_nll)
+    nll, legal_nll, saved = (part.masked_fill(~counted, 0) for part in (nll, everything - legal, saved))
+    return PriorOutput(nll.unsqueeze(-1), legal_nll, saved.detach())
 
 
 def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:

@@ -29,7 +29,7 @@ class MeanColour(Tokenizer):
         self.register_buffer("brightest", torch.tensor(-1.0))
 
     def fit(self, batches):
-        for pixels in batches:
+        for pixels, _ in batches:
             self.brightest.copy_(torch.maximum(self.brightest, pixels.max()))
 
     def encode(self, pixels):
