@@ -80,7 +80,9 @@ class BucketedStream(IndexStream):
         super().__init__(len(lengths), *args, **kwargs)
         if window < 1:
             raise ValueError(f"a window of {window} batches; allowed: 1 or more")
-        self.lengths, self.window = lengths, window
+        self.lengths = lengths
+        # a window that spans epochs would put the copies of a sample into one batch: they are equally long
+        self.window = max(1, min(window, len(lengths) // (self.batch_size * self.world_size)))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first, skip = divmod(self.start_batch, self.window)

@@ -92,6 +92,11 @@ def edit_pixels(
     models.check(settings)
     known = models.encode(pixels)
     prefix = models.tokenizer.first_scales(known, frozen) if frozen else None
+    if prefix is not None and not prefix.lengths.all():
+        raise RunError(
+            f"frozen={frozen}: the first {frozen} of {len(layout.scales)} scales of an image are empty, so nothing "
+            "of it would stay; keep more"
+        )
     if mask is None:
         return models.decode(models.draw(prompts, settings, seeds, prefix=prefix))
     keep = ~open_elements(layout, mask)

@@ -28,7 +28,14 @@ from data.images.sources import open_source
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
-from pipeline.evaluate_streams import measure_rates, show_finished, show_grids, show_growing, shown_settings
+from pipeline.evaluate_streams import (
+    bits_of_scales,
+    measure_rates,
+    show_finished,
+    show_grids,
+    show_growing,
+    shown_settings,
+)
 from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import (
     show_captioned,
@@ -87,14 +94,16 @@ def evaluate(config: Config) -> Path:
     metrics: dict[str, Any] = {"settings": settings(config, path, metadata["kind"], device), "tokenizer": measured}
     own = Contender(tokenizer, judge)
     metrics["ladder"] = measure_ladder(config, own, baseline, models, val, made, device, skipped)
-    bits = None
+    streams = metrics["streams"] = measure_rates(config, tokenizer, models, val, made, measured)
+    bits, header_bits = (None, 0.0) if streams is None else (bits_of_scales(streams), streams["header_bits"])
     if models is None:
         skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
         if config.eval.upsample_from or config.eval.edit_frozen:
             skipped.append("upsampling and editing: without a prior nothing writes the finer scales")
     else:
         asked = prompts_of(models, val.labels, val.texts)
-        bits = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
+        if streams is None:
+            bits = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
         train_source = open_source(config.images, "train")
         train = read_images(train_source, config.images, config.eval.num_train_reference, small=True)
         classifier = fit_classifier(config, train, len(source.class_names), device, skipped)
@@ -107,8 +116,7 @@ def evaluate(config: Config) -> Path:
             metrics["editing"] = measure_editing(
                 config, folder, models, val, made, classifier, source.class_names, skipped
             )
-    metrics["streams"] = measure_rates(config, tokenizer, models, val, made, measured)
-    metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured)
+    metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured, header_bits)
     metrics["codes"] = [use.to_dict() for use in uses]
     metrics["skipped"] = skipped
     metrics = {key: value for key, value in metrics.items() if value is not None}
@@ -256,12 +264,15 @@ def measure_samples(
         measured["fd_lite0_of_real_images"] = judge.frechet(features[0], features[2], described)
     if classifier is not None:
         known = val.labels >= 0
-        held_out = classifier.accuracy(val.pixels[known], val.labels[known])
+        held_out, decoded = (
+            classifier.accuracy(pixels[known], val.labels[known]) for pixels in (val.pixels, reference.val_decoded)
+        )
         measured["classifier"] = {
             "steps": config.eval.classifier_steps,
             "seed": config.eval.seed,
             "class_names": list(class_names),
             "held_out": held_out.to_dict(),
+            "held_out_decoded": decoded.to_dict(),
         }
         if conditional:
             known = labels >= 0

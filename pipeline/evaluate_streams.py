@@ -38,6 +38,7 @@ def measure_rates(
         return None
     found = measure_streams(
         grammar,
+        len(layout.scales),
         made.tokens,
         tokenizer.header_bits(made.tokens, val.labels),
         config.eval.batch_size,
@@ -49,9 +50,15 @@ def measure_rates(
     for number, entry in enumerate(found["prefixes"], 1):
         entry |= {"num_scales": number, "name": layout.scales[number - 1].name, "psnr_mean_of_images": psnr.get(number)}
         for kind in ("uniform", "prior"):
-            if f"{kind}_bits" in entry:
+            if entry.get(f"{kind}_bits") is not None:
                 entry[f"{kind}_bits_per_pixel"] = entry[f"{kind}_bits"] / num_pixels
     return found
+
+
+def bits_of_scales(streams: dict[str, Any]) -> list[float] | None:
+    """The prior's mean bits of each scale; None without a prior, or where it models beginnings only."""
+    bits = [scale.get("prior") for scale in streams["scales"]]
+    return None if any(each is None for each in bits) else bits
 
 
 def shown_settings(config: Config, layout: TokenLayout) -> dict[str, SamplingConfig]:
@@ -97,10 +104,13 @@ def show_finished(config: Config, folder: Path, models: Models, val: Images, tok
     if layout.ends == "fixed":
         return
     rows: list[list[Tensor]] = []
+    names: list[str] = []
     kept = [k for k in (len(layout.scales) - 2, len(layout.scales) - 1) if k > 0]
     some = torch.arange(min(shown, len(val)))
     for k in kept:
         prefix = models.tokenizer.first_scales(tokens[some], k)
+        if prefix.ids.shape[1] >= models.prior.max_length:
+            continue  # nothing is left to be written
         prompts = prompts_of(models, val.labels[some], [val.texts[row] for row in some.tolist()])
         given = models.decode(prefix)
         ends = [
@@ -108,5 +118,6 @@ def show_finished(config: Config, folder: Path, models: Models, val: Images, tok
             for n in range(3)
         ]
         rows += [[val.pixels[i], given[i], *(end[i] for end in ends)] for i in range(len(some))]
-    names = [layout.scales[k - 1].name for k in kept for _ in some]
-    sheet(rows, names, ["original", "given", "end 1", "end 2", "end 3"]).save(folder / "finished.png")
+        names += [layout.scales[k - 1].name] * len(some)
+    if rows:
+        sheet(rows, names, ["original", "given", "end 1", "end 2", "end 3"]).save(folder / "finished.png")

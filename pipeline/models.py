@@ -84,8 +84,11 @@ class Models:
         Without a prefix, samples begin as the tokenizer says, where it says anything.
         """
         count, parts = len(prompts), []
-        if prefix is None:
-            prefix = self.tokenizer.start_prefix(prompts.labels, seeds)
+        if prefix is not None and prefix.ids.shape[1] > self.prior.max_length:
+            raise RunError(
+                f"{prefix.ids.shape[1]} tokens are given, but this prior models {self.prior.max_length}; train one "
+                "with a larger prior.max_length, or give fewer scales"
+            )
         size = min(self.batch_size, count)
         for start in tqdm(range(0, count, size), "Sampling", disable=not self.progress):
             # a compiled step wants one shape: the last batch is filled up with its last row and cut
@@ -93,6 +96,9 @@ class Models:
             forced, there = (None if each is None else each[rows].to(self.device) for each in (prefix, known))
             kept = None if keep is None else keep[rows].to(self.device)
             asked, chosen = prompts[rows].to(self.device), [seeds[row] for row in rows]
+            if forced is None:
+                begun = self.tokenizer.start_prefix(prompts.labels[rows], chosen)
+                forced = None if begun is None else begun.to(self.device)
             # bfloat16 where it is fast; a CPU samples in float32
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 tokens = sample(self.prior, asked, settings, chosen, forced, there, kept)

@@ -14,7 +14,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from data.images.sources import open_source
-from pipeline.config import Config
+from pipeline.config import Config, to_plain
 from pipeline.evaluation_images import read_images
 from pipeline.run import RunError
 from stages.measures.distortion import psnr
@@ -27,6 +27,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str, tuple[Any, ...]]] = {
     "JPEG 2000": ("JPEG2000", {"quality_mode": "dB"}, "quality_layers", ([18], [21], [24], [27], [30], [34], [38])),
 }
 """Name to (Pillow's name, its options, the option that sets the quality, its values); no values: lossless."""
+
+SAME = {
+    "images": ("kind", "path", "size", "channels", "eval_view", "val_share", "split_seed"),
+    "eval": ("num_images",),
+}
+"""Keys that decide which images an evaluation saw."""
 
 
 @dataclass
@@ -75,17 +81,20 @@ def curves_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
         raise RunError(f"{path} is missing: give folders of evaluations, e.g. runs/fashion/eval/default")
     metrics = json.loads(path.read_text(encoding="utf-8"))
     plain = metrics["settings"]["config"]
-    if (plain["images"]["size"], plain["images"]["kind"]) != (config.images.size, config.images.kind):
-        raise RunError(
-            f"{path}: {plain['images']['kind']} images of {plain['images']['size']} px; "
-            f"allowed: {config.images.kind} of {config.images.size} px, like CONFIG's"
-        )
+    own = to_plain(config)
+    for section, keys in SAME.items():
+        for key in keys:
+            if plain[section][key] != own[section][key]:
+                raise RunError(
+                    f"{path} has {section}.{key}={plain[section][key]}, this CONFIG {own[section][key]}: "
+                    "rates are compared on the same held-out images"
+                )
     rate, name = metrics["rate"], plain["name"]
     streams = metrics.get("streams")
     curves = []
     for kind, words in (("prior", "under its prior"), ("uniform", "without a prior")):
         if streams is not None:
-            entries = [entry for entry in streams["prefixes"] if f"{kind}_bits_per_pixel" in entry]
+            entries = [entry for entry in streams["prefixes"] if entry.get(f"{kind}_bits_per_pixel") is not None]
             points = [
                 {
                     "setting": entry["name"],
@@ -93,7 +102,7 @@ def curves_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
                     "psnr": entry["psnr_mean_of_images"],
                 }
                 for entry in entries
-                if entry["tokens"] > 0
+                if entry["tokens"] > 0 and entry.get("psnr_mean_of_images") is not None
             ]
         else:
             key = "prior_bits_per_pixel" if kind == "prior" else "fixed_length_bits_per_pixel"

@@ -173,7 +173,8 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
             Row(
                 "Class accuracy of samples",
                 f"{entry['balanced']:.1%}",
-                f"{entry['baseline_held_out']:.1%} on held-out images",
+                f"{entry['baseline_held_out']:.1%} on held-out images, "
+                f"{samples['classifier']['held_out_decoded']['balanced']:.1%} after the tokenizer",
                 "Share that a classifier of the training set puts in the class asked for (or the caption's).",
             )
         )

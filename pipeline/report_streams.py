@@ -19,10 +19,14 @@ def streams_part(metrics: dict[str, Any]) -> str:
         f"them for the header, and {found['uniform_bits_saved']:.1f} more if tokens were allowed that those before "
         "make impossible."
     )
-    if "prior_bits" in found:
+    if found.get("prior_bits") is not None:
         words += (
             f" Under the prior it costs {found['prior_bits']:.0f} bits, {found['prior_bits_saved']:.2f} more without "
-            f"that rule. The network itself gives {found['illegal_probability']:.2%} to tokens that cannot come; "
+            "that rule."
+        )
+    if "cut_share" in found:
+        words += (
+            f" The network itself gives {found['illegal_probability']:.2%} to tokens that cannot come; "
             f"{percent(found['cut_share'])} of the streams are longer than it models."
         )
     rows = [

@@ -102,7 +102,7 @@ def draw_samples(studio: Studio, wish: Wish, tell: Tell) -> Drawn:
     asked, settings = check_wish(studio, wish)
     seeds = tuple(wish.seed + index for index in range(wish.count))
     models.check(settings)
-    length = layout.prefix_length(settings.scales or len(layout.scales))
+    length = min(layout.prefix_length(settings.scales or len(layout.scales)), models.prior.max_length)
     prompts = to_prompts(models, [asked] * wish.count)
     tokens = watched(models, length, wish.count, tell).draw(prompts, settings, seeds)
     reached = settings.scales or len(layout.scales)

@@ -30,7 +30,7 @@ from pipeline.processes import is_first_process
 from pipeline.run import RunError, need, stage_folder
 from stages.conditions.text import TextCondition
 from stages.contract import Prior, Prompts
-from stages.factory import build_prior, build_tokenizer, condition_kind
+from stages.factory import build_grammar, build_prior, build_tokenizer, condition_kind
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
 from stages.prior.sampling import check_sampling
@@ -103,8 +103,9 @@ def train_prior(config: Config) -> Path:
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names), manifest.text)
         if isinstance(prior.condition, TextCondition):
             prior.condition.set_empty(TokenReader(config.tokens.path, "train").empty_caption())
-        if prior.grammar is not None:
-            tokens.cut_and_note(prior.max_length, prior.grammar.annotate)
+        grammar = build_grammar(manifest.layout)  # the loader's own: the prior's goes where the prior goes
+        if grammar is not None:
+            tokens.cut_and_note(prior.max_length, grammar.annotate)
             print(tokens.lengths_report())
         pictures: list[Callback] = []
         if Path(config.tokenizer.path).exists():

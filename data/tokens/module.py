@@ -8,6 +8,7 @@ process cannot know its rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ from data.tokens.reader import TokenReader
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class CutAndNote:
+    """Cuts the streams of a batch and adds the notes of a grammar to it, in the loader's process."""
+
+    max_length: int
+    annotate: Callable[[Tokens], Tensor]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with ids [B, L ≤ max_length, F], length [B] and notes int32 [B, L, P]."""
+        tokens = Tokens.from_batch(batch).prefix(self.max_length)
+        return {**batch, "ids": tokens.ids, "length": tokens.lengths, "notes": self.annotate(tokens)}
+
+
 def to_tensors(batch: dict[str, np.ndarray]) -> Batch:
     """NumPy arrays to tensors, without a copy."""
     return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -39,7 +53,7 @@ class TrainingTokens(Dataset[Batch]):
         reader: TokenReader,
         seed: int,
         with_text: bool = False,
-        finish: Callable[[Batch], Batch] = lambda batch: batch,
+        finish: CutAndNote | None = None,
     ) -> None:
         self.reader, self.seed, self.with_text, self.finish = reader, seed, with_text, finish
 
@@ -50,7 +64,8 @@ class TrainingTokens(Dataset[Batch]):
         """ids [B, L, F] in the type on disk, label and index int64 [B]; the view is drawn by (seed, epoch, index)."""
         epochs, positions = np.asarray(items, dtype=np.int64).T
         views = random_bits(self.seed, epochs, positions) % np.uint64(len(self.reader.manifest.views))
-        return self.finish(to_tensors(self.reader.read(positions, views.astype(np.int64), self.with_text)))
+        batch = to_tensors(self.reader.read(positions, views.astype(np.int64), self.with_text))
+        return batch if self.finish is None else self.finish(batch)
 
 
 class ValidationTokens(Dataset[Batch]):
@@ -67,7 +82,7 @@ class ValidationTokens(Dataset[Batch]):
         rank: int,
         world_size: int,
         with_text: bool = False,
-        finish: Callable[[Batch], Batch] = lambda batch: batch,
+        finish: CutAndNote | None = None,
     ) -> None:
         self.reader, self.with_text, self.finish = reader, with_text, finish
         self.samples = min(samples, len(reader))
@@ -84,7 +99,7 @@ class ValidationTokens(Dataset[Batch]):
         real = places < self.samples
         batch = to_tensors(self.reader.read(np.where(real, places, 0), with_text=self.with_text))
         batch["weight"] = torch.from_numpy(real.astype(np.float32))
-        return self.finish(batch)
+        return batch if self.finish is None else self.finish(batch)
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -117,29 +132,21 @@ class TokenDataModule(L.LightningDataModule):
         self.manifest = Manifest.load(tokens_path)
         self.with_text = with_text and self.manifest.text is not None
         self.bucket_batches = bucket_batches
-        self._max_length: int | None = None
-        self._annotate: Callable[[Tokens], Tensor] | None = None
+        self._finish: CutAndNote | None = None
 
     def cut_and_note(self, max_length: int, annotate: Callable[[Tokens], Tensor]) -> None:
         """Cut streams to ``max_length`` elements, and add the notes of a grammar to each batch, in the loader."""
-        self._max_length, self._annotate = max_length, annotate
+        self._finish = CutAndNote(max_length, annotate)
 
     def lengths_report(self) -> str:
-        """How long the streams are, and how many of them are cut."""
+        """How long the training streams are, and how many of them are cut."""
         lengths = TokenReader(self.tokens_path, "train").lengths
-        cut = int((lengths > (self._max_length or lengths.max(initial=0))).sum())
+        most = self._finish.max_length if self._finish is not None else int(lengths.max(initial=0))
+        cut = int((lengths > most).sum())
         return (
-            f"{self.tokens_path}: streams of {lengths.mean():.1f} elements, {lengths.max(initial=0)} at most; "
-            f"{cut} of {len(lengths)} ({cut / max(1, len(lengths)):.2%}) are longer than prior.max_length="
-            f"{self._max_length} and cut"
+            f"{self.tokens_path}: streams of {lengths.mean():.1f} elements, {lengths.max(initial=0)} at most; {cut} of "
+            f"{len(lengths)} ({cut / max(1, len(lengths)):.2%}) are longer than prior.max_length={most} and cut"
         )
-
-    def finish(self, batch: Batch) -> Batch:
-        """A batch as it leaves the loader."""
-        if self._max_length is None or self._annotate is None:
-            return batch
-        tokens = Tokens.from_batch(batch).prefix(self._max_length)
-        return {**batch, "ids": tokens.ids, "length": tokens.lengths, "notes": self._annotate(tokens)}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """An endless loader: the trainer counts steps."""
@@ -153,14 +160,14 @@ class TokenDataModule(L.LightningDataModule):
             if bucketed
             else IndexStream(len(reader), *place)
         )
-        return self._loader(TrainingTokens(reader, self.seed, self.with_text, self.finish), batch_sampler=stream)
+        return self._loader(TrainingTokens(reader, self.seed, self.with_text, self._finish), batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The first ``validation_samples`` of the val split, as many batches on every rank."""
         reader = TokenReader(self.tokens_path, "val")
         rank, world_size = self._place()
         tokens = ValidationTokens(
-            reader, self.batch_size, self.validation_samples, rank, world_size, self.with_text, self.finish
+            reader, self.batch_size, self.validation_samples, rank, world_size, self.with_text, self._finish
         )
         return self._loader(tokens, batch_size=None)
 

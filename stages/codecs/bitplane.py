@@ -204,17 +204,19 @@ class BitplaneCodec(Tokenizer):
 
     def start_prefix(self, labels: Tensor, seeds: Sequence[int]) -> Tokens:
         """Planes from the class's histogram, and tokens of the scaling coefficients (of Y) from its Gaussian."""
-        planes, values = [], np.zeros((len(seeds), len(self.scan.order)))
+        base = self.grammar.names.index("Insignificant")
+        planes, ids = np.zeros(len(seeds), np.int64), np.zeros((len(seeds), SCALING), np.int64)
+        lengths = np.zeros(len(seeds), np.int64)
         for row, (label, seed) in enumerate(zip(labels.tolist(), seeds, strict=True)):
-            number, scaling = self._starts.draw(label, np.random.default_rng([seed, 1]))
-            limit = self.config.final_threshold * 2.0**number
-            planes.append(number)
-            values[row, :SCALING] = np.clip(scaling[:SCALING], -limit, limit)
-        tokens = self.encode_coefficients(values, np.array(planes, np.int64))
-        # the first group alone; where it is empty the prior decides what else the block holds
-        there = (np.abs(values) >= (self.config.final_threshold * 2.0 ** (np.array(planes) - 1))[:, None]).any(axis=1)
-        lengths = torch.from_numpy(np.where(there & (np.array(planes) > 0), SCALING, 0))
-        return Tokens(tokens.ids[:, :SCALING], lengths.clamp(max=tokens.ids.shape[1]), tokens.header)
+            planes[row], scaling = self._starts.draw(label, np.random.default_rng([seed % 2**64, 1]))
+            threshold = self.config.final_threshold * 2.0 ** (planes[row] - 1)
+            first = scaling[:SCALING]
+            found = np.where(first > 0, kernels.POSITIVE, kernels.NEGATIVE)
+            ids[row] = base + np.where(np.abs(first) >= threshold, found, kernels.INSIGNIFICANT)
+            # where the group is empty, the prior decides what else the block holds
+            lengths[row] = SCALING if planes[row] and (np.abs(first) >= threshold).any() else 0
+        parts = (ids[..., None], lengths, planes[:, None])
+        return Tokens(*(torch.from_numpy(part) for part in parts))
 
     def header_bits(self, tokens: Tokens, labels: Tensor) -> Tensor:
         return self._starts.bits(self.grammar.check_header(tokens.header), labels.cpu().numpy())

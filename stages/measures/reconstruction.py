@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,9 +147,16 @@ def measure_nll(prior: Prior, tokens: Tokens, prompts: Prompts, batch_size: int,
 
 
 def measure_rate(
-    tokenizer: Tokenizer, tokens: Tokens, bits: list[float] | None, distortion: dict[str, Any]
+    tokenizer: Tokenizer,
+    tokens: Tokens,
+    bits: Sequence[float] | None,
+    distortion: dict[str, Any],
+    header_bits: float = 0.0,
 ) -> tuple[dict[str, Any], list[CodeUse]]:
-    """(bits per pixel with the distortion that they buy in the same entry, use of codes)."""
+    """(bits per pixel with the distortion that they buy in the same entry, use of codes).
+
+    ``bits`` are the prior's for each scale; ``header_bits`` are what the side information costs besides.
+    """
     uses = code_use(tokens, tokenizer.layout)
     scales = rates(uses, len(tokens), tokenizer.layout, bits)
     height, width = tokenizer.layout.image_size
@@ -157,7 +165,8 @@ def measure_rate(
     entry = {
         "unit": "bits per pixel of the image, all its channels together",
         **total,
-        "prior_bits_per_pixel": None if bits is None else sum(bits) / num_pixels,
+        "header_bits": header_bits,
+        "prior_bits_per_pixel": None if bits is None else (header_bits + sum(bits)) / num_pixels,
         "prior_bits_per_token": None if bits is None else sum(bits) / total["tokens_per_image"],
         "scales": [scale.to_dict() for scale in scales],
     }

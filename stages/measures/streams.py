@@ -14,39 +14,46 @@ from stages.contract import Grammar, Prior, Prompts
 
 @torch.inference_mode()
 def measure_streams(
-    grammar: Grammar, tokens: Tokens, header_bits: Tensor, batch_size: int, prior: Prior | None, prompts: Prompts | None
+    grammar: Grammar,
+    num_scales: int,
+    tokens: Tokens,
+    header_bits: Tensor,
+    batch_size: int,
+    prior: Prior | None,
+    prompts: Prompts | None,
 ) -> dict[str, Any]:
-    """Mean cost of streams on the CPU, in bits an image, scale by scale with all before it.
+    """Mean cost of streams on the CPU, in bits an image, scale by scale.
 
-    ``uniform``: every id that may come is as likely. ``prior``: under a prior with these prompts, on its device. Both
-    count ``header_bits`` [N] and nothing for what must come; ``saved`` is what ids would cost besides if those were not
-    ruled out which only the elements before make impossible. ``illegal_probability`` is what the network gives, on
-    average, to ids that cannot come.
+    ``uniform``: every id that may come is as likely. ``prior``: under a prior with these prompts, on its device; None
+    from the first scale on of which the prior's ``max_length`` cuts anything. ``saved`` is what ids would cost besides
+    if those were allowed which only the elements before make impossible. ``header_bits`` [N] are counted in all but
+    ``scales``. ``illegal_probability`` is what the network gives, on average, to ids that cannot come.
     """
-    scales = (
-        len(prior.layout.scales) if prior is not None else int(grammar.scale_of(grammar.annotate(tokens)).max()) + 1
-    )
-    kinds = ("tokens", "uniform", "uniform_saved") + (("prior", "prior_saved", "illegal") if prior is not None else ())
-    sums = {kind: torch.zeros(scales, dtype=torch.float64) for kind in kinds}
+    kinds = ["tokens", "uniform", "uniform_saved"]
+    kinds += [] if prior is None else ["modelled", "prior", "prior_saved", "illegal"]
+    sums = {kind: torch.zeros(num_scales, dtype=torch.float64) for kind in kinds}
     for start in range(0, len(tokens), batch_size):
         part = tokens[start : start + batch_size]
         part.notes = grammar.annotate(part)
         strict, loose = (grammar.allowed(part.notes, known).sum(-1).double().log2() for known in (True, False))
-        values = {"tokens": part.counted.double(), "uniform": strict, "uniform_saved": loose - strict}
+        values = {"tokens": torch.ones_like(strict), "uniform": strict, "uniform_saved": loose - strict}
         if prior is not None and prompts is not None:
             device = next(prior.parameters()).device
             output = prior(part.to(device), prompts[start : start + batch_size].to(device))
             assert output.illegal is not None and output.saved is not None
-            found = {"prior": output.nll[..., 0], "prior_saved": output.saved, "illegal": output.illegal}
-            values |= {
-                kind: each.double().cpu() / (1 if kind == "illegal" else math.log(2)) for kind, each in found.items()
-            }
-        numbers = grammar.scale_of(part.notes)
+            bits = {"prior": output.nll[..., 0], "prior_saved": output.saved}
+            values |= {kind: each.double().cpu() / math.log(2) for kind, each in bits.items()}
+            values |= {"illegal": output.illegal.double().cpu(), "modelled": torch.ones(output.illegal.shape).double()}
         for kind, each in values.items():
-            each = each * part.counted[:, : each.shape[1]]
-            sums[kind].index_add_(0, numbers[:, : each.shape[1]].flatten(), each.flatten())
+            width = each.shape[1]
+            numbers = grammar.scale_of(part.notes)[:, :width]
+            sums[kind].index_add_(0, numbers.flatten(), (each * part.counted[:, :width]).flatten())
     means = {kind: each / len(tokens) for kind, each in sums.items()}
     header = float(header_bits.mean())
+    scales: list[dict[str, float | None]] = [
+        {kind: float(means[kind][number]) for kind in kinds if kind in ("tokens", "uniform", "prior")}
+        for number in range(num_scales)
+    ]
     measured: dict[str, Any] = {
         "mean_length": float(tokens.lengths.double().mean()),
         "longest": int(tokens.lengths.max()),
@@ -54,17 +61,22 @@ def measure_streams(
         "uniform_bits": header + float(means["uniform"].sum()),
         "uniform_bits_saved": float(means["uniform_saved"].sum()),
         "prefixes": [
-            {"tokens": float(tokens_), "uniform_bits": header + float(uniform)}
-            for tokens_, uniform in zip(means["tokens"].cumsum(0), means["uniform"].cumsum(0), strict=True)
+            {"tokens": float(count), "uniform_bits": header + float(uniform)}
+            for count, uniform in zip(means["tokens"].cumsum(0), means["uniform"].cumsum(0), strict=True)
         ],
+        "scales": scales,
     }
     if prior is not None:
+        whole = (sums["modelled"] == sums["tokens"]).cumprod(0).bool().tolist()
+        for entry, scale, bits_, kept in zip(
+            measured["prefixes"], scales, means["prior"].cumsum(0).tolist(), whole, strict=True
+        ):
+            entry["prior_bits"] = header + bits_ if kept else None
+            scale["prior"] = scale["prior"] if kept else None
         measured |= {
             "cut_share": float((tokens.lengths > prior.max_length).double().mean()),
-            "prior_bits": header + float(means["prior"].sum()),
+            "prior_bits": measured["prefixes"][-1]["prior_bits"],
             "prior_bits_saved": float(means["prior_saved"].sum()),
-            "illegal_probability": float(means["illegal"].sum() / means["tokens"].sum()),
+            "illegal_probability": float(sums["illegal"].sum() / sums["modelled"].sum().clamp(min=1)),
         }
-        for entry, bits in zip(measured["prefixes"], means["prior"].cumsum(0), strict=True):
-            entry["prior_bits"] = header + float(bits)
     return measured

@@ -51,8 +51,10 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
     num_scales = len(layout.scales)
     for name, low, high in (("temperature", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 1e-9, 1)):
         values = getattr(settings, name)
-        if len(values) not in (1, num_scales):
-            raise InputError(f"sampling.{name} has {len(values)} values; allowed: 1, or {num_scales} (one per scale)")
+        # the streams of a batch are not in the same scale at the same time
+        if len(values) != 1 and (len(values) != num_scales or layout.ends != "fixed"):
+            several = f", or {num_scales} (one per scale)" if layout.ends == "fixed" else " for streams"
+            raise InputError(f"sampling.{name} has {len(values)} values; allowed: 1{several}")
         if not all(low <= value <= high for value in values):
             raise InputError(f"sampling.{name}={values}; allowed: {low} to {high}")
     if not math.isfinite(settings.guidance):
@@ -60,6 +62,11 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
     if settings.guidance_schedule not in ("constant", "linear", "cosine"):
         raise InputError(
             f"sampling.guidance_schedule={settings.guidance_schedule!r}; allowed: constant, linear, cosine"
+        )
+    if layout.ends != "fixed" and settings.guidance_schedule != "constant":
+        raise InputError(
+            f"sampling.guidance_schedule={settings.guidance_schedule}: nobody knows how long a stream will be; "
+            "allowed: constant"
         )
     if not 0 <= settings.scales <= num_scales:
         raise InputError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
@@ -103,7 +110,7 @@ def sample(
     if prefix.ids.shape[1] > length or len(prefix) != batch:
         raise InputError(f"a prefix of {len(prefix)}x{prefix.ids.shape[1]} elements for {batch} sequences of {length}")
     start = int(prefix.lengths.min()) if batch else 0
-    if fixed and start == length:
+    if start == length:
         return prefix
     forced = prefix.counted
     if (known is None) != (keep is None):

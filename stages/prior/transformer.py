@@ -274,7 +274,9 @@ class TransformerPrior(Prior):
         ids = tokens.ids
         length = ids.shape[1]
         if not length:
-            return PriorOutput(torch.zeros(ids.shape, device=ids.device))
+            # nothing to say, but training may go backwards through it
+            nothing = torch.zeros(ids.shape, device=ids.device) + 0 * sum(each.sum() for each in self.parameters())
+            return PriorOutput(nothing, nothing[..., 0], nothing[..., 0])
         states = self.condition(prompts)
         x = self._slots(states.prefix, ids[:, :-1], notes, self.inputs.common(tokens.header, states))
         hidden = self._blocks(x, memory=self._remember(states))[:, -length:]

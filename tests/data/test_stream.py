@@ -86,6 +86,11 @@ def test_buckets_are_dealt_out_and_resumed_like_plain_batches(world_size: int) -
         assert bucketed(9, **options, start_batch=start) == bucketed(30, **options)[start : start + 9]
 
 
+def test_a_batch_of_a_small_set_has_no_more_copies_than_a_plain_one() -> None:
+    for batch in bucketed(60, window=1000, batch_size=20):
+        assert len({index for _, index in batch}) == 20
+
+
 def test_a_window_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="a window of 0 batches"):
         BucketedStream(LENGTHS, 0, 4)

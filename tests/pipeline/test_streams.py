@@ -1,13 +1,16 @@
 """A codec without training through all commands: streams in the cache, the prior, evaluation, samples and edits."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data.tokens.module import TokenDataModule
 from data.tokens.reader import TokenReader
 from pipeline.__main__ import main
+from stages.factory import build_grammar
 from stages.weights import load_prior, load_tokenizer
 
 BITPLANES = ("tokenizer.kind=bitplane", "tokenizer.final_threshold=1.0", "tokenizer.wavelet=haar")
@@ -71,15 +74,17 @@ def stop_after_two(module, *_):
         raise KeyboardInterrupt
 
 
-def test_eval_shows_rates_growth_and_other_settings(streams):
+def test_eval_shows_rates_growth_and_other_settings(streams, capsys):
     call = made_with(streams)
     assert call("eval", "eval.grids=[top_p=[0.6],top_k=[2]]", "eval.batch_size=5") == 0
     folder = streams / "run/eval/default"
     metrics = json.loads((folder / "metrics.json").read_text())
     found = metrics["streams"]
     assert found["prefixes"][-1]["prior_bits_per_pixel"] == pytest.approx(found["prior_bits"] / 256)
-    total = metrics["rate"]["prior_bits_per_pixel"] * 256 + found["header_bits"]
-    assert found["prior_bits"] == pytest.approx(total, rel=1e-4) and found["header_bits"] > 0
+    rate = metrics["rate"]
+    assert found["prior_bits"] == pytest.approx(rate["prior_bits_per_pixel"] * 256) and found["header_bits"] > 0
+    by_scale = sum(scale["prior_bits"] for scale in rate["scales"])
+    assert found["prior_bits"] == pytest.approx(by_scale + found["header_bits"])
     psnr = [entry["psnr_mean_of_images"] for entry in found["prefixes"]]
     assert psnr == [entry["psnr_mean_of_images"] for entry in metrics["tokenizer"]["prefixes"]]
     assert psnr[-1] == pytest.approx(metrics["tokenizer"]["psnr_mean_of_images"]) and psnr[-1] > psnr[0]
@@ -89,7 +94,9 @@ def test_eval_shows_rates_growth_and_other_settings(streams):
     for words in ("Growing samples", "Finished images", "Samples with top_p_0.6", "tokens that cannot come"):
         assert words in page
     rates = streams / "rates"
-    assert call("rates", f"runs={folder}", f"out={rates}", "eval.num_images=3") == 0
+    assert call("rates", f"runs={folder}", f"out={rates}", "eval.num_images=3") == 2
+    assert "eval.num_images=8, this CONFIG 3" in capsys.readouterr().err
+    assert call("rates", f"runs={folder}", f"out={rates}") == 0
     curves = {curve["name"]: curve["points"] for curve in json.loads((rates / "rates.json").read_text())["curves"]}
     assert set(curves) == {
         "tiny, under its prior",
@@ -101,6 +108,52 @@ def test_eval_shows_rates_growth_and_other_settings(streams):
         sizes = [point["bits_per_pixel"] for point in curves[name]]
         assert sizes[0] < sizes[-1] and curves[name][0]["psnr"] < curves[name][-1]["psnr"]
     assert Image.open(rates / "rates.png").size[0] > 500
+
+
+def test_a_prior_of_beginnings_is_evaluated_without_their_rate(streams, tmp_path, capsys):
+    call, path = made_with(streams), f"prior.path={tmp_path}/prior.safetensors"
+    assert call("train-prior", path, "prior.max_length=40", "prior_training.max_steps=1") == 0
+    said = capsys.readouterr().out
+    assert "are longer than prior.max_length=40 and cut" in said and "0 of 48" not in said
+    assert call("eval", path, "eval.name=cut") == 0
+    found = json.loads((streams / "run/eval/cut/metrics.json").read_text())["streams"]
+    assert found["cut_share"] > 0 and found["prior_bits"] is None
+    assert call("edit", path, f"input={tmp_path}", "frozen=2") == 2
+    Image.new("RGB", (16, 16), (200, 90, 10)).save(tmp_path / "flat.png")
+    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "noise.png")
+    assert call("edit", path, f"input={tmp_path}/noise.png", "frozen=3") == 2
+    assert "tokens are given, but this prior models 40" in capsys.readouterr().err
+
+
+def test_loader_processes_get_what_they_need(streams):
+    """A started (not forked) loader process unpickles its data set."""
+    module = TokenDataModule(streams / "run/tokens", 4, 0, 0, 8, bucket_batches=4)
+    grammar = build_grammar(module.manifest.layout)
+    module.cut_and_note(30, grammar.annotate)
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        batch = next(iter(loader))
+        again = pickle.loads(pickle.dumps(loader.dataset))
+        assert type(again) is type(loader.dataset) and batch["notes"].shape == (
+            *batch["ids"].shape[:2],
+            grammar.num_notes,
+        )
+        assert batch["ids"].shape[1] <= 30
+    first = [(0, 3), (0, 5)]
+    train = module.train_dataloader().dataset
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(
+            train.__getitems__(first).values(),
+            pickle.loads(pickle.dumps(train)).__getitems__(first).values(),
+            strict=True,
+        )
+    )
+
+
+def test_a_dark_image_has_no_coarse_planes_to_keep(streams, tmp_path, capsys):
+    Image.new("RGB", (16, 16), (12, 10, 11)).save(tmp_path / "dark.png")
+    assert made_with(streams)("edit", f"input={tmp_path}/dark.png", "frozen=1", f"out={tmp_path}/e") == 2
+    assert "frozen=1: the first 1 of" in capsys.readouterr().err
 
 
 def test_samples_stop_at_a_plane_and_images_are_finished(streams, tmp_path, image_folder, capsys):

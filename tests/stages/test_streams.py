@@ -9,7 +9,7 @@ from data.images.views import to_float
 from data.layout import Tokens
 from stages.codecs.bitplane import BitplaneCodec, BitplaneConfig
 from stages.conditions.labels import ClassConditionConfig
-from stages.contract import Prompts
+from stages.contract import FORBIDDEN, Prompts
 from stages.factory import build_prior
 from stages.measures.codes import code_use
 from stages.measures.rate import prior_bits
@@ -72,8 +72,16 @@ def test_only_what_stays_open_costs_bits(codec):
     tokens.notes = codec.grammar.annotate(tokens)
     output = model(tokens, PROMPTS)
     allowed = codec.grammar.allowed(tokens.notes)
-    forced = (allowed.sum(-1) == 1) & tokens.counted
-    assert output.nll[..., 0][forced].abs().max() < 1e-5 if forced.any() else True
+    with torch.no_grad():  # by hand, step by step
+        state = model.begin(PROMPTS, tokens.prefix(0), model.max_length)
+        for position in range(20):
+            logits = model.logits(state, tokens.ids[:, 0, :0])
+            possible = logits.masked_fill(~allowed[:, position], -math.inf).log_softmax(-1)
+            counts = position < tokens.lengths
+            wanted = -possible.gather(-1, tokens.ids[:, position])[:, 0]
+            torch.testing.assert_close(output.nll[counts, position, 0], wanted[counts], atol=1e-4, rtol=1e-4)
+            assert (logits[~allowed[:, position]] == FORBIDDEN).all()
+            model.advance(state, tokens.ids[:, position])
     assert ((output.illegal >= 0) & (output.illegal <= 1)).all() and output.illegal.sum() > 0
     torch.testing.assert_close(1 - output.illegal, torch.exp(-output.legal_nll))
     ruled_out = (codec.grammar.allowed(tokens.notes, False) & ~allowed).any(-1) & tokens.counted
@@ -122,9 +130,14 @@ def test_samples_are_complete_legal_streams_whatever_the_batch(codec):
     for row in range(5):
         alone = draw(model, codec, rows=slice(row, row + 1))
         assert torch.equal(alone.ids[0, : alone.lengths[0]], tokens.ids[row, : tokens.lengths[row]])
-    guided = draw(model, codec, SamplingConfig(guidance=2.0, top_k=[2]))
+    settings = [SamplingConfig(guidance=weight, top_k=[2]) for weight in (0.0, 1.0, 4.0)]
+    without, plain, guided = (draw(model, codec, each) for each in settings)
+    assert not torch.equal(guided.lengths, plain.lengths)
     codec.decode(guided)
-    assert not torch.equal(guided.lengths, tokens.lengths)
+    # guidance 0 forgets the class
+    start = codec.start_prefix(LABELS, range(5))
+    none = sample(model, Prompts.of_labels(torch.full((5,), -1)), SamplingConfig(top_k=[2]), range(5), start)
+    assert torch.equal(without.ids, none.ids)
 
 
 def test_the_cache_grows(codec, monkeypatch):
@@ -143,7 +156,7 @@ def test_stopping_at_a_plane_is_the_beginning_of_the_whole(codec):
         assert torch.equal(part.ids[part.counted], wanted.ids[wanted.counted])
 
 
-def test_prefixes_of_unequal_length_are_kept(codec):
+def test_prefixes_of_unequal_length_are_kept(codec, monkeypatch):
     model, tokens = prior(codec), codec.encode(images())
     prefix = codec.first_scales(tokens, len(codec.layout.scales) - 1)
     assert len(set(prefix.lengths.tolist())) > 1
@@ -154,6 +167,28 @@ def test_prefixes_of_unequal_length_are_kept(codec):
             assert torch.equal(end.ids[row, :kept], tokens.ids[row, :kept])
         codec.decode(end)
     assert not torch.equal(ends[0].ids[:, : ends[1].ids.shape[1]], ends[1].ids[:, : ends[0].ids.shape[1]])
+    # a row does not notice how much of the others was given
+    monkeypatch.setattr("stages.prior.sampling.NOISE_CHUNK", 4)
+    for settings in (SamplingConfig(), SamplingConfig(guidance=2.0)):
+        together = sample(model, PROMPTS, settings, range(5), prefix)
+        for row in range(5):
+            one = prefix[row : row + 1].prefix(int(prefix.lengths[row]))
+            alone = sample(model, PROMPTS[row : row + 1], settings, [row], one)
+            assert torch.equal(alone.ids[0, : alone.lengths[0]], together.ids[row, : together.lengths[row]])
+
+
+def test_a_full_prefix_and_empty_streams_are_no_trouble(codec):
+    model, tokens = prior(codec, max_length=20), codec.encode(images())
+    full = tokens.prefix(20)
+    assert torch.equal(sample(model, PROMPTS, SamplingConfig(), range(5), full).ids, full.ids)
+    black = codec.encode(torch.full((2, 1, 8, 8), -1.0))
+    output = model(black, PROMPTS[:2])
+    assert output.nll.shape == (2, 0, 1)
+    (output.nll.sum() + output.legal_nll.sum()).backward()
+    found = measure_streams(codec.grammar, len(codec.layout.scales), black, torch.ones(2), 1, model, PROMPTS[:2])
+    assert found["prior_bits"] == found["uniform_bits"] == 1
+    drawn = sample(model, PROMPTS[:2], SamplingConfig(), [0, 1], black)
+    assert drawn.lengths.tolist() == [0, 0]
 
 
 def test_a_cap_cuts_streams_to_legal_beginnings(codec):
@@ -163,8 +198,17 @@ def test_a_cap_cuts_streams_to_legal_beginnings(codec):
     assert nll.shape[1] == 20
     drawn = draw(model, codec)
     assert int(drawn.lengths.max()) == 20 and codec.decode(drawn).isfinite().all()
-    found = measure_streams(codec.grammar, tokens, torch.zeros(5), 2, model, PROMPTS)
+    found = measure_streams(codec.grammar, len(codec.layout.scales), tokens, torch.zeros(5), 2, model, PROMPTS)
     assert found["cut_share"] == float((tokens.lengths > 20).double().mean()) > 0
+    assert found["prior_bits"] is None and found["prefixes"][0]["prior_bits"] is not None
+    short = measure_streams(
+        codec.grammar, len(codec.layout.scales), full_of(tokens, 20), torch.zeros(5), 2, model, PROMPTS
+    )
+    assert found["illegal_probability"] == pytest.approx(short["illegal_probability"])
+
+
+def full_of(tokens, length):
+    return Tokens(tokens.ids[:, :length], tokens.lengths.clamp(max=length), tokens.header)
 
 
 def test_gradients_reach_everything_and_checkpoints_change_nothing(codec):
@@ -184,7 +228,7 @@ def test_measures_add_up(codec):
     header = torch.full((5,), 3.0)
     with torch.no_grad():
         nll = model.nll(tokens, PROMPTS)
-    found = measure_streams(codec.grammar, tokens, header, 2, model, PROMPTS)
+    found = measure_streams(codec.grammar, len(codec.layout.scales), tokens, header, 2, model, PROMPTS)
     bits = prior_bits(nll, tokens, codec.layout)
     assert found["prior_bits"] == pytest.approx(3 + sum(bits), rel=1e-5)
     assert sum(bits) == pytest.approx(float(nll.sum()) / math.log(2) / 5, rel=1e-5)
@@ -207,6 +251,10 @@ def test_what_a_stream_needs_is_asked_for(codec):
     model = prior(codec)
     with pytest.raises(ValueError, match="a prefix that brings it"):
         sample(model, PROMPTS, SamplingConfig(), range(5))
+    with pytest.raises(ValueError, match="sampling.top_k has 4 values; allowed: 1 for streams"):
+        draw(model, codec, SamplingConfig(top_k=[2] * 4))
+    with pytest.raises(ValueError, match="guidance_schedule=linear: nobody knows"):
+        draw(model, codec, SamplingConfig(guidance=2.0, guidance_schedule="linear"))
     with pytest.raises(ValueError, match="begins with its header"):
         model.begin(PROMPTS, None, 10)
     known = codec.encode(images())
