@@ -132,7 +132,7 @@ def test_samples_are_complete_legal_streams_whatever_the_batch(codec):
         assert torch.equal(alone.ids[0, : alone.lengths[0]], tokens.ids[row, : tokens.lengths[row]])
     settings = [SamplingConfig(guidance=weight, top_k=[2]) for weight in (0.0, 1.0, 4.0)]
     without, plain, guided = (draw(model, codec, each) for each in settings)
-    assert not torch.equal(guided.lengths, plain.lengths)
+    assert not torch.equal(guided.ids, plain.ids)
     codec.decode(guided)
     # guidance 0 forgets the class
     start = codec.start_prefix(LABELS, range(5))
@@ -202,13 +202,9 @@ def test_a_cap_cuts_streams_to_legal_beginnings(codec):
     assert found["cut_share"] == float((tokens.lengths > 20).double().mean()) > 0
     assert found["prior_bits"] is None and found["prefixes"][0]["prior_bits"] is not None
     short = measure_streams(
-        codec.grammar, len(codec.layout.scales), full_of(tokens, 20), torch.zeros(5), 2, model, PROMPTS
+        codec.grammar, len(codec.layout.scales), tokens.prefix(20), torch.zeros(5), 2, model, PROMPTS
     )
     assert found["illegal_probability"] == pytest.approx(short["illegal_probability"])
-
-
-def full_of(tokens, length):
-    return Tokens(tokens.ids[:, :length], tokens.lengths.clamp(max=length), tokens.header)
 
 
 def test_gradients_reach_everything_and_checkpoints_change_nothing(codec):
