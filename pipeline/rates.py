@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, features
 from torch import Tensor
@@ -33,6 +34,8 @@ SAME = {
     "eval": ("num_images",),
 }
 """Keys that decide which images an evaluation saw."""
+
+COLOURS = colormaps["tab20"]
 
 
 @dataclass
@@ -157,7 +160,7 @@ def draw_rates(curves: list[dict[str, Any]], size: str, path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axis = figure.subplots()
     for number, curve in enumerate(curves):
-        colour, points = f"C{number % 10}", [point for point in curve["points"] if point["psnr"] is not None]
+        colour, points = COLOURS(number % 20), [point for point in curve["points"] if point["psnr"] is not None]
         if not points:
             place = curve["points"][0]["bits_per_pixel"]
             axis.axvline(place, color=colour, linestyle=":", label=f"{curve['name']} (no loss)")
