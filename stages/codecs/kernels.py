@@ -35,7 +35,7 @@ def warn_if_slow() -> None:
     """Say once what is missing where the walk is not compiled."""
     if not COMPILED:
         warnings.warn(
-            "numba is not installed: bit-planes are coded about a hundred times slower; pip install 'octaves[codecs]'",
+            "numba is not installed: bit-planes are coded about twenty times slower; pip install 'octaves[codecs]'",
             stacklevel=3,
         )
 

@@ -48,7 +48,8 @@ def code_use(tokens: Tokens, layout: TokenLayout) -> list[CodeUse]:
 
     Scales in which no sample has an element are left out.
     """
-    scales = scale_ids(tokens, layout).masked_fill(~tokens.counted, -1)
+    # part by part: the notes by which streams find their scales take many times the room of the tokens
+    scales = torch.cat([scale_ids(part, layout) for part in tokens.split(256)]).masked_fill(~tokens.counted, -1)
     uses: list[CodeUse] = []
     for number, scale in enumerate(layout.scales):
         ids = tokens.ids[scales == number]
