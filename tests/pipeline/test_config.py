@@ -76,7 +76,7 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
     [
         ("tokenizer.scalse=4", "scalse"),
         ("prior_training.max_steps=many", "many"),
-        ("tokenizer.kind=vqgan", "tokenizer.kind='vqgan'; allowed: sit, vit-vqgan"),
+        ("tokenizer.kind=vqgan", "tokenizer.kind='vqgan'; allowed: bitplane, sit, vit-vqgan"),
         ("tokenizer.quantizer.kind=ema", "tokenizer.quantizer.kind='ema'; allowed: cosine, fsq"),
         ("prior.kind=rnn", "prior.kind='rnn'; allowed: transformer"),
         ("images.kind=cifar", "images.kind='cifar'; allowed: folder, webdataset, fashion, demo, photos"),

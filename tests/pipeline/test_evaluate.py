@@ -46,7 +46,7 @@ from stages.weights import WeightsError, file_sha256, load_tokenizer, save_prior
 from tests.pipeline.mean_colour import MeanColourConfig
 
 CLASSES = ["bright", "dark"]
-PICTURES = ("reconstructions", "prefixes", "samples", "neighbours", "curves", "upsampling", "editing")
+PICTURES = ("reconstructions", "prefixes", "samples", "growing", "neighbours", "curves", "upsampling", "editing")
 
 
 @pytest.fixture(scope="module")
