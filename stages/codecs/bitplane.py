@@ -68,7 +68,7 @@ class BitplaneCodec(Tokenizer):
         try:
             levels_of(side)
         except ValueError as error:
-            raise InputError(f"images.size: {error}; view images with images.eval_view=pad") from error
+            raise InputError(f"images.size: {error} (images.eval_view=pad frames smaller ones)") from error
         for name, value, known in (
             ("wavelet", config.wavelet, WAVELETS),
             ("variant", config.variant, tuple(NAMES)),
