@@ -3,7 +3,7 @@
 Where what may come next depends on what was there, a Grammar knows it, for tokenizer and prior alike.
 
 A new tokenizer is one file with a subclass of ``Tokenizer``, one line in ``stages/factory.py``, one YAML and one test.
-The sampling engine sees ``begin / logits / advance`` of a Prior and nothing else.
+The sampling engine sees ``begin / logits / advance / ended`` of a Prior and nothing else.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Tokenizer(nn.Module, ABC):
         return None
 
     def header_bits(self, tokens: Tokens, labels: Tensor) -> Tensor:
-        """What the side information costs: float32 [B] bits, given class ids [B] (-1: none)."""
+        """What the side information costs: floats [B], in bits, given class ids [B] (-1: none)."""
         return torch.zeros(len(tokens))
 
 

@@ -26,9 +26,9 @@ from data.errors import InputError
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.codecs import kernels
 from stages.codecs.grammar import NAMES, BitplaneGrammar, Variant
-from stages.codecs.scan import coefficients, images, largest_coefficient, levels_of
 from stages.contract import Tokenizer
 from stages.spectral.colour import to_rgb, to_ycbcr
+from stages.spectral.nested import largest_coefficient, levels_of, nested_dwt, nested_idwt
 from stages.tokenizer.config import TokenizerConfig
 
 SCALING = 4
@@ -111,14 +111,14 @@ class BitplaneCodec(Tokenizer):
         if pixels.shape[1:] != wanted:
             raise InputError(f"images {tuple(pixels.shape[1:])}; allowed: {wanted}")
         whole = np.round(127.5 * (pixels.detach().cpu().double().numpy() + 1)).clip(0, 255) / 255
-        matrix = coefficients(to_ycbcr(whole) if self.channels == 3 else whole, self.config.wavelet)
+        matrix = nested_dwt(to_ycbcr(whole) if self.channels == 3 else whole, self.config.wavelet)
         return np.ascontiguousarray(matrix.reshape(len(matrix), -1)[:, self.scan.order])
 
     def to_pixels(self, values: np.ndarray) -> Tensor:
         """Pixels float32 in [-1, 1], clamped, of coefficients [B, n] in scan order."""
         matrix = np.empty_like(values)
         matrix[:, self.scan.order] = values
-        planes = images(matrix.reshape(len(values), self.channels, *self.layout.image_size), self.config.wavelet)
+        planes = nested_idwt(matrix.reshape(len(values), self.channels, *self.layout.image_size), self.config.wavelet)
         pixels = to_rgb(planes) if self.channels == 3 else planes
         return torch.from_numpy((2 * pixels - 1).clip(-1, 1)).float()
 

@@ -18,8 +18,9 @@ from torch.nn import functional
 from data.errors import InputError
 from data.layout import Tokens
 from stages.codecs import kernels
-from stages.codecs.scan import NEIGHBOURS, levels_of, scan_of
+from stages.codecs.scan import NEIGHBOURS, scan_of
 from stages.contract import Grammar, GrammarState
+from stages.spectral.nested import levels_of
 
 Variant = Literal["blocks", "zerotree"]
 NAMES: dict[str, tuple[str, ...]] = {
@@ -28,7 +29,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """The tokens of each variant. Lower and Upper refine a coefficient: the paper's NextAccuracy0 and NextAccuracy1."""
 FREQUENCIES = (1, 2, 4, 8)
-"""Waves across the image by which a place is told, beside the place itself."""
+"""Half waves across the image by which a place is told, beside the place itself."""
 
 
 class BitplaneGrammar(Grammar):
@@ -48,6 +49,9 @@ class BitplaneGrammar(Grammar):
         self.scan = scan_of(side, channels)
         self.names = NAMES[variant]
         self.zerotree = variant == "zerotree"
+        scan = self.scan
+        # what the kernels need to know of the code
+        self._code = (planes, final, scan.parent, scan.child, scan.neighbours, self.zerotree)
         self.num_notes = 4 + len(NEIGHBOURS)
         tables = [
             functional.one_hot(torch.from_numpy(table), size).float()
@@ -58,7 +62,7 @@ class BitplaneGrammar(Grammar):
             )
         ]
         place = torch.from_numpy(self.scan.place)
-        waves = [part(2 * torch.pi * n * place / 2) for n in FREQUENCIES for part in (torch.sin, torch.cos)]
+        waves = [part(torch.pi * n * place) for n in FREQUENCIES for part in (torch.sin, torch.cos)]
         self.register_buffer("features", torch.cat([*tables, place, *waves], dim=1), persistent=False)
         self.place_width = self.features.shape[1] + planes
         self.known_width = len(self.names) + 3 * len(NEIGHBOURS)
@@ -89,12 +93,7 @@ class BitplaneGrammar(Grammar):
             inner["approximation"],
             inner["marks"],
             inner["planes"],
-            self.planes,
-            self.final,
-            self.scan.parent,
-            self.scan.child,
-            self.scan.neighbours,
-            self.zerotree,
+            *self._code,
             state.notes.numpy(),
         )
         if wrong >= 0:
@@ -103,19 +102,7 @@ class BitplaneGrammar(Grammar):
     def annotate(self, tokens: Tokens) -> Tensor:
         ids, planes = tokens.ids[..., 0].cpu().numpy().astype(np.int64), self.check_header(tokens.header)
         notes = np.zeros((*ids.shape, self.num_notes), np.int32)
-        row, position = kernels.annotate(
-            ids,
-            tokens.lengths.cpu().numpy(),
-            planes,
-            self.planes,
-            self.final,
-            self.scan.parent,
-            self.scan.child,
-            self.scan.neighbours,
-            self.zerotree,
-            notes,
-        )
-        self.check(ids, row, position)
+        self.check(ids, *kernels.annotate(ids, tokens.lengths.cpu().numpy(), planes, *self._code, notes))
         return torch.from_numpy(notes)
 
     def check(self, ids: np.ndarray, row: int, position: int) -> None:

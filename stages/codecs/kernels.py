@@ -3,7 +3,7 @@
 The encoder knows every coefficient and writes its stream straight down. Who reads a stream, decoder or prior, walks it
 token by token; ``arrive``, ``allowed`` and ``consume`` are that walk, and this is what it remembers of one stream:
 
-- registers int64 [8]: place of the next coefficient, plane (0 is the stream's first), and what is known of the group
+- registers int64 [6]: place of the next coefficient, plane (0 is the stream's first), and what is known of the group
   and the block in which that coefficient lies;
 - approximation float64 [n]: 0 while a coefficient is insignificant;
 - marks int16 [3, n] (zero-trees): the plane, counted from 1, in which a coefficient was last skipped; in which it was
@@ -233,7 +233,7 @@ def decode(ids, lengths, planes, final, parent, child, zerotree, values):  # typ
 
 @njit(cache=True, nogil=True)
 def note(registers, approximation, marks, child, zerotree, neighbours, threshold, first_plane, out):  # type: ignore[no-untyped-def]
-    """What is known before the next token, into int32 [4 + Q]; see ``Grammar.annotate``."""
+    """What is known before the next token, into int32 [4 + Q]; see ``BitplaneGrammar``."""
     place = registers[PLACE]
     out[0] = place
     out[1] = first_plane + registers[PLANE]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import pywt
+
+from stages.spectral.nested import levels_of
 
 NEIGHBOURS = ("self", "left", "right", "up", "down", "parent", "next band", "last band", "next plane", "last plane")
 """Columns of ``Scan.neighbours``; bands and colour planes in a circle."""
@@ -38,16 +39,6 @@ class Scan:
     """int64 [n]"""
     place: np.ndarray
     """float32 [n, 2]: middle of the coefficient's area, (row, column) as shares of the image."""
-
-
-def levels_of(side: int) -> int:
-    """Wavelet levels of an image: down to a scaling block of 2x2. Raises ValueError for sides that do not fit."""
-    if side < 4 or side & (side - 1):
-        below = 4
-        while below * 2 < side:
-            below *= 2
-        raise ValueError(f"a side of {side} pixels; allowed: powers of two from 4, e.g. {below} or {below * 2}")
-    return side.bit_length() - 2
 
 
 @lru_cache(maxsize=8)
@@ -118,42 +109,3 @@ def scan_of(side: int, channels: int) -> Scan:
     ]
     place = np.stack([(row - top + 0.5) / width, (column - left + 0.5) / width], axis=1)
     return Scan(order, parent, child, np.stack(neighbours, axis=1), level, band, channel, place.astype(np.float32))
-
-
-def coefficients(pixels: np.ndarray, wavelet: str) -> np.ndarray:
-    """Nested matrices float64 [N, C, S, S] of images [N, C, S, S]: periodised, orthonormal up to the wavelet's own."""
-    matrix = np.asarray(pixels, np.float64)
-    matrix = matrix.copy()
-    size = matrix.shape[-1]
-    for _ in range(levels_of(size)):
-        half = size // 2
-        part = matrix[..., :size, :size]
-        low, (high_y, high_x, high_both) = pywt.dwt2(part, wavelet, mode="periodization", axes=(-2, -1))
-        part[..., :half, :half], part[..., half:, :half] = low, high_y
-        part[..., :half, half:], part[..., half:, half:] = high_x, high_both
-        size = half
-    return matrix
-
-
-def images(matrix: np.ndarray, wavelet: str) -> np.ndarray:
-    """The inverse of ``coefficients``."""
-    matrix = matrix.copy()
-    size = 2
-    while size < matrix.shape[-1]:
-        part = matrix[..., : 2 * size, : 2 * size]
-        bands = (part[..., size:, :size], part[..., :size, size:], part[..., size:, size:])
-        part[...] = pywt.idwt2((part[..., :size, :size], bands), wavelet, mode="periodization", axes=(-2, -1))
-        size *= 2
-    return matrix
-
-
-def largest_coefficient(side: int, wavelet: str) -> float:
-    """A bound of the coefficients' size for pixels of at most 1."""
-    line = np.eye(side)
-    bound, gain = 0.0, line
-    for _ in range(levels_of(side)):
-        low, high = pywt.dwt(gain, wavelet, mode="periodization", axis=0)
-        norms = [float(np.abs(part).sum(axis=1).max()) for part in (low, high)]
-        bound = max(bound, norms[0] * norms[1], norms[1] ** 2, norms[0] ** 2)
-        gain = low
-    return bound

@@ -1,4 +1,4 @@
-"""Sampling, apart from the model that it samples: any Prior, by ``begin / logits / advance``.
+"""Sampling, apart from the model that it samples: any Prior, by ``begin / logits / advance / ended``.
 
 What is notable here:
 
@@ -132,7 +132,7 @@ def sample(
     lengths = torch.full((batch,), length)
     over = torch.zeros(batch, dtype=torch.bool)
     noise = torch.empty(batch, 0, layout.num_fields, dtype=torch.float64)
-    _uniform(generators, start, layout.num_fields)
+    _uniform(generators, start, layout.num_fields)  # those of what is given are skipped
     try:
         state = prior.begin(rows, Tokens.cat([begun] * 2) if guided else begun, length)
         for position in range(start, length):
@@ -165,8 +165,9 @@ def sample(
         prior.train(was_training)
     ids = torch.stack(elements, dim=1) if elements else begun.ids
     lengths = lengths.clamp(max=ids.shape[1]).to(device)
-    there = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    return Tokens(ids.masked_fill(~there.unsqueeze(-1), 0), lengths, prefix.header)
+    made = Tokens(ids, lengths, prefix.header)
+    made.ids = ids.masked_fill(~made.counted.unsqueeze(-1), 0)
+    return made
 
 
 def _uniform(generators: Sequence[torch.Generator], count: int, num_fields: int) -> Tensor:
