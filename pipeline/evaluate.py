@@ -27,15 +27,9 @@ from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
+from pipeline.evaluate_grids import show_grids, show_growing, shown_settings
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
-from pipeline.evaluate_streams import (
-    bits_of_scales,
-    measure_rates,
-    show_finished,
-    show_grids,
-    show_growing,
-    shown_settings,
-)
+from pipeline.evaluate_streams import bits_of_scales, measure_rates, show_finished
 from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import (
     show_captioned,

@@ -6,21 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from data.layout import TokenLayout, Tokens
-from pipeline.config import Config, ConfigError
+from data.layout import Tokens
+from pipeline.config import Config
 from pipeline.evaluation_images import Images, prompts_of
-from pipeline.evaluation_pictures import NUM_SHOWN, prefix_name, show_samples
 from pipeline.models import Models
 from stages.contract import Tokenizer
 from stages.factory import build_grammar
 from stages.measures.pictures import sheet
 from stages.measures.reconstruction import Reconstructed
 from stages.measures.streams import measure_streams
-from stages.prior.sampling import SamplingConfig, check_sampling
 
 
 def measure_rates(
@@ -61,43 +57,6 @@ def bits_of_scales(streams: dict[str, Any]) -> list[float] | None:
     return None if any(each is None for each in bits) else bits
 
 
-def shown_settings(config: Config, layout: TokenLayout) -> dict[str, SamplingConfig]:
-    """The sampling settings of ``eval.grids`` by name. Raises ConfigError or InputError for one that cannot be."""
-    found = {}
-    for item in config.eval.grids:
-        # one change to the defaults, not to the run's own settings: two truncations at once would be neither
-        base = OmegaConf.structured(SamplingConfig(guidance=config.sampling.guidance))
-        try:
-            settings = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.from_dotlist([item])))
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"eval.grids: {item}: {reason}; write it like top_p=[0.6], a key of sampling") from error
-        assert isinstance(settings, SamplingConfig)
-        check_sampling(settings, layout)
-        found["".join(letter for letter in item if letter not in "[] ").replace("=", "_")] = settings
-    return found
-
-
-def show_grids(config: Config, folder: Path, models: Models, class_names: tuple[str, ...]) -> None:
-    """A picture of new samples for each entry of ``eval.grids``: ten of every class, or of none."""
-    for name, settings in shown_settings(config, models.prior.layout).items():
-        count = NUM_SHOWN * max(1, len(class_names))
-        labels = torch.arange(count) % len(class_names) if class_names else torch.full((count,), -1)
-        seeds = [config.eval.seed + index for index in range(count)]
-        drawn = models.decode(models.draw(prompts_of(models, labels, [""] * count), settings, seeds))
-        show_samples(folder, drawn, labels, class_names, f"samples_{name}.png")
-
-
-def show_growing(folder: Path, models: Models, tokens: Tokens) -> None:
-    """The first samples, scale by scale, where the decoder can stop."""
-    layout = models.tokenizer.layout
-    if not layout.decodes_prefixes or len(layout.prefixes) < 2:
-        return
-    columns = [models.decode(models.tokenizer.first_scales(tokens, k)) for k in layout.prefixes]
-    rows = list(zip(*columns, strict=True))
-    sheet(rows, column_labels=[prefix_name(layout, k) for k in layout.prefixes]).save(folder / "growing.png")
-
-
 def show_finished(config: Config, folder: Path, models: Models, val: Images, tokens: Tokens, shown: int = 6) -> None:
     """Held-out images from their first scales on: what was given, and three ends of it that the prior writes."""
     layout = models.tokenizer.layout
@@ -107,17 +66,18 @@ def show_finished(config: Config, folder: Path, models: Models, val: Images, tok
     names: list[str] = []
     kept = [k for k in (len(layout.scales) - 2, len(layout.scales) - 1) if k > 0]
     some = torch.arange(min(shown, len(val)))
+    asked = val[some]
     for k in kept:
         prefix = models.tokenizer.first_scales(tokens[some], k)
         if prefix.ids.shape[1] >= models.prior.max_length:
             continue  # nothing is left to be written
-        prompts = prompts_of(models, val.labels[some], [val.texts[row] for row in some.tolist()])
+        prompts = prompts_of(models, asked.labels, asked.texts)
         given = models.decode(prefix)
         ends = [
             models.decode(models.draw(prompts, config.sampling, [config.eval.seed + n] * len(some), prefix=prefix))
             for n in range(3)
         ]
-        rows += [[val.pixels[i], given[i], *(end[i] for end in ends)] for i in range(len(some))]
+        rows += [[asked.pixels[i], given[i], *(end[i] for end in ends)] for i in range(len(some))]
         names += [layout.scales[k - 1].name] * len(some)
     if rows:
         sheet(rows, names, ["original", "given", "end 1", "end 2", "end 3"]).save(folder / "finished.png")

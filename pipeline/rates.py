@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, features
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data.images.sources import open_source
 from pipeline.config import Config, to_plain
@@ -52,7 +53,7 @@ def compare_rates(config: Config, request: RatesRequest) -> Path:
     """Write ``rates.json`` and ``rates.png``: bits for each pixel beside PSNR. Returns the picture.
 
     The formats code ``eval.num_images`` held-out images of this config, as its tokenizer sees them. Raises RunError for
-    an evaluation that is missing, or of images of another size.
+    an evaluation that is missing, or of other images (``SAME``).
     """
     curves = []
     for name in filter(None, (part.strip() for part in request.runs.split(","))):
@@ -142,17 +143,14 @@ def curve_of_format(name: str, pixels: Tensor) -> dict[str, Any]:
 
 def encode_file(image: Tensor, kind: str, options: dict[str, Any]) -> bytes:
     """The bytes of an image uint8 [C, H, W] in a format of Pillow."""
-    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    Image.fromarray(array).save(file, kind, **options)
+    to_pil_image(image).save(file, kind, **options)
     return file.getvalue()
 
 
 def decode_file(file: bytes, channels: int) -> Tensor:
     """uint8 [C, H, W] of a file's bytes."""
-    picture = Image.open(io.BytesIO(file)).convert("L" if channels == 1 else "RGB")
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(picture.height, picture.width, channels).permute(2, 0, 1)
+    return pil_to_tensor(Image.open(io.BytesIO(file)).convert("L" if channels == 1 else "RGB"))
 
 
 def draw_rates(curves: list[dict[str, Any]], size: str, path: Path) -> None:

@@ -22,7 +22,7 @@ from data.images.sources import open_source
 from data.images.views import to_float
 from data.tokens.files import file_sha256
 from data.tokens.manifest import check_belongs
-from data.tokens.module import TokenDataModule, to_tensors
+from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
 from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.config import Config, TrainerConfig
@@ -132,10 +132,7 @@ def held_out_prompts(config: Config, prior: Prior, count: int = 16) -> Prompts:
     """What the first ``count`` held-out samples of the cache would be asked for by."""
     reader = TokenReader(config.tokens.path, "val")
     positions = np.arange(count) % len(reader)
-    batch = to_tensors(reader.read(positions, with_text=prior.condition.uses_text))
-    if "text" in batch:
-        batch["text"] = batch["text"].float() if batch["text"].is_floating_point() else batch["text"].long()
-    return Prompts.from_batch(batch)
+    return Prompts.from_batch(widened(to_tensors(reader.read(positions, with_text=prior.condition.uses_text))))
 
 
 def first_images(config: Config, count: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -45,6 +45,14 @@ def to_tensors(batch: dict[str, np.ndarray]) -> Batch:
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def widened(batch: Batch) -> Batch:
+    """Ids as int64, captions as float32 states or int64 word ids: what models take, from the small types on disk."""
+    batch = {**batch, "ids": batch["ids"].long()}
+    if "text" in batch:
+        batch["text"] = batch["text"].float() if batch["text"].is_floating_point() else batch["text"].long()
+    return batch
+
+
 class TrainingTokens(Dataset[Batch]):
     """Whole batches of the train split, asked for by lists of (epoch, position)."""
 
@@ -173,10 +181,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Embeddings want int64 and projections float32; the copy to the device does with less."""
-        batch = {**batch, "ids": batch["ids"].long()}
-        if "text" in batch:
-            batch["text"] = batch["text"].float() if batch["text"].is_floating_point() else batch["text"].long()
-        return batch
+        return widened(batch)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

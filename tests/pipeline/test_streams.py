@@ -12,6 +12,7 @@ from data.tokens.reader import TokenReader
 from pipeline.__main__ import main
 from stages.factory import build_grammar
 from stages.weights import load_prior, load_tokenizer
+from tests.conftest import TINY
 
 BITPLANES = ("tokenizer.kind=bitplane", "tokenizer.final_threshold=1.0", "tokenizer.wavelet=haar", "images.flip=true")
 
@@ -19,8 +20,6 @@ BITPLANES = ("tokenizer.kind=bitplane", "tokenizer.final_threshold=1.0", "tokeni
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory, image_folder):
     """A finished run over bit-planes and its YAML; the stages were trained for three steps."""
-    from tests.conftest import TINY
-
     folder = tmp_path_factory.mktemp("streams")
     (folder / "tiny.yaml").write_text(TINY.format(path=image_folder))
     call = made_with(folder)
@@ -50,7 +49,7 @@ def test_stage_one_only_fits_and_the_cache_holds_whole_streams(streams):
     assert np.array_equal(reader.lengths, reader.read(np.arange(len(reader)), 0)["length"])
 
 
-def test_the_prior_resumes_in_the_middle_of_a_bucket(streams, tmp_path):
+def test_the_prior_resumes_in_the_middle_of_a_bucket(streams, tmp_path, capsys):
     """Stopped after two of four steps and continued, the weights are those of an uninterrupted run."""
     call, settings = made_with(streams), ("prior_training.max_steps=4", "prior_training.bucket_batches=3")
     settings += ("prior_training.checkpoint_every=2",)
@@ -65,6 +64,7 @@ def test_the_prior_resumes_in_the_middle_of_a_bucket(streams, tmp_path):
                         call("train-prior", path, *settings)
             else:
                 assert call("train-prior", path, *settings) == 0
+        assert ("continuing from" in capsys.readouterr().out) == (name == "halves")
         weights.append(load_prior(tmp_path / name / "prior.safetensors")[0].state_dict())
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
 
