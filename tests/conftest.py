@@ -1,10 +1,15 @@
 """Images and a config small enough that every command takes a second."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from data.images.config import ImagesConfig
+from data.images.fashion import find_folder
+from data.images.source import ImagesError
 
 TINY = """
 images: {{kind: folder, path: {path}, size: 16, val_share: 0.2}}
@@ -44,6 +49,18 @@ prior_training:
 eval: {{num_images: 8, num_samples: 8, batch_size: 8, classifier_steps: 3}}
 trainer: {{accelerator: cpu, num_workers: 0, progress: false}}
 """
+
+
+@pytest.fixture(autouse=True)
+def fashion_files(request: pytest.FixtureRequest) -> None:
+    """Tests marked ``fashion`` are skipped where the files are not; where everything must be installed they fail."""
+    if "fashion" in request.keywords:
+        try:
+            find_folder(ImagesConfig())
+        except ImagesError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
