@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
-from stages.attention import attend
 from stages.conditions.config import ConditionConfig
 from stages.contract import FORBIDDEN, ConditionStates, GrammarState, Prior, PriorOutput, Prompts
 from stages.factory import build_condition, build_grammar
+from stages.prior.blocks import Block
 from stages.prior.config import PriorConfig
 from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
 
@@ -56,86 +55,6 @@ class TransformerPriorConfig(PriorConfig):
     """Elements of a stream that are modelled, a beginning where it is longer; a fixed length is always whole."""
     context: bool = True
     """Streams: tell each slot what the grammar knows of the next place, beside the place itself."""
-
-
-class Attention(nn.Module):
-    """Causal self-attention with an optional preallocated key-value cache."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.project = nn.Linear(width, width, bias=False)
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
-    ) -> Tensor:
-        """[B, L, D] → [B, L, D], causal without a mask.
-
-        With ``cache`` [2, B, H, T, D/H], keys and values go to its ``slots`` [L], and ``mask`` [L, T] says what counts.
-        """
-        batch, length, width = x.shape
-        qkv = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if cache is not None and slots is not None:
-            cache[0].index_copy_(2, slots, key.to(cache.dtype))
-            cache[1].index_copy_(2, slots, value.to(cache.dtype))
-            key, value = cache[0].to(query.dtype), cache[1].to(query.dtype)
-        mixed = attend(query, key, value, mask, causal=mask is None)
-        return self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-
-
-class CrossAttention(nn.Module):
-    """Attention of the sequence to a memory that does not change while it grows."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.RMSNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.project = nn.Linear(width, width, bias=False)
-
-    def remember(self, memory: Tensor) -> Tensor:
-        """Keys and values [2, B, H, M, D/H] of a memory [B, M, D]."""
-        batch, length, width = memory.shape
-        return self.key_value(memory).view(batch, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-
-    def forward(self, x: Tensor, remembered: Tensor, mask: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]; ``mask`` bool [B, 1, 1, M] says which of the memory counts."""
-        batch, length, width = x.shape
-        query = self.query(self.norm(x)).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
-        key, value = remembered.to(query.dtype)
-        return self.project(attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width))
-
-
-class Block(nn.Module):
-    """Pre-norm block: attention, cross-attention where the condition gives a memory, and SwiGLU."""
-
-    def __init__(self, config: TransformerPriorConfig, cross: bool = False) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width)
-        self.attention = Attention(config.width, config.heads)
-        self.cross = CrossAttention(config.width, config.heads) if cross else None
-        self.mlp_norm = nn.RMSNorm(config.width)
-        hidden = round(config.width * config.hidden_ratio / 8) * 8
-        self.mlp = SwiGLU(config.width, hidden, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        cache: Tensor | None = None,
-        slots: Tensor | None = None,
-        remembered: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-    ) -> Tensor:
-        """[B, L, D] → [B, L, D]; arguments as in ``Attention`` and ``CrossAttention``."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, slots))
-        if self.cross is not None:
-            x = x + self.dropout(self.cross(x, remembered, memory_mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 Memory = tuple[Tensor, Tensor]
@@ -204,7 +123,8 @@ class TransformerPrior(Prior):
         )
         self.runs = _runs_of_codebooks(layout)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([Block(config, self.condition.cross) for _ in range(config.depth)])
+        sizes = (config.width, config.heads, config.hidden_ratio, config.dropout, self.condition.cross)
+        self.blocks = nn.ModuleList([Block(*sizes) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
         self._step = self._prefill
         self._compiled_cache: Tensor | None = None

@@ -1,0 +1,87 @@
+"""The prior's layers: causal attention with a cache, cross-attention to a memory, and the block of both."""
+
+from __future__ import annotations
+
+from timm.layers import SwiGLU
+from torch import Tensor, nn
+
+from stages.attention import attend
+
+
+class Attention(nn.Module):
+    """Causal self-attention with an optional preallocated key-value cache."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        """[B, L, D] → [B, L, D], causal without a mask.
+
+        With ``cache`` [2, B, H, T, D/H], keys and values go to its ``slots`` [L], and ``mask`` [L, T] says what counts.
+        """
+        batch, length, width = x.shape
+        qkv = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None and slots is not None:
+            cache[0].index_copy_(2, slots, key.to(cache.dtype))
+            cache[1].index_copy_(2, slots, value.to(cache.dtype))
+            key, value = cache[0].to(query.dtype), cache[1].to(query.dtype)
+        mixed = attend(query, key, value, mask, causal=mask is None)
+        return self.project(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the sequence to a memory that does not change while it grows."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.RMSNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def remember(self, memory: Tensor) -> Tensor:
+        """Keys and values [2, B, H, M, D/H] of a memory [B, M, D]."""
+        batch, length, width = memory.shape
+        return self.key_value(memory).view(batch, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor, remembered: Tensor, mask: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, D]; ``mask`` bool [B, 1, 1, M] says which of the memory counts."""
+        batch, length, width = x.shape
+        query = self.query(self.norm(x)).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+        key, value = remembered.to(query.dtype)
+        return self.project(attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, cross-attention where the condition gives a memory, and SwiGLU."""
+
+    def __init__(self, width: int, heads: int, hidden_ratio: float, dropout: float, cross: bool = False) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width)
+        self.attention = Attention(width, heads)
+        self.cross = CrossAttention(width, heads) if cross else None
+        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp = SwiGLU(width, round(width * hidden_ratio / 8) * 8, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: Tensor | None = None,
+        slots: Tensor | None = None,
+        remembered: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D] → [B, L, D]; arguments as in ``Attention`` and ``CrossAttention``."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, slots))
+        if self.cross is not None:
+            x = x + self.dropout(self.cross(x, remembered, memory_mask))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
