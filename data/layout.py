@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Ends = Literal["fixed", "token", "grammar"]
+Ends = Literal["fixed", "grammar"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Scale:
     """(height, width) in pixels of the image that the scales up to this one decode to."""
     planes: str = "all"
     """Which colour planes the scale carries: all, luma or chroma."""
+    rung: tuple[int, int] | None = None
+    """(height, width) of the small image that ``encode`` turns into about the scales up to this one, where such images
+    do not give exactly them (``encodes_prefixes``); None for none."""
 
     def __post_init__(self) -> None:
         if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
@@ -88,6 +91,14 @@ class TokenLayout:
     def keeps_prefixes(self) -> bool:
         """The first scales of an image can stay while the others change: they know nothing of them."""
         return self.encodes_prefixes or self.ends == "grammar"
+
+    @property
+    def rungs(self) -> dict[tuple[int, int], int]:
+        """Sizes (height, width) of the images that can be encoded, and how many scales each gives."""
+        if self.encodes_prefixes:
+            return {scale.image_size: number for number, scale in enumerate(self.scales, 1)}
+        small = {scale.rung: number for number, scale in enumerate(self.scales, 1) if scale.rung is not None}
+        return {**small, self.image_size: len(self.scales)}
 
     @property
     def length(self) -> int:
@@ -169,6 +180,7 @@ class TokenLayout:
                     "grid": None if item["grid"] is None else tuple(item["grid"]),
                     "fields": fields(item["fields"]),
                     "image_size": tuple(item["image_size"]),
+                    "rung": tuple(item["rung"]) if item.get("rung") else None,
                 }
             )
             for item in data["scales"]
@@ -195,6 +207,8 @@ class Tokens:
     """int64 [B, S] side information; S may be 0."""
     notes: Tensor | None = None
     """int32 [B, L, P]: what a grammar knows before each element (``Grammar.annotate``); None where nobody asked."""
+    remarks: dict[str, Tensor] | None = None
+    """What an encoder has to say of each sample, as counts int64 [B] by name; a cache's manifest has their sums."""
 
     @classmethod
     def fixed(cls, ids: Tensor) -> Tokens:

@@ -54,7 +54,7 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
     }
     grammar = build_grammar(tokenizer.layout)
     if grammar is not None:
-        tasks["annotate"] = lambda: [grammar.annotate(tokens) for tokens in encoded]
+        tasks["annotate"] = lambda: [grammar.annotate(tokens.to("cpu")) for tokens in encoded]
     with torch.inference_mode():
         seconds = time_interleaved(list(tasks.values()), request.repeats)
     found: dict[str, Any] = {

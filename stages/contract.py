@@ -1,6 +1,6 @@
 """The contract between the stages: a Tokenizer makes tokens, a Condition says what of, a Prior models them.
 
-Where what may come next depends on what was there, a Grammar knows it, for tokenizer and prior alike.
+Where what may come next depends on what was there, a Grammar (``stages/grammar.py``) knows it, for both alike.
 
 A new tokenizer is one file with a subclass of ``Tokenizer``, one line in ``stages/factory.py``, one YAML and one test.
 The sampling engine sees ``begin / logits / advance / ended`` of a Prior and nothing else.
@@ -17,11 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.errors import OctavesError
+from data.errors import InputError, OctavesError
 from data.layout import TokenLayout, Tokens
+from stages.grammar import Grammar
 
 FORBIDDEN = -1e9
 """Logit of an id that cannot come: finite, so that guidance can subtract it."""
+
+
+class RefusedImage(InputError):
+    """An image that a codec will not code; ``row`` is its place in the batch."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"image {row} of the batch: {reason}")
+        self.row, self.reason = row, reason
 
 
 class PrefixUnsupported(OctavesError, ValueError):
@@ -102,65 +111,6 @@ class Tokenizer(nn.Module, ABC):
     def header_bits(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """What the side information costs: floats [B], in bits, given class ids [B] (-1: none)."""
         return torch.zeros(len(tokens))
-
-
-class Grammar(nn.Module, ABC):
-    """What may come next in a stream, and what is known before it does. Built from ``TokenLayout.grammar`` alone.
-
-    Its notes are whole numbers, int32 [..., num_notes], one row before each element; what they mean is its own affair.
-    """
-
-    num_notes: int
-    place_width: int
-    """Features of an element's place."""
-    known_width: int
-    """Features of what else is known before an element."""
-
-    @abstractmethod
-    def start(self, header: Tensor) -> GrammarState:
-        """The beginning of streams with side information int64 [B, S]. Raises ValueError for one that cannot be."""
-
-    @abstractmethod
-    def advance(self, state: GrammarState, element: Tensor) -> None:
-        """Follow an element int64 [B, F] in each stream that has not ended. Raises ValueError for an illegal one."""
-
-    @abstractmethod
-    def annotate(self, tokens: Tokens) -> Tensor:
-        """Notes int32 [B, L, num_notes] of whole streams or beginnings of them, 0 behind their lengths; on the CPU.
-
-        Raises ValueError that names the place of the first illegal element.
-        """
-
-    @abstractmethod
-    def allowed(self, notes: Tensor, strict: bool = True) -> Tensor:
-        """bool [..., V]: which ids may come next. Where nothing may, nothing is forbidden: the stream has ended.
-
-        Without ``strict``, what only the rules of the code forbid, not what the elements before make impossible.
-        """
-
-    @abstractmethod
-    def scale_of(self, notes: Tensor) -> Tensor:
-        """int64 [...]: the layout's scale to which the next element belongs."""
-
-    @abstractmethod
-    def place(self, notes: Tensor) -> Tensor:
-        """float32 [..., place_width]: where the next element belongs."""
-
-    @abstractmethod
-    def known(self, notes: Tensor) -> Tensor:
-        """float32 [..., known_width]: what else is known before it."""
-
-
-@dataclass
-class GrammarState:
-    """Streams while they grow."""
-
-    notes: Tensor
-    """int32 [B, num_notes], on the CPU"""
-    going: Tensor
-    """bool [B]: which streams have not ended, on the CPU."""
-    inner: Any
-    """The grammar's own."""
 
 
 @dataclass
@@ -275,6 +225,9 @@ class PriorOutput:
     """float32 [B, L]: nats that the element would cost besides, were those ids allowed that only the elements before
     make impossible; None without a grammar."""
 
+    judged: Tensor | None = None
+    """bool [B, L]: the elements that it speaks of, where training takes a part of each sample; None for all."""
+
     @property
     def illegal(self) -> Tensor | None:
         """float32 [B, L]: probability that the network itself gives to ids that cannot come; None without a grammar."""
@@ -292,6 +245,8 @@ class Prior(nn.Module, ABC):
 
     grammar: Grammar | None
     """What may come next, where the layout has a grammar."""
+    order: str = "natural"
+    """The order of the scales in which it models them; natural is the layout's own."""
 
     @property
     def max_length(self) -> int:
@@ -307,11 +262,20 @@ class Prior(nn.Module, ABC):
         output: PriorOutput = self(tokens, prompts)
         return output.nll
 
+    def arrange(self, tokens: Tokens) -> Tokens:
+        """Tokens in the order in which this prior models them; default: the layout's own."""
+        return tokens
+
+    def restore(self, tokens: Tokens) -> Tokens:
+        """The inverse of ``arrange``."""
+        return tokens
+
     @abstractmethod
-    def begin(self, prompts: Prompts, prefix: Tokens | None, length: int) -> Any:
+    def begin(self, prompts: Prompts, prefix: Tokens | None, length: int, whole: Sequence[int] = ()) -> Any:
         """State of a sequence of at most ``length`` elements that starts with ``prefix``, whose rows are equally long.
 
-        Where the layout has a header, the prefix brings it.
+        The prefix is in this prior's order, and brings the header where the layout has one. Of the scales ``whole`` no
+        more than it brings will come, though a list could have more. Raises ValueError where others precede them.
         """
 
     @abstractmethod

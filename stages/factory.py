@@ -9,7 +9,8 @@ from data.errors import InputError
 
 if TYPE_CHECKING:
     from data.layout import TokenLayout
-    from stages.contract import Condition, Grammar, Prior, Tokenizer
+    from stages.contract import Condition, Prior, Tokenizer
+    from stages.grammar import Grammar
     from stages.tokenizer.quantizers import Quantizer
 
 Registry = dict[str, tuple[str, str, str]]
@@ -18,9 +19,11 @@ TOKENIZERS: Registry = {
     "sit": ("stages.tokenizer.sit", "SITConfig", "SIT"),
     "vit-vqgan": ("stages.tokenizer.sit", "ViTVQGANConfig", "SIT"),
     "bitplane": ("stages.codecs.bitplane", "BitplaneConfig", "BitplaneCodec"),
+    "sparse-dct": ("stages.codecs.sparse_dct", "SparseDCTConfig", "SparseDCTCodec"),
 }
 GRAMMARS: dict[str, tuple[str, str]] = {
     "bitplane": ("stages.codecs.grammar", "BitplaneGrammar"),
+    "list": ("stages.lists", "ListGrammar"),
 }
 QUANTIZERS: Registry = {
     "fsq": ("stages.tokenizer.quantizers", "FSQConfig", "FSQ"),
@@ -34,6 +37,7 @@ CONDITIONS: Registry = {
 }
 PRIORS: Registry = {
     "transformer": ("stages.prior.transformer", "TransformerPriorConfig", "TransformerPrior"),
+    "chunked": ("stages.prior.chunked", "ChunkedPriorConfig", "ChunkedPrior"),
 }
 
 
@@ -70,8 +74,11 @@ def build_tokenizer(config: Any, image_size: tuple[int, int], channels: int) -> 
     return tokenizer_kind(config.kind)[1](config, image_size=image_size, channels=channels)
 
 
-def build_grammar(layout: TokenLayout) -> Grammar | None:
-    """The grammar of a layout; None where it has none. Raises ValueError that lists the kinds."""
+def build_grammar(layout: TokenLayout, **more: Any) -> Grammar | None:
+    """The grammar of a layout, None where it has none; ``more`` is what a prior adds to it.
+
+    Raises ValueError that lists the kinds.
+    """
     if layout.grammar is None:
         return None
     kind = layout.grammar["kind"]
@@ -79,7 +86,7 @@ def build_grammar(layout: TokenLayout) -> Grammar | None:
         raise InputError(f"a grammar of kind {kind!r}; this version knows {', '.join(sorted(GRAMMARS))}")
     module, cls = GRAMMARS[kind]
     grammar: Grammar = getattr(import_module(module), cls)(
-        **{key: value for key, value in layout.grammar.items() if key != "kind"}
+        **{key: value for key, value in layout.grammar.items() if key != "kind"}, **more
     )
     return grammar
 

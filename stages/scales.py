@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from data.layout import TokenLayout, Tokens
-from stages.contract import Grammar
 from stages.factory import build_grammar
+from stages.grammar import Grammar
 
 
 def scale_ids(tokens: Tokens, layout: TokenLayout, grammar: Grammar | None = None) -> Tensor:
@@ -18,5 +18,4 @@ def scale_ids(tokens: Tokens, layout: TokenLayout, grammar: Grammar | None = Non
         return scales.to(tokens.ids.device).expand(len(tokens), -1)
     grammar = grammar or build_grammar(layout)
     assert grammar is not None
-    notes = grammar.annotate(tokens) if tokens.notes is None else tokens.notes
-    return grammar.scale_of(notes.to(tokens.ids.device))
+    return grammar.scales(tokens)

@@ -176,8 +176,7 @@ class BitplaneCodec(Tokenizer):
         return pixels  # every plane decodes to a likeness of the whole image
 
     def first_scales(self, tokens: Tokens, num_scales: int) -> Tokens:
-        notes = self.grammar.annotate(tokens) if tokens.notes is None else tokens.notes
-        early = (self.grammar.scale_of(notes).to(tokens.ids.device) < num_scales) & tokens.counted
+        early = (self.grammar.scales(tokens) < num_scales) & tokens.counted
         lengths = early.sum(1)
         return Tokens(tokens.ids[:, : int(lengths.max())], lengths, tokens.header)
 
@@ -215,8 +214,8 @@ class BitplaneCodec(Tokenizer):
             ids[row] = base + np.where(np.abs(first) >= threshold, found, kernels.INSIGNIFICANT)
             # where the group is empty, the prior decides what else the block holds
             lengths[row] = SCALING if planes[row] and (np.abs(first) >= threshold).any() else 0
-        parts = (ids[..., None], lengths, planes[:, None])
-        return Tokens(*(torch.from_numpy(part) for part in parts))
+        tokens = (torch.from_numpy(part) for part in (ids[..., None], lengths, planes[:, None]))
+        return Tokens(next(tokens), next(tokens), next(tokens))
 
     def header_bits(self, tokens: Tokens, labels: Tensor) -> Tensor:
         return self._starts.bits(self.grammar.check_header(tokens.header), labels.cpu().numpy())

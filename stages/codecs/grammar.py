@@ -19,7 +19,7 @@ from data.errors import InputError
 from data.layout import Tokens
 from stages.codecs import kernels
 from stages.codecs.scan import NEIGHBOURS, scan_of
-from stages.contract import Grammar, GrammarState
+from stages.grammar import GrammarState, PlacedGrammar
 from stages.spectral.nested import levels_of
 
 Variant = Literal["blocks", "zerotree"]
@@ -32,7 +32,7 @@ FREQUENCIES = (1, 2, 4, 8)
 """Half waves across the image by which a place is told, beside the place itself."""
 
 
-class BitplaneGrammar(Grammar):
+class BitplaneGrammar(PlacedGrammar):
     """Streams of images [channels, side, side] with up to ``planes`` bit-planes, the last of threshold ``final``.
 
     A stream's header is the number of its planes. Notes are [place in the scan, plane counted from the coarsest, bits
@@ -119,12 +119,15 @@ class BitplaneGrammar(Grammar):
             raise InputError(f"a stream of {wrong} bit-planes; allowed: 0 to {self.planes}")
         return planes
 
-    def allowed(self, notes: Tensor, strict: bool = True) -> Tensor:
-        bits = notes[..., 2 if strict else 3, None]
+    def allowed(self, notes: Tensor, partial: Tensor, strict: bool = True) -> Tensor:
+        return self._may_come(notes, 2 if strict else 3)
+
+    def _may_come(self, notes: Tensor, column: int) -> Tensor:
+        bits = notes[..., column, None]
         which = torch.arange(len(self.names), device=notes.device)
         return ((bits >> which) & 1).bool() | (bits == 0)
 
-    def scale_of(self, notes: Tensor) -> Tensor:
+    def reached(self, notes: Tensor) -> Tensor:
         return notes[..., 1].long()
 
     def place(self, notes: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class BitplaneGrammar(Grammar):
     def known(self, notes: Tensor) -> Tensor:
         around = notes[..., 4:].float()
         seen = (around.sign(), around.abs().clamp(max=8) / 4, (around != 0).float())
-        return torch.cat([self.allowed(notes).float(), *seen], dim=-1)
+        return torch.cat([self._may_come(notes, 2).float(), *seen], dim=-1)
 
     def _name(self, token: int) -> str:
         return self.names[token] if 0 <= token < len(self.names) else f"id {token}"

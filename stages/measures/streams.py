@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from data.layout import Tokens
-from stages.contract import Grammar, Prior, Prompts
+from stages.contract import Prior, Prompts
+from stages.grammar import Grammar
+
+
+def uniform_bits(grammar: Grammar, tokens: Tokens, strict: bool) -> Tensor:
+    """float64 [B, L]: bits of each element where all ids that may come are as likely, field by field."""
+    assert tokens.notes is not None
+    fields = range(tokens.ids.shape[2])
+    masks = (grammar.allowed(tokens.notes, tokens.ids[..., :field], strict) for field in fields)
+    return torch.stack([mask.sum(-1).double().log2() for mask in masks]).sum(0)
 
 
 @torch.inference_mode()
@@ -35,18 +44,18 @@ def measure_streams(
     for start in range(0, len(tokens), batch_size):
         part = tokens[start : start + batch_size]
         part.notes = grammar.annotate(part)
-        strict, loose = (grammar.allowed(part.notes, known).sum(-1).double().log2() for known in (True, False))
+        strict, loose = (uniform_bits(grammar, part, known) for known in (True, False))
         values = {"tokens": torch.ones_like(strict), "uniform": strict, "uniform_saved": loose - strict}
         if prior is not None and prompts is not None:
             device = next(prior.parameters()).device
             output = prior(part.to(device), prompts[start : start + batch_size].to(device))
             assert output.illegal is not None and output.saved is not None
-            bits = {"prior": output.nll[..., 0], "prior_saved": output.saved}
+            bits = {"prior": output.nll.sum(-1), "prior_saved": output.saved}
             values |= {kind: each.double().cpu() / math.log(2) for kind, each in bits.items()}
             values |= {"illegal": output.illegal.double().cpu(), "modelled": torch.ones(output.illegal.shape).double()}
         for kind, each in values.items():
             width = each.shape[1]
-            numbers = grammar.scale_of(part.notes)[:, :width]
+            numbers = grammar.scales(part)[:, :width]
             sums[kind].index_add_(0, numbers.flatten(), (each * part.counted[:, :width]).flatten())
     means = {kind: each / len(tokens) for kind, each in sums.items()}
     header = float(header_bits.mean())

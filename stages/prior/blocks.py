@@ -1,7 +1,8 @@
-"""The prior's layers: causal attention with a cache, cross-attention to a memory, and the block of both."""
+"""The priors' layers: self-attention with a cache, cross-attention to a memory, and the block of both."""
 
 from __future__ import annotations
 
+import torch
 from timm.layers import SwiGLU
 from torch import Tensor, nn
 
@@ -9,18 +10,18 @@ from stages.attention import attend
 
 
 class Attention(nn.Module):
-    """Causal self-attention with an optional preallocated key-value cache."""
+    """Self-attention, causal or not, with an optional preallocated key-value cache."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
     ) -> Tensor:
-        """[B, L, D] → [B, L, D], causal without a mask.
+        """[B, L, D] → [B, L, D]; a mask bool [L, T] takes the place of causality.
 
         With ``cache`` [2, B, H, T, D/H], keys and values go to its ``slots`` [L], and ``mask`` [L, T] says what counts.
         """
@@ -31,7 +32,7 @@ class Attention(nn.Module):
             cache[0].index_copy_(2, slots, key.to(cache.dtype))
             cache[1].index_copy_(2, slots, value.to(cache.dtype))
             key, value = cache[0].to(query.dtype), cache[1].to(query.dtype)
-        mixed = attend(query, key, value, mask, causal=mask is None)
+        mixed = attend(query, key, value, mask, causal=mask is None and self.causal)
         return self.project(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -51,8 +52,8 @@ class CrossAttention(nn.Module):
         batch, length, width = memory.shape
         return self.key_value(memory).view(batch, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x: Tensor, remembered: Tensor, mask: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]; ``mask`` bool [B, 1, 1, M] says which of the memory counts."""
+    def forward(self, x: Tensor, remembered: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, L, D] → [B, L, D]; ``mask`` bool [B, 1, 1, M] says which of the memory counts, None all."""
         batch, length, width = x.shape
         query = self.query(self.norm(x)).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
         key, value = remembered.to(query.dtype)
@@ -60,12 +61,25 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention, cross-attention where the condition gives a memory, and SwiGLU."""
+    """Pre-norm block: attention, cross-attention where there is a memory, and SwiGLU.
 
-    def __init__(self, width: int, heads: int, hidden_ratio: float, dropout: float, cross: bool = False) -> None:
+    ``gated`` branches are scaled by numbers that start at zero (ReZero, arXiv 2003.04887): a new block does nothing.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden_ratio: float,
+        dropout: float,
+        cross: bool = False,
+        causal: bool = True,
+        gated: bool = False,
+    ) -> None:
         super().__init__()
+        self.gates = nn.Parameter(torch.zeros(3)) if gated else None
         self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, causal)
         self.cross = CrossAttention(width, heads) if cross else None
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = SwiGLU(width, round(width * hidden_ratio / 8) * 8, bias=False)
@@ -81,7 +95,10 @@ class Block(nn.Module):
         memory_mask: Tensor | None = None,
     ) -> Tensor:
         """[B, L, D] → [B, L, D]; arguments as in ``Attention`` and ``CrossAttention``."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, slots))
+        x = x + self._branch(0, self.attention(self.attention_norm(x), mask, cache, slots))
         if self.cross is not None:
-            x = x + self.dropout(self.cross(x, remembered, memory_mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+            x = x + self._branch(1, self.cross(x, remembered, memory_mask))
+        return x + self._branch(2, self.mlp(self.mlp_norm(x)))
+
+    def _branch(self, number: int, x: Tensor) -> Tensor:
+        return self.dropout(x) if self.gates is None else self.gates[number].to(x.dtype) * self.dropout(x)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.layout import TokenLayout
-from stages.contract import ConditionStates, Grammar
+from stages.contract import ConditionStates
+from stages.grammar import PlacedGrammar
 
 
 class InputEmbedding(nn.Module, ABC):
@@ -91,7 +92,7 @@ class StreamEmbedding(InputEmbedding):
     ``context`` the next place also says what the grammar knows there: which ids may come, and of its neighbours.
     """
 
-    def __init__(self, layout: TokenLayout, grammar: Grammar, width: int, context: bool) -> None:
+    def __init__(self, layout: TokenLayout, grammar: PlacedGrammar, width: int, context: bool) -> None:
         super().__init__()
         assert layout.num_fields == 1 and len(layout.codebooks) == 1
         self.grammar = grammar

@@ -64,7 +64,8 @@ class PriorModule(L.LightningModule):
         prompts = self.prior.condition.drop(Prompts.from_batch(batch))
         tokens = Tokens.from_batch(batch).prefix(self.prior.max_length)
         output = self.prior(tokens, prompts)
-        nll, count = output.nll, tokens.counted.sum().clamp(min=1)
+        judged = tokens.counted if output.judged is None else output.judged
+        nll, count = output.nll, judged.sum().clamp(min=1)
         terms = {"nll": nll.sum() / (count * nll.shape[2])}
         if output.legal_nll is not None:
             terms["illegal"] = output.legal_nll.sum() / count
@@ -73,18 +74,18 @@ class PriorModule(L.LightningModule):
         bits_per_token = terms["nll"].detach() * nll.shape[2] / NATS_PER_BIT
         self.log("bits_per_token", bits_per_token, prog_bar=True, logger=False)
         if self.batches_seen % (self.config.accumulate_batches * self.config.log_every) == 0 or self.batches_seen == 1:
-            values = {f"bits_per_token/{name}": value for name, value, _ in self._by_scale(nll.detach(), tokens)}
+            values = {
+                f"bits_per_token/{name}": value for name, value, _ in self._by_scale(nll.detach(), tokens, judged)
+            }
             if output.illegal is not None:
                 values["illegal_probability"] = output.illegal.sum() / count
-                values["padding_share"] = 1 - count / tokens.counted.numel()
+                values["padding_share"] = 1 - tokens.counted.float().mean()
             self._log({f"train/{name}": value for name, value in values.items()})
         return torch.stack(list(terms.values())).sum()
 
-    def _by_scale(
-        self, nll: Tensor, tokens: Tokens, weight: Tensor | None = None
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, mean bits of an element, elements) of all scales and of each; ``weight`` [B] counts samples."""
-        counted = tokens.counted.float() if weight is None else tokens.counted * weight[:, None]
+    def _by_scale(self, nll: Tensor, tokens: Tokens, counted: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, mean bits of an element, elements) of all scales and of each; ``counted`` [B, L] weighs elements."""
+        counted = counted.float()
         bits = nll.sum(2) / NATS_PER_BIT * counted
         yield "all", bits.sum() / counted.sum().clamp(min=1), counted.sum()
         scales = scale_ids(tokens, self.prior.layout, self.prior.grammar)
@@ -113,7 +114,7 @@ class PriorModule(L.LightningModule):
         prior = cast(Prior, self.average.module)
         tokens = Tokens.from_batch(batch).prefix(prior.max_length)
         nll = prior.nll(tokens, Prompts.from_batch(batch))
-        found = self._by_scale(nll, tokens, batch["weight"])
+        found = self._by_scale(nll, tokens, tokens.counted * batch["weight"][:, None])
         for metric, (_, mean, elements) in zip(self.validation, found, strict=True):
             metric.update(mean, elements)  # type: ignore[operator]
 

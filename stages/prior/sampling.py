@@ -3,7 +3,8 @@
 What is notable here:
 
 - each sample has a generator of its own, so the same seed gives the same image whatever the batch it is drawn in;
-- a stream ends by its grammar: its row then waits for the others of its batch;
+- a stream or a list ends by its grammar: its row then waits for the others of its batch;
+- tokens come and go in the layout's order; the prior knows the order in which it wants to write them;
 - guidance doubles the batch: logits = unconditional + guidance · (conditional - unconditional);
 - temperature, top-k and top-p may differ from scale to scale; k scales may be enough;
 - what is there already may be kept: a prefix (upsampling, editing), or single elements (editing under a mask).
@@ -21,6 +22,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.contract import Prior, Prompts
+from stages.scales import scale_ids
 
 NOISE_CHUNK = 1024
 """Elements for which random numbers are drawn at once."""
@@ -88,10 +90,12 @@ def sample(
     prefix: Tokens | None = None,
     known: Tokens | None = None,
     keep: Tensor | None = None,
+    whole: Sequence[int] = (),
 ) -> Tokens:
     """Draw one sequence for each prompt, seeded one by one.
 
-    ``prefix`` [B, l, F] is forced, each row as far as it reaches, and brings the header where the layout has one. So is
+    ``prefix`` [B, l, F] is forced, each row as far as it reaches, and brings the header where the layout has one. It
+    stands in the layout's order, and must come first in the prior's; of the scales ``whole`` it has all elements. So is
     ``known`` [B, L, F] wherever ``keep`` bool [B, L] is true; an element knows only what stands before it, so what is
     kept after it has no say in it. Streams end by their grammar, or where the prior's ``max_length`` cuts them.
     Raises ValueError when settings, seeds, prefix or what is known do not fit.
@@ -109,9 +113,10 @@ def sample(
         prefix = Tokens.fixed(torch.zeros(batch, 0, layout.num_fields, dtype=torch.int64, device=device))
     if prefix.ids.shape[1] > length or len(prefix) != batch:
         raise InputError(f"a prefix of {len(prefix)}x{prefix.ids.shape[1]} elements for {batch} sequences of {length}")
+    prefix = prior.arrange(prefix)
     start = int(prefix.lengths.min()) if batch else 0
     if start == length:
-        return prefix
+        return prior.restore(prefix)
     forced = prefix.counted
     if (known is None) != (keep is None):
         raise InputError("known tokens and the places to keep are given together")
@@ -134,7 +139,7 @@ def sample(
     noise = torch.empty(batch, 0, layout.num_fields, dtype=torch.float64)
     _uniform(generators, start, layout.num_fields)  # those of what is given are skipped
     try:
-        state = prior.begin(rows, Tokens.cat([begun] * 2) if guided else begun, length)
+        state = prior.begin(rows, Tokens.cat([begun] * 2) if guided else begun, length, whole)
         for position in range(start, length):
             ended = prior.ended(state, settings.scales or len(layout.scales))
             if ended is not None:
@@ -167,7 +172,16 @@ def sample(
     lengths = lengths.clamp(max=ids.shape[1]).to(device)
     made = Tokens(ids, lengths, prefix.header)
     made.ids = ids.masked_fill(~made.counted.unsqueeze(-1), 0)
-    return made
+    if settings.scales and not fixed:
+        # of a list an element of the next scale says that these are complete
+        made = _first_scales(made, settings.scales, prior)
+    return prior.restore(made)
+
+
+def _first_scales(tokens: Tokens, num_scales: int, prior: Prior) -> Tokens:
+    early = (scale_ids(tokens, prior.layout, prior.grammar) < num_scales) & tokens.counted
+    lengths = early.sum(1)
+    return Tokens(tokens.ids[:, : int(lengths.max())], lengths, tokens.header)
 
 
 def _uniform(generators: Sequence[torch.Generator], count: int, num_fields: int) -> Tensor:

@@ -13,6 +13,7 @@ What is notable here:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,13 @@ from torch.utils.checkpoint import checkpoint
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.conditions.config import ConditionConfig
-from stages.contract import FORBIDDEN, ConditionStates, GrammarState, Prior, PriorOutput, Prompts
+from stages.contract import FORBIDDEN, ConditionStates, Prior, PriorOutput, Prompts
 from stages.factory import build_condition, build_grammar
+from stages.grammar import GrammarState, PlacedGrammar
 from stages.prior.blocks import Block
 from stages.prior.config import PriorConfig
 from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
+from stages.prior.judge import judge
 
 FIRST_SLOTS = 256
 """Slots of a stream's first key-value cache; it doubles when it is full."""
@@ -87,7 +90,7 @@ class DecodingState:
 
 
 class TransformerPrior(Prior):
-    """Decoder-only transformer. Raises ValueError for a layout that ends by a token, or heads that do not divide."""
+    """Decoder-only transformer. Raises ValueError for layouts of lists, or heads that do not divide."""
 
     def __init__(
         self,
@@ -98,8 +101,6 @@ class TransformerPrior(Prior):
         text: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if layout.ends == "token":
-            raise InputError("prior.kind=transformer models fixed lengths and grammars; this layout ends by a token")
         if config.width % config.heads:
             raise InputError(f"prior.width={config.width} is no multiple of prior.heads={config.heads}")
         self.config = config
@@ -109,6 +110,11 @@ class TransformerPrior(Prior):
         self.text = text
         self.condition = build_condition(condition, self.class_names, config.width, text)
         self.grammar = build_grammar(layout)
+        if not (self.grammar is None or isinstance(self.grammar, PlacedGrammar)):
+            raise InputError(
+                "prior.kind=transformer must know where an element belongs before it comes, and lists do "
+                "not tell; set prior.kind=chunked"
+            )
         self.inputs: InputEmbedding = (
             GridEmbedding(layout, config.width)
             if self.grammar is None
@@ -202,7 +208,10 @@ class TransformerPrior(Prior):
         hidden = self._blocks(x, memory=self._remember(states))[:, -length:]
         if self.grammar is not None and notes is not None:
             logits = self._field_logits(hidden, self.runs[0][0], 0, ids[..., :0])
-            return _judge(logits, ids, self.grammar.allowed(notes), self.grammar.allowed(notes, False), tokens.counted)
+            none = ids[..., :0]
+            allowed, loosely = (self.grammar.allowed(notes, none, strict) for strict in (True, False))
+            nll, legal_nll, saved = judge(logits, ids[..., 0], allowed, loosely, tokens.counted)
+            return PriorOutput(nll.unsqueeze(-1), legal_nll, saved)
         parts = []
         for codebook, start, stop in self.runs:
             stop = min(stop, length)
@@ -226,7 +235,7 @@ class TransformerPrior(Prior):
 
     # ------------------------------------------------------------------ one element at a time
 
-    def begin(self, prompts: Prompts, prefix: Tokens | None, length: int) -> DecodingState:
+    def begin(self, prompts: Prompts, prefix: Tokens | None, length: int, whole: Sequence[int] = ()) -> DecodingState:
         batch = len(prompts)
         ids = prompts.labels.new_zeros(batch, 0, self.layout.num_fields) if prefix is None else prefix.ids
         states = self.condition(prompts)
@@ -280,13 +289,13 @@ class TransformerPrior(Prior):
         logits = self._field_logits(state.hidden, codebook, state.position, partial)
         if self.grammar is None or state.stream is None:
             return logits
-        allowed = self.grammar.allowed(state.stream.notes).to(logits.device)
+        allowed = self.grammar.allowed(state.stream.notes, partial).to(logits.device)
         return logits.masked_fill(~allowed, FORBIDDEN)
 
     def ended(self, state: DecodingState, num_scales: int) -> Tensor | None:
         if self.grammar is None or state.stream is None:
             return None
-        return ~state.stream.going | (self.grammar.scale_of(state.stream.notes) >= num_scales)
+        return ~state.stream.going | (self.grammar.reached(state.stream.notes) >= num_scales)
 
     def advance(self, state: DecodingState, element: Tensor) -> None:
         position = state.position
@@ -309,16 +318,6 @@ class TransformerPrior(Prior):
         # a CUDA graph writes its next result to the same place
         slots = torch.tensor([slot], device=element.device)
         state.hidden = self._step(x, slots, state.cache, state.memory).clone()
-
-
-def _judge(logits: Tensor, ids: Tensor, allowed: Tensor, loosely: Tensor, counted: Tensor) -> PriorOutput:
-    """What logits [B, L, V] say of ids [B, L, 1] where ``allowed`` [B, L, V] ones may come, a part of ``loosely``."""
-    everything = logits.logsumexp(-1)
-    legal = logits.masked_fill(~allowed, FORBIDDEN).logsumexp(-1)
-    nll = legal - logits.gather(-1, ids)[..., 0]
-    saved = logits.masked_fill(~loosely, FORBIDDEN).logsumexp(-1) - legal
-    nll, legal_nll, saved = (part.masked_fill(~counted, 0) for part in (nll, everything - legal, saved))
-    return PriorOutput(nll.unsqueeze(-1), legal_nll, saved.detach())
 
 
 def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:

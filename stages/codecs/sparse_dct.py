@@ -1,0 +1,372 @@
+"""Sparse lists of quantised DCT coefficients as tokens: JPEG without its entropy coding.
+
+After *Generating Images with Sparse Representations* (Nash et al., arXiv 2103.03841) and ITU-T T.81.
+What is notable here:
+
+- up to the list all is JPEG: 8-bit YCbCr, chroma at half the sides, tables by quality; so is decoding, with its 8-bit
+  samples and libjpeg's filters;
+- the paper's figure shows four frequency bands without naming their borders. Here they are the octaves of the block, so
+  the bands up to the k-th are the DCT of the image at a side 2^k / block as long: a prefix of bands is a smaller image;
+- inside a band come luma's channels, then those of the two chromas, each in zig-zag order, each by position;
+- values beyond the range measured in training images are clipped, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from data.layout import Field, Scale, TokenLayout, Tokens
+from stages.contract import RefusedImage, Tokenizer
+from stages.lists import ListGrammar
+from stages.spectral.colour import to_rgb, to_ycbcr
+from stages.spectral.dct import block_dct, block_idct, frequencies_by_shell, pad_to_multiple, shell
+from stages.spectral.jpeg import double, halve, quantization_table
+from stages.tokenizer.config import TokenizerConfig
+
+BLOCKS = (2, 4, 8, 16)
+SUBSAMPLINGS = ("4:2:0", "4:4:4")
+UPSAMPLINGS = ("triangle", "nearest")
+OVERFLOWS = ("refuse", "lower")
+
+
+@dataclass
+class SparseDCTConfig(TokenizerConfig):
+    """Sparse lists of DCT coefficients."""
+
+    kind: str = "sparse-dct"
+    quality: int = 50
+    """JPEG's, from 1 to 100."""
+    block: int = 8
+    """Side of a block in pixels: 2, 4, 8 or 16. JPEG has 8."""
+    chroma: str = "4:2:0"
+    """4:2:0: chroma at half the sides; 4:4:4: at full size. Of no matter for gray images."""
+    chroma_upsampling: str = "triangle"
+    """How halved chroma is doubled again: triangle (libjpeg's filter) or nearest (each sample repeated)."""
+    largest_value: int = 0
+    """Largest quantised value, positive or negative; what lies beyond is clipped, and counted in the manifest. 0: the
+    largest in the images that are measured (tokenizer_training.fit_images)."""
+    max_length: int = 0
+    """Elements of a list, with its end; 0: as many as there are coefficients."""
+    overflow: str = "refuse"
+    """An image whose list is longer than that: refuse it by name, or code it at a lower quality, halved until it
+    fits, which the manifest counts."""
+
+
+class SparseDCTCodec(Tokenizer):
+    """Images of any sides, in gray or RGB; sides are padded to whole blocks, and restored.
+
+    Raises ValueError for a quality outside 1 to 100 and every other value that is not among the allowed ones.
+    """
+
+    def __init__(self, config: SparseDCTConfig, image_size: tuple[int, int], channels: int) -> None:
+        super().__init__()
+        self.config, self.channels, self.image_size = config, channels, image_size
+        for name, value, known in (
+            ("block", config.block, BLOCKS),
+            ("chroma", config.chroma, SUBSAMPLINGS),
+            ("chroma_upsampling", config.chroma_upsampling, UPSAMPLINGS),
+            ("overflow", config.overflow, OVERFLOWS),
+        ):
+            if value not in known:
+                raise InputError(f"tokenizer.{name}={value!r}; allowed: {', '.join(map(str, known))}")
+        if not 1 <= config.quality <= 100:
+            raise InputError(f"tokenizer.quality={config.quality}; allowed: 1 to 100")
+        for name in ("largest_value", "max_length"):
+            if getattr(config, name) < 0:
+                raise InputError(f"tokenizer.{name}={getattr(config, name)}; allowed: 0 or more")
+        if channels not in (1, 3) or min(image_size) < 1:
+            raise InputError(f"images of {image_size} with {channels} channels; allowed: 1 or 3 channels")
+        self.halved = channels == 3 and config.chroma == "4:2:0"
+        multiple = config.block * (2 if self.halved else 1)
+        padded = [side + -side % multiple for side in image_size]
+        grid = (padded[0] // config.block, padded[1] // config.block)
+        chroma = (grid[0] // 2, grid[1] // 2) if self.halved else grid
+        self.grids = (grid, *[chroma] * (channels - 1))
+        self.rungs = {
+            (height * side // config.block, width * side // config.block): side
+            for side in (2**octave for octave in range(config.block.bit_length()))
+            for height, width in [image_size]
+            if not (height * side % config.block or width * side % config.block)
+        } | {image_size: config.block}
+        """Sizes of images that can be encoded, and the side of their blocks."""
+        # (octave, luma or chroma, plane, rank in zig-zag): the order of channels
+        order = frequencies_by_shell(config.block)
+        self.channel_table = sorted(
+            (shell(frequency, config.block), plane > 0, plane, rank, frequency)
+            for plane in range(channels)
+            for rank, frequency in enumerate(order)
+        )
+        # quality is halved at most so often, down to 1
+        self.lowerings = config.quality.bit_length() - 1 if config.overflow == "lower" else 0
+        self._starts = np.ones(self.lowerings + 1)
+        self._set_range(config.largest_value or 0)
+
+    def _set_range(self, largest: int) -> None:
+        """Build the layout for values up to ``largest``; 0 for the largest that there can be."""
+        config = self.config
+        # samples lie in -128 … 127, and the transform keeps the norm of a block
+        self.largest = largest or int(128 * config.block / float(self.tables(0).min())) + 1
+        groups = list(dict.fromkeys((octave, chroma) for octave, chroma, *_ in self.channel_table))
+        scale_of = [groups.index((octave, chroma)) for octave, chroma, *_ in self.channel_table]
+        planes = [plane for _, _, plane, *_ in self.channel_table]
+        grammar: dict[str, Any] = {
+            "planes": planes,
+            "scales": scale_of,
+            "grids": [list(grid) for grid in self.grids],
+            "largest": self.largest,
+        }
+        self.grammar = ListGrammar(**grammar)
+        sizes = self.grammar.size_of.tolist()
+        fields = (
+            Field("channel", self.grammar.end + 1),
+            Field("position", self.grammar.num_positions),
+            Field("value", 2 * self.largest + 1),
+        )
+        lengths = torch.bincount(torch.tensor(scale_of), self.grammar.size_of[: len(scale_of)]).long().tolist()
+        lengths[-1] += 1  # the end
+        scales = []
+        for (octave, chroma), length in zip(groups, lengths, strict=True):
+            side = 2**octave
+            rung = next((size for size, block in self.rungs.items() if block == side), None)
+            if self.channels == 3 and not chroma:
+                rung = None  # luma alone is no image
+            name = f"{side}x{side}" + ("" if self.channels == 1 else " chroma" if chroma else " luma")
+            about = "all" if self.channels == 1 else "chroma" if chroma else "luma"
+            scales.append(Scale(name, length, None, 0, fields, self.image_size, about, rung))
+        self.full_length = sum(lengths)
+        self.layout = TokenLayout(
+            tuple(scales),
+            header=(Field("lowered", self.lowerings + 1),) if self.lowerings else (),
+            max_length=min(config.max_length or self.full_length, self.full_length),
+            ends="grammar",
+            grammar={"kind": "list", **grammar},
+            decodes_prefixes=True,
+        )
+        # where a channel's coefficients lie in the image of all channels, and how large a channel is
+        starts = np.cumsum([0, *sizes[: self.grammar.end]])
+        flat = torch.arange(int(starts[-1]))
+        self.channel_of = torch.from_numpy(np.repeat(np.arange(self.grammar.end), sizes[: self.grammar.end]))
+        self.first_of = torch.from_numpy(starts[:-1].copy())
+        self.position_of = flat - self.first_of[self.channel_of]
+
+    def tables(self, lowered: int) -> Tensor:
+        """Steps float64 [channels of all planes], in the order of channels, at quality / 2^lowered."""
+        quality, block = max(1, self.config.quality >> lowered), self.config.block
+        steps = [quantization_table(quality, chroma, block) for chroma in (False, True)]
+        return torch.stack([steps[chroma][frequency] for _, chroma, _, _, frequency in self.channel_table])
+
+    # ------------------------------------------------------------------ pixels and coefficients
+
+    def to_planes(self, pixels: Tensor, block: int) -> list[Tensor]:
+        """8-bit samples around 0, float64: Y [B, 1, H, W] and chroma [B, 2, h, w], of pixels in [-1, 1]."""
+        multiple = block * (2 if self.halved else 1)
+        whole = torch.round(127.5 * (pixels.detach().double() + 1)).clamp(0, 255)
+        if self.channels == 1:
+            return [pad_to_multiple(whole - 128, multiple)]
+        colours = torch.from_numpy(to_ycbcr(whole.cpu().numpy())).to(whole.device)
+        luma = (_nearest(colours[:, :1]) - 128).clamp(-128, 127)
+        chroma = pad_to_multiple((-_nearest(-colours[:, 1:])).clamp(-128, 127), multiple)
+        return [pad_to_multiple(luma, multiple), halve(chroma) if self.halved else chroma]
+
+    def to_coefficients(self, pixels: Tensor) -> Tensor:
+        """Coefficients float64 [B, n] in list order, not quantised, of pixels in [-1, 1].
+
+        A rung at block / b of the full sides is cut into blocks of b: times block / b, their coefficients are the low
+        ones of the full image. Raises ValueError for other sides or another number of channels.
+        """
+        block = self._block_of(pixels)
+        grown = self.config.block / block
+        parts = [block_dct(plane, block).flatten(-2) * grown for plane in self.to_planes(pixels, block)]
+        by_plane = [part[:, index] for part in parts for index in range(part.shape[1])]
+        found = []
+        for _, _, plane, _, frequency in self.channel_table:
+            u, v = divmod(frequency, self.config.block)
+            mine = by_plane[plane]
+            found.append(mine[:, u * block + v] if max(u, v) < block else torch.zeros_like(mine[:, 0]))
+        return torch.cat(found, dim=1)
+
+    def _block_of(self, pixels: Tensor) -> int:
+        """Side of the blocks into which images of that size are cut."""
+        if pixels.shape[1] == self.channels:
+            for size, block in self.rungs.items():
+                if tuple(pixels.shape[2:]) == size:
+                    return block
+        sizes = ", ".join(f"{height}x{width}" for height, width in self.rungs)
+        raise InputError(f"images {tuple(pixels.shape[1:])}; allowed: {self.channels} channels of {sizes}")
+
+    def to_pixels(self, coefficients: Tensor) -> Tensor:
+        """Pixels float32 [B, C, H, W] in [-1, 1] of coefficients [B, n] in list order."""
+        count = len(coefficients)
+        planes = [coefficients.new_zeros(count, self.config.block**2, *grid) for grid in self.grids]
+        for channel, (_, _, plane, _, frequency) in enumerate(self.channel_table):
+            start, size = int(self.first_of[channel]), int(self.grammar.size_of[channel])
+            planes[plane][:, frequency] = coefficients[:, start : start + size].view(count, *self.grids[plane])
+        samples = [_nearest(block_idct(plane, self.config.block)).clamp(-128, 127).unsqueeze(1) for plane in planes]
+        height, width = self.image_size
+        if self.channels == 1:
+            whole = samples[0] + 128
+        else:
+            chroma = torch.cat(samples[1:], dim=1)
+            if self.halved:
+                chroma = _nearest(double(chroma, self.config.chroma_upsampling == "triangle"))
+            mixed = torch.cat([samples[0] + 128, chroma], dim=1)
+            whole = _nearest(torch.from_numpy(to_rgb(mixed.cpu().numpy())).to(coefficients.device))
+        return (whole[..., :height, :width] / 127.5 - 1).clamp(-1, 1).float()
+
+    # ------------------------------------------------------------------ tokens
+
+    def encode(self, pixels: Tensor) -> Tokens:
+        quantised, lowered = self.quantise(self.to_coefficients(pixels))
+        clipped = quantised.clamp(-self.largest, self.largest)
+        tokens = self.to_list(clipped, lowered)
+        tokens.remarks = {"values_clipped": (clipped != quantised).sum(1).cpu()}
+        if self.lowerings:
+            tokens.remarks["images_of_lower_quality"] = (lowered > 0).long().cpu()
+        block = self._block_of(pixels)
+        if block < self.config.block:
+            octaves = block.bit_length()
+            tokens = self.first_scales(tokens, octaves * (len(self.layout.scales) // self.config.block.bit_length()))
+        return tokens
+
+    def quantise(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole numbers int64 [B, n] of coefficients [B, n], and how often each image's quality was halved, [B].
+
+        Raises RefusedImage for an image whose list is longer than the cap at every quality that may be tried.
+        """
+        lowered = torch.zeros(len(coefficients), dtype=torch.int64, device=coefficients.device)
+        found = torch.zeros(coefficients.shape, dtype=torch.int64, device=coefficients.device)
+        rows = torch.arange(len(coefficients), device=coefficients.device)
+        for step in range(self.lowerings + 1):
+            found[rows] = _quantised(coefficients[rows] / self._steps(step).to(coefficients.device))
+            lowered[rows] = step
+            lengths = 1 + (found != 0).sum(1)
+            rows = (lengths > self.layout.length).nonzero()[:, 0]
+            if not len(rows):
+                return found, lowered
+        row = int(rows[0])
+        quality = max(1, self.config.quality >> self.lowerings)
+        remedy = "" if self.lowerings else ", or set tokenizer.overflow=lower"
+        raise RefusedImage(
+            row,
+            f"a list of {int(lengths[row])} elements at quality {quality}, but tokenizer.max_length="
+            f"{self.config.max_length}; raise it, lower tokenizer.quality{remedy}",
+        )
+
+    def _steps(self, lowered: int) -> Tensor:
+        """The step of every coefficient in list order: float64 [n]."""
+        return self.tables(lowered)[self.channel_of]
+
+    def to_list(self, values: Tensor, lowered: Tensor) -> Tokens:
+        """Lists of quantised coefficients int64 [B, n] whose qualities were ``lowered`` [B]."""
+        rows, places = values.nonzero(as_tuple=True)  # by row, then in list order
+        counts = torch.bincount(rows, minlength=len(values))
+        ids = values.new_zeros(len(values), 1 + int(counts.max() if len(values) else 0), 3)
+        ranks = torch.arange(len(rows), device=values.device) - (counts.cumsum(0) - counts)[rows]
+        where = places.to(self.channel_of.device)
+        channel, position = self.channel_of[where].to(rows.device), self.position_of[where].to(rows.device)
+        ids[rows, ranks] = torch.stack([channel, position, values[rows, places] + self.largest], dim=1)
+        ids[torch.arange(len(values)), counts] = values.new_tensor([self.grammar.end, 0, self.largest])
+        header = lowered[:, None] if self.lowerings else values.new_zeros(len(values), 0)
+        return Tokens(ids, counts + 1, header)
+
+    def to_values(self, tokens: Tokens) -> Tensor:
+        """Quantised coefficients int64 [B, n] of lists or beginnings of them.
+
+        Raises ValueError that names the first element that breaks the order, repeats a place or lies out of range.
+        """
+        ids, counted = tokens.ids, tokens.counted
+        if len(tokens) and not 0 <= int(tokens.lengths.min()) <= int(tokens.lengths.max()) <= ids.shape[1]:
+            raise InputError(f"lengths {tokens.lengths.tolist()} of lists with {ids.shape[1]} elements")
+        self.grammar.annotate(tokens)
+        real = counted & (ids[..., 0] != self.grammar.end)
+        values = ids.new_zeros(len(ids), len(self.channel_of))
+        channel, position, value = ids[real].unbind(-1)
+        places = self.first_of.to(ids.device)[channel] + position
+        values[real.nonzero()[:, 0], places] = value - self.largest
+        return values
+
+    def decode(self, tokens: Tokens) -> Tensor:
+        values, lowered = self.to_values(tokens).double(), self._lowered(tokens)
+        for step in lowered.unique().tolist():
+            values[lowered == step] *= self._steps(step).to(values.device)
+        return self.to_pixels(values)
+
+    def _lowered(self, tokens: Tokens) -> Tensor:
+        """How often the quality of each list was halved: int64 [B]. Raises ValueError for a header that cannot be."""
+        if not self.lowerings:
+            return tokens.lengths.new_zeros(len(tokens))
+        lowered = tokens.header[:, 0]
+        if len(lowered) and not 0 <= int(lowered.min()) <= int(lowered.max()) <= self.lowerings:
+            raise InputError(f"a header of {lowered.tolist()}; allowed: 0 to {self.lowerings} halvings of the quality")
+        return lowered
+
+    def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
+        kept = self.grammar.scale_of[self.channel_of] < num_scales
+        return self.to_pixels(self.to_coefficients(pixels) * kept.to(pixels.device))
+
+    def first_scales(self, tokens: Tokens, num_scales: int) -> Tokens:
+        lengths = ((self.grammar.scales(tokens) < num_scales) & tokens.counted).sum(1)
+        return Tokens(tokens.ids[:, : int(lengths.max())], lengths, tokens.header, None, tokens.remarks)
+
+    def planes_only(self, tokens: Tokens, planes: str) -> Tokens:
+        """The elements of scales that carry ``planes``, luma or chroma, without the end."""
+        mine = torch.tensor([scale.planes == planes for scale in self.layout.scales], device=tokens.ids.device)
+        kept = mine[self.grammar.scales(tokens)] & tokens.counted & (tokens.ids[..., 0] != self.grammar.end)
+        order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
+        lengths = kept.sum(1)
+        ids = tokens.ids.gather(1, order.unsqueeze(-1).expand_as(tokens.ids))[:, : int(lengths.max())]
+        return Tokens(ids, lengths, tokens.header)
+
+    # ------------------------------------------------------------------ what is measured
+
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Measure the range of values, and how often qualities are lowered."""
+        largest, lowered = 0, [torch.zeros(0, dtype=torch.int64)]
+        for pixels, _ in batches:
+            values, steps = self.quantise(self.to_coefficients(pixels))
+            largest = max(largest, int(values.abs().max()))
+            lowered.append(steps.cpu())
+        self._starts = np.bincount(torch.cat(lowered).numpy(), minlength=self.lowerings + 1).astype(float)
+        self._set_range(self.config.largest_value or max(1, largest))
+
+    def statistics(self) -> dict[str, Any]:
+        return {"largest": self.largest, "lowered": self._starts.tolist()}
+
+    def restore(self, statistics: dict[str, Any]) -> None:
+        self._starts = np.array(statistics["lowered"], np.float64)
+        self._set_range(int(statistics["largest"]))
+
+    def start_prefix(self, labels: Tensor, seeds: Sequence[int]) -> Tokens | None:
+        """The header, drawn as often as it was measured; None where there is none."""
+        if not self.lowerings:
+            return None
+        shares = self._starts / self._starts.sum()
+        drawn = [np.random.default_rng([seed % 2**64, 1]).choice(len(shares), p=shares) for seed in seeds]
+        nothing = torch.zeros(len(seeds), 0, 3, dtype=torch.int64)
+        return Tokens(nothing, torch.zeros(len(seeds), dtype=torch.int64), torch.tensor(drawn)[:, None])
+
+    def header_bits(self, tokens: Tokens, labels: Tensor) -> Tensor:
+        if not self.lowerings:
+            return super().header_bits(tokens, labels)
+        smooth = torch.from_numpy(self._starts + 0.5)  # what was never seen can be sent, too
+        return -(smooth / smooth.sum()).log2()[self._lowered(tokens).cpu()]
+
+
+def _nearest(x: Tensor) -> Tensor:
+    """To the nearest whole number, halves upwards as libjpeg's fixed point: they are common, and shift flat areas.
+
+    Float64 has a half but for its last bits, hence the small number.
+    """
+    return (x + 0.5 + 1e-9).floor()
+
+
+def _quantised(x: Tensor) -> Tensor:
+    """int64: to the nearest whole number, halves away from zero as JPEG encoders do."""
+    return (x.sign() * _nearest(x.abs())).long()

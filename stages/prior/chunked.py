@@ -1,0 +1,431 @@
+"""A prior over lists, chunk by chunk: an encoder sees what is there as an image, decoders write the next part.
+
+After *Generating Images with Sparse Representations* (Nash et al., arXiv 2103.03841, section 4). What is notable here:
+
+- only the encoder sees the whole image, and it grows with the number of blocks; the decoders see one chunk of the list
+  and a few elements before it, however long the list is;
+- three decoders stand on top of each other: channel, then position given the channel, then value given both. The last
+  one is also given what the encoder knows of that position;
+- training takes one chunk of each list at a time, early ones more often; evaluation takes all;
+- branches are scaled by numbers that start at zero, as in the paper; it uses fewer attention than feed-forward layers
+  (PAR-Transformer), here every layer has both. Its sizes of layers are not known: those of a reimplementation are the
+  defaults, as are its chunk and overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+from data.layout import TokenLayout, Tokens
+from stages.conditions.config import ConditionConfig
+from stages.contract import FORBIDDEN, Prior, PriorOutput, Prompts
+from stages.factory import build_condition, build_grammar
+from stages.grammar import GrammarState
+from stages.lists import ListGrammar
+from stages.prior.blocks import Block
+from stages.prior.config import PriorConfig
+from stages.prior.dense import DenseImage
+from stages.prior.judge import judge
+
+KNOWN_CHUNKS = 64
+"""Chunks that are told apart by number; later ones count as the last of them."""
+
+
+@dataclass
+class ChunkedPriorConfig(PriorConfig):
+    """Encoder and three decoders over lists."""
+
+    kind: str = "chunked"
+    width: int = 512
+    """Features of an element and of a patch."""
+    heads: int = 8
+    """Attention heads; must divide the width."""
+    encoder_depth: int = 3
+    """Layers of the encoder."""
+    channel_depth: int = 3
+    """Layers of the decoder of channels."""
+    position_depth: int = 3
+    """Layers of the decoder of positions."""
+    value_depth: int = 5
+    """Layers of the decoder of values."""
+    hidden_ratio: float = 8 / 3
+    """Hidden width of SwiGLU over the width."""
+    dropout: float = 0.1
+    """Dropout on embeddings and residual branches."""
+    chunk: int = 896
+    """Elements that the decoders predict at once; lists that are shorter are one chunk."""
+    overlap: int = 128
+    """Elements before the chunk that the decoders see besides."""
+    patch: int = 2
+    """Side of the encoder's patches in blocks of luma."""
+    early_bias: float = 1.0
+    """Training takes chunk k = 1, 2, … of a list with probability proportional to k^-early_bias; 0: each as often."""
+    order: str = "natural"
+    """natural: coarse to fine; luma_first: all of luma before chroma, for colouring."""
+
+
+@dataclass
+class _Memory:
+    """What the decoders know of the elements before a chunk, and of the condition."""
+
+    features: Tensor
+    """[B, patches, D]"""
+    remembered: list[Tensor]
+    """For each decoder the keys and values of its layers: [depth, 2, B, H, M, D/H]"""
+    mask: Tensor | None
+    """bool [B, 1, 1, M]: which of the M count; None for all."""
+    summary: Tensor
+    """[B, 1, D]: of condition and header, for every slot."""
+
+
+class Decoder(nn.Module):
+    """Causal layers that look at what the encoder knows, and the logits of one field."""
+
+    def __init__(self, depth: int, sizes: tuple[int, int, float, float], vocabulary: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(*sizes, cross=True, gated=True) for _ in range(depth)])
+        self.norm = nn.RMSNorm(sizes[0])
+        self.head = nn.Linear(sizes[0], vocabulary, bias=False)
+
+    def remember(self, memory: Tensor) -> Tensor:
+        """Keys and values of all layers [depth, 2, B, H, M, D/H] of a memory [B, M, D]."""
+        return torch.stack([block.cross.remember(memory) for block in self.blocks])  # type: ignore[union-attr, operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        remembered: Tensor,
+        memory_mask: Tensor | None,
+        cache: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, n, D] of inputs [B, n, D]; with a cache [depth, 2, B, H, T, D/H] those of its ``slots``."""
+        mask = None
+        if cache is not None and slots is not None:
+            mask = torch.arange(cache.shape[4], device=x.device) <= slots[:, None]
+        for index, block in enumerate(self.blocks):
+            mine = None if cache is None else cache[index]
+            x = block(x, mask, mine, slots, remembered[index], memory_mask)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [..., V] of hidden states [..., D]."""
+        return self.head(self.norm(hidden)).float()
+
+
+class ListState:
+    """Lists while they are sampled; all rows are equally long."""
+
+    def __init__(self, ids: Tensor, prompts: Prompts, header: Tensor, stream: GrammarState, length: int) -> None:
+        self.ids = ids
+        """int64 [B, n, 3]"""
+        self.prompts, self.header, self.stream, self.length = prompts, header, stream, length
+        self.memory: _Memory | None = None
+        self.caches: list[Tensor] = []
+        """For each decoder [depth, 2, B, H, overlap + chunk, D/H]"""
+        self.hidden: list[Tensor] = []
+        """Of the element that comes next: [B, D] of each decoder that has seen it."""
+
+    @property
+    def position(self) -> int:
+        """Index of the next element."""
+        return self.ids.shape[1]
+
+
+class ChunkedPrior(Prior):
+    """Lists of (channel, position, value). Raises ValueError for other layouts and sizes that do not fit."""
+
+    grammar: ListGrammar
+
+    def __init__(
+        self,
+        config: ChunkedPriorConfig,
+        condition: ConditionConfig,
+        layout: TokenLayout,
+        class_names: list[str],
+        text: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if layout.grammar is None or layout.grammar["kind"] != "list":
+            raise InputError("prior.kind=chunked models lists (tokenizer.kind=sparse-dct); set prior.kind=transformer")
+        if config.width % config.heads:
+            raise InputError(f"prior.width={config.width} is no multiple of prior.heads={config.heads}")
+        if config.overlap < 1 or config.chunk < 1:
+            raise InputError(f"prior.chunk={config.chunk}, prior.overlap={config.overlap}; allowed: 1 or more each")
+        grammar = build_grammar(layout, order=config.order)
+        assert isinstance(grammar, ListGrammar)
+        self.config, self.condition_config, self.layout, self.grammar = config, condition, layout, grammar
+        self.class_names, self.text, self.order = list(class_names), text, config.order
+        width = config.width
+        self.condition = build_condition(condition, self.class_names, width, text)
+        self.natural = build_grammar(layout)
+        """Into whose order lists are brought back."""
+        self.dense = DenseImage(grammar, config.patch)
+        rows, columns = grammar.grids[0]
+        # the last entry of each table is "before the list"
+        self.channel = nn.Embedding(grammar.end + 2, width)
+        self.row, self.column = nn.Embedding(rows + 1, width), nn.Embedding(columns + 1, width)
+        self.value = nn.Embedding(2 * grammar.largest + 2, width)
+        self.chosen_channel = nn.Embedding(grammar.end + 2, width)
+        self.chosen_row, self.chosen_column = nn.Embedding(rows + 1, width), nn.Embedding(columns + 1, width)
+        self.slot = nn.Embedding(config.overlap + config.chunk, width)
+        self.chunk = nn.Embedding(KNOWN_CHUNKS, width)
+        self.header = nn.ModuleList([nn.Embedding(part.vocabulary_size, width) for part in layout.header])
+        self.summary = nn.Linear(width, width)
+        self.patches = nn.Linear(self.dense.width, width)
+        self.patch_row, self.patch_column = (nn.Embedding(side, width) for side in self.dense.grid)
+        self.frontier = nn.Embedding(grammar.end + 2, width)
+        sizes = (width, config.heads, config.hidden_ratio, config.dropout)
+        self.encoder = nn.ModuleList([Block(*sizes, causal=False, gated=True) for _ in range(config.encoder_depth)])
+        depths = (config.channel_depth, config.position_depth, config.value_depth)
+        self.encoder_norm = nn.RMSNorm(width)
+        vocabularies = (grammar.end + 1, grammar.num_positions, 2 * grammar.largest + 1)
+        decoders = [Decoder(depth, sizes, size) for depth, size in zip(depths, vocabularies, strict=True)]
+        self.channel_decoder, self.position_decoder, self.value_decoder = decoders
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def decoders(self) -> tuple[Decoder, Decoder, Decoder]:
+        """In the order of the fields."""
+        return self.channel_decoder, self.position_decoder, self.value_decoder
+
+    # ------------------------------------------------------------------ order
+
+    def arrange(self, tokens: Tokens) -> Tokens:
+        return self.grammar.sort(tokens)[0]
+
+    def restore(self, tokens: Tokens) -> Tokens:
+        assert isinstance(self.natural, ListGrammar)
+        return self.natural.sort(tokens)[0]
+
+    # ------------------------------------------------------------------ encoder
+
+    def _encode(self, past: Tokens, prompts: Prompts) -> _Memory:
+        """What the decoders know of the elements ``past``, those before a chunk."""
+        values = self.dense(past)
+        # values differ a hundredfold, and most are 1: the paper does not say how they are scaled
+        x = self.patches(values.sign() * values.abs().log1p())
+        place = self.patch_row.weight[:, None] + self.patch_column.weight
+        last = (past.lengths - 1).clamp(min=0)[:, None]
+        frontier = past.ids[..., 0].gather(1, last)[:, 0] if past.ids.shape[1] else last[:, 0]
+        frontier = torch.where(past.lengths > 0, frontier, self.grammar.end + 1)
+        x = x + place.flatten(0, 1) + self.frontier(frontier)[:, None]
+        states = self.condition(prompts)
+        told, counts = states.prefix, states.prefix.new_ones(states.prefix.shape[:2], dtype=torch.bool)
+        if states.memory is not None and states.memory_mask is not None:
+            told, counts = torch.cat([told, states.memory], dim=1), torch.cat([counts, states.memory_mask], dim=1)
+        summary = (told * counts.unsqueeze(-1)).sum(1) / counts.sum(1, keepdim=True).clamp(min=1)
+        common = self.summary(summary)
+        for table, part in zip(self.header, past.header.unbind(1), strict=True):
+            common = common + table(part)
+        x = self.embedding_dropout(torch.cat([x, told.to(x.dtype)], dim=1))
+        mask = None
+        if not counts.all():
+            mask = torch.cat([counts.new_ones(len(x), self.dense.num_patches), counts], dim=1)[:, None, None]
+        for block in self.encoder:
+            x = block(x, mask)
+        x = self.encoder_norm(x)
+        remembered = [decoder.remember(x) for decoder in self.decoders]
+        return _Memory(x[:, : self.dense.num_patches], remembered, mask, common.unsqueeze(1))
+
+    # ------------------------------------------------------------------ decoders
+
+    def _before(self, elements: Tensor, slots: Tensor, starts: Tensor, there: Tensor, memory: _Memory) -> Tensor:
+        """What the channel decoder sees of the elements [B, n, 3] that stand before the slots of chunks' windows.
+
+        ``slots`` [n] number a window, ``starts`` [B] are the chunks' first elements, ``there`` bool [B, n] is false for
+        elements before the list.
+        """
+        channel, position, value = elements.unbind(-1)
+        x = self.channel(channel.masked_fill(~there, self.grammar.end + 1)) + self._place(
+            self.row, self.column, channel, position, there
+        )
+        x = x + self.value(value.masked_fill(~there, 2 * self.grammar.largest + 1))
+        chunks = (starts // self.config.chunk).clamp(max=KNOWN_CHUNKS - 1)
+        x = x + self.slot(slots) + self.chunk(chunks)[:, None] + memory.summary
+        return self.embedding_dropout(x)
+
+    def _place(
+        self, rows: nn.Embedding, columns: nn.Embedding, channel: Tensor, position: Tensor, there: Tensor
+    ) -> Tensor:
+        row = self.dense.row_of[channel, position].masked_fill(~there, rows.num_embeddings - 1)
+        column = self.dense.column_of[channel, position].masked_fill(~there, columns.num_embeddings - 1)
+        return rows(row) + columns(column)
+
+    def _given(self, field: int, hidden: Tensor, elements: Tensor, there: Tensor, memory: _Memory) -> Tensor:
+        """Input of the decoder of ``field`` 1 or 2: the one before's hidden states, and the field that it predicted."""
+        channel = elements[..., 0]
+        if field == 1:
+            return hidden + self.chosen_channel(channel.masked_fill(~there, self.grammar.end + 1))
+        position = elements[..., 1]
+        patch = self.dense.patch_of[channel, position]
+        features = memory.features.gather(1, patch.unsqueeze(-1).expand(-1, -1, memory.features.shape[-1]))
+        # the feature is of a patch; which of its blocks is meant, the place says
+        place = self._place(self.chosen_row, self.chosen_column, channel, position, there)
+        return hidden + features * there.unsqueeze(-1) + place
+
+    def _decode(
+        self, field: int, x: Tensor, memory: _Memory, cache: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        return self.decoders[field](x, memory.remembered[field], memory.mask, cache, slots)
+
+    # ------------------------------------------------------------------ whole lists
+
+    def forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
+        """Of every element; in training of those of one chunk of each list, which ``judged`` names."""
+        arranged, taken = self.grammar.sort(tokens)
+        arranged.notes = self.grammar.annotate(arranged)
+        shape, chunk = tokens.ids.shape[:2], self.config.chunk
+        found = torch.zeros(5, *shape, device=tokens.ids.device)
+        judged = torch.zeros(shape, dtype=torch.bool, device=tokens.ids.device)
+        if self.training:
+            passes = [self._drawn_chunks(tokens.lengths) * chunk]
+        else:
+            passes = [torch.full_like(tokens.lengths, start) for start in range(0, shape[1], chunk)]
+        every = torch.arange(5, device=tokens.ids.device)[:, None]
+        for starts in passes:
+            rows = (starts < tokens.lengths).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            places, mine, values = self._judge_chunk(arranged[rows], prompts[rows], starts[rows])
+            # back to where the elements stood: every pass writes to other ones
+            row, place = rows[:, None].expand_as(places)[mine], taken[rows].gather(1, places)[mine]
+            judged[row, place] = True
+            found = found.index_put((every, row, place), values[:, mine])
+        return PriorOutput(found[:3].movedim(0, -1), found[3], found[4].detach(), judged if self.training else None)
+
+    def _drawn_chunks(self, lengths: Tensor) -> Tensor:
+        """A chunk of each list, by ``early_bias``: int64 [B]."""
+        counts = (-(-lengths // self.config.chunk)).clamp(min=1)
+        numbers = torch.arange(int(counts.max()), device=lengths.device)
+        weights = (1.0 + numbers) ** -self.config.early_bias * (numbers < counts[:, None])
+        return weights.multinomial(1)[:, 0]
+
+    def _judge_chunk(self, tokens: Tokens, prompts: Prompts, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the chunks of arranged lists that begin at ``starts`` [B]: (places [B, n], which of them count, values).
+
+        Values are float32 [5, B, n]: nll of the three fields, legal_nll, saved.
+        """
+        overlap, length = self.config.overlap, tokens.ids.shape[1]
+        past = Tokens(tokens.ids, torch.minimum(starts, tokens.lengths), tokens.header)
+        longest = int(past.lengths.max())
+        memory = self._encode(past.prefix(longest), prompts)
+        ends = torch.minimum(starts + self.config.chunk, tokens.lengths)
+        count = max(1, int((ends - starts).max()))
+        slots = torch.arange(overlap + count, device=starts.device)
+        at = starts[:, None] + slots - overlap
+        inside = at.clamp(0, length - 1) if length else torch.zeros_like(at)
+
+        def gathered(values: Tensor, places: Tensor) -> Tensor:
+            return values.gather(1, places.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+        elements = gathered(tokens.ids, inside)
+        previous = gathered(tokens.ids, (inside - 1).clamp(min=0))
+        hidden = self._before(previous, slots, starts, at > 0, memory)
+        places, mine = inside[:, overlap:], (at < ends[:, None])[:, overlap:]
+        assert tokens.notes is not None
+        notes, asked = gathered(tokens.notes, places), elements[:, overlap:]
+        found: list[tuple[Tensor, ...]] = []
+        for field in range(3):
+            if field:
+                hidden = self._given(field, hidden, elements, at >= 0, memory)
+            hidden = self._decode(field, hidden, memory)
+            allowed, loosely = (self.grammar.allowed(notes, asked[..., :field], strict) for strict in (True, False))
+            logits = self.decoders[field].logits(hidden[:, overlap:])
+            found.append(judge(logits, asked[..., field], allowed, loosely, mine))
+        nll, legal, saved = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return places, mine, torch.cat([nll, legal.sum(0, keepdim=True), saved.sum(0, keepdim=True)])
+
+    # ------------------------------------------------------------------ one element at a time
+
+    def begin(self, prompts: Prompts, prefix: Tokens | None, length: int, whole: Sequence[int] = ()) -> ListState:
+        batch = len(prompts)
+        if prefix is None:
+            if self.layout.header:
+                raise InputError("these lists begin with a header; give it as the prefix")
+            prefix = Tokens.fixed(prompts.labels.new_zeros(batch, 0, 3))
+        stream = self.grammar.start(prefix.header)
+        for position in range(prefix.ids.shape[1]):
+            self.grammar.advance(stream, prefix.ids[:, position])
+        self.grammar.close(stream, whole)
+        state = ListState(prefix.ids, prompts, prefix.header, stream, length)
+        self._open_chunk(state)
+        return state
+
+    def _open_chunk(self, state: ListState) -> None:
+        """Encode what lies before the next element's chunk, and show the decoders what they are to see of it."""
+        config, ids, position = self.config, state.ids, state.position
+        start = position // config.chunk * config.chunk
+        lengths = torch.full((len(ids),), start, dtype=torch.int64, device=ids.device)
+        memory = self._encode(Tokens(ids[:, :start], lengths, state.header), state.prompts)
+        size = min(config.chunk, max(1, state.length - start)) + config.overlap
+        kind = ids.device.type
+        weight = self.encoder_norm.weight
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        shape = (2, len(ids), config.heads, size, config.width // config.heads)
+        state.memory = memory
+        state.caches = [torch.zeros(len(each.blocks), *shape, device=ids.device, dtype=dtype) for each in self.decoders]
+        slots = torch.arange(config.overlap + position - start, device=ids.device)
+        at = (start - config.overlap + slots).expand(len(ids), -1)
+        if at.shape[1] and ids.shape[1]:
+            elements = ids[:, at[0].clamp(min=0)]
+            previous = ids[:, (at[0] - 1).clamp(min=0)]
+        else:
+            elements = previous = ids.new_zeros(*at.shape, 3)
+        hidden = self._before(previous, slots, lengths, at > 0, memory)
+        for field in range(3):
+            if field:
+                hidden = self._given(field, hidden, elements, at >= 0, memory)
+            hidden = self._decode(field, hidden, memory, state.caches[field], slots)
+        self._step(state, ids[:, :0])
+
+    def _step(self, state: ListState, partial: Tensor) -> None:
+        """Let the decoder of the next field see the next element, of which the fields [B, f] are known."""
+        memory, field = state.memory, len(state.hidden)
+        assert memory is not None
+        batch, device = len(state.ids), state.ids.device
+        start = state.position // self.config.chunk * self.config.chunk
+        slots = torch.tensor([state.position - start + self.config.overlap], device=device)
+        if field == 0:
+            there = torch.full((batch, 1), state.position > 0, device=device)
+            previous = state.ids[:, -1:] if state.position else state.ids.new_zeros(batch, 1, 3)
+            starts = torch.full((batch,), start, device=device)
+            x = self._before(previous, slots, starts, there, memory)
+        else:
+            there = torch.ones(batch, 1, dtype=torch.bool, device=device)
+            x = self._given(field, state.hidden[-1].unsqueeze(1), partial.unsqueeze(1), there, memory)
+        state.hidden.append(self._decode(field, x, memory, state.caches[field], slots)[:, 0])
+
+    def logits(self, state: ListState, partial: Tensor) -> Tensor:
+        field = partial.shape[1]
+        while len(state.hidden) <= field:
+            self._step(state, partial)
+        allowed = self.grammar.allowed_next(state.stream, partial).to(partial.device)
+        return self.decoders[field].logits(state.hidden[field]).masked_fill(~allowed, FORBIDDEN)
+
+    def advance(self, state: ListState, element: Tensor) -> None:
+        while len(state.hidden) < 3:
+            self._step(state, element)
+        self.grammar.advance(state.stream, element)
+        state.ids = torch.cat([state.ids, element.unsqueeze(1)], dim=1)
+        state.hidden = []
+        if state.position >= state.length or not state.stream.going.any():
+            return
+        if state.position % self.config.chunk:
+            self._step(state, element[:, :0])
+        else:
+            self._open_chunk(state)
+
+    def ended(self, state: ListState, num_scales: int) -> Tensor:
+        return ~state.stream.going | (self.grammar.reached(state.stream.notes) >= num_scales).cpu()

@@ -1,0 +1,73 @@
+"""The part of a list that is there already, as an image of patches for an encoder.
+
+Coefficients of a patch (all channels of all planes at some neighbouring blocks) stand side by side, so chroma of half
+the resolution needs no padding: a patch of 2x2 blocks of luma has one block of each chroma.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+from data.layout import Tokens
+from stages.lists import ListGrammar
+
+
+class DenseImage(nn.Module):
+    """Tables from an element's channel and position to its patch and its place there.
+
+    ``patch`` is a patch's side in blocks of plane 0; raises ValueError where that cuts a block of another plane.
+    """
+
+    slot_of: Tensor
+    patch_of: Tensor
+    row_of: Tensor
+    column_of: Tensor
+
+    def __init__(self, grammar: ListGrammar, patch: int) -> None:
+        super().__init__()
+        height, width = grammar.grids[0]
+        factors = [(height // rows, width // columns) for rows, columns in grammar.grids]
+        if patch < 1 or any(patch % factor for pair in factors for factor in pair):
+            least = max(factor for pair in factors for factor in pair)
+            raise InputError(f"prior.patch={patch}; allowed: multiples of {least}, for the planes share their patches")
+        self.grid = (-(-height // patch), -(-width // patch))
+        """(rows, columns) of patches."""
+        shape = (grammar.end + 1, grammar.num_positions)
+        tables = {name: torch.zeros(shape, dtype=torch.int64) for name in ("inside", "patch", "row", "column")}
+        first = 0
+        for channel in range(grammar.end):
+            plane = int(grammar.plane_of[channel])
+            (rows, columns), (down, right) = grammar.grids[plane], factors[plane]
+            positions = torch.arange(rows * columns)
+            row, column = positions // columns * down, positions % columns * right
+            found = {
+                "row": row,
+                "column": column,
+                "patch": row // patch * self.grid[1] + column // patch,
+                "inside": first + row % patch // down * (patch // right) + column % patch // right,
+            }
+            for name, values in found.items():
+                tables[name][channel, : len(positions)] = values
+            first += (patch // down) * (patch // right)
+        self.width = first
+        """Coefficients of a patch."""
+        tables["slot"] = tables["patch"] * first + tables.pop("inside")
+        tables["slot"][grammar.end] = self.num_patches * first  # the end element lies nowhere
+        for name, table in tables.items():
+            self.register_buffer(f"{name}_of", table, persistent=False)
+        self.largest = grammar.largest
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches."""
+        return self.grid[0] * self.grid[1]
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Quantised values float32 [B, patches, width] of lists or parts of them, 0 where they have no element."""
+        ids, nowhere = tokens.ids, self.num_patches * self.width
+        slots = self.slot_of[ids[..., 0], ids[..., 1]].masked_fill(~tokens.counted, nowhere)
+        image = torch.zeros(len(ids), nowhere + 1, device=ids.device)
+        image.scatter_(1, slots, (ids[..., 2] - self.largest).float())
+        return image[:, :-1].view(len(ids), self.num_patches, self.width)

@@ -1,0 +1,71 @@
+"""The discrete cosine transform of square blocks (DCT-II, orthonormal), and the orders of its frequencies."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@lru_cache
+def dct_matrix(size: int) -> Tensor:
+    """float64 [size, size] whose rows are the cosines, from low to high; its inverse is its transpose."""
+    places = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(torch.pi / size * places[:, None] * (places + 0.5)) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def block_dct(x: Tensor, block: int) -> Tensor:
+    """Coefficients [..., block², H/block, W/block] of float64 images [..., H, W]; frequency (u, v) is u · block + v.
+
+    ``u`` counts half waves down the rows, ``v`` along them. Raises RuntimeError where ``block`` does not divide a side.
+    """
+    matrix = dct_matrix(block).to(x.device)
+    rows, columns = x.shape[-2] // block, x.shape[-1] // block
+    blocks = x.reshape(*x.shape[:-2], rows, block, columns, block).transpose(-3, -2)
+    found = matrix @ blocks @ matrix.T
+    return found.flatten(-2).movedim(-1, -3)
+
+
+def block_idct(coefficients: Tensor, block: int) -> Tensor:
+    """The inverse of ``block_dct``."""
+    matrix = dct_matrix(block).to(coefficients.device)
+    blocks = matrix.T @ coefficients.movedim(-3, -1).unflatten(-1, (block, block)) @ matrix
+    return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+@lru_cache
+def zigzag(block: int) -> tuple[int, ...]:
+    """Frequencies u · block + v in JPEG's order: by diagonals, up and down in turn."""
+
+    def rank(frequency: int) -> tuple[int, int]:
+        u, v = divmod(frequency, block)
+        return u + v, u if (u + v) % 2 else v
+
+    return tuple(sorted(range(block * block), key=rank))
+
+
+def shell(frequency: int, block: int) -> int:
+    """The octave of a frequency: 0 for the mean, k for those that a block of 2^k has and one of half its side has not.
+
+    Shells up to k are the DCT of the block at side 2^k: low frequencies of an image are those of a smaller image.
+    """
+    return max(divmod(frequency, block)).bit_length()
+
+
+@lru_cache
+def frequencies_by_shell(block: int) -> tuple[int, ...]:
+    """Frequencies by octave, inside an octave in JPEG's zig-zag order."""
+    return tuple(sorted(zigzag(block), key=lambda frequency: shell(frequency, block)))  # sorted() is stable
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Images [..., H, W] whose last row and column are repeated until ``multiple`` divides both sides, as JPEG does."""
+    down, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    if not (down or right):
+        return x
+    return functional.pad(x.flatten(0, -4), (0, right, 0, down), mode="replicate").unflatten(0, x.shape[:-3])
