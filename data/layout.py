@@ -227,7 +227,7 @@ class Tokens:
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Batches one after the other, padded with 0 to the longest; without notes."""
+        """Batches one after the other, padded with 0 to the longest; without notes and remarks."""
         longest = max(part.ids.shape[1] for part in parts)
         ids = [functional.pad(part.ids, (0, 0, 0, longest - part.ids.shape[1])) for part in parts]
         lengths, header = ([getattr(part, name) for part in parts] for name in ("lengths", "header"))
@@ -239,7 +239,8 @@ class Tokens:
     def __getitem__(self, rows: slice | Tensor) -> Tokens:
         """Some of the samples, in the order of ``rows``."""
         notes = None if self.notes is None else self.notes[rows]
-        return Tokens(self.ids[rows], self.lengths[rows], self.header[rows], notes)
+        remarks = None if self.remarks is None else {name: counts[rows] for name, counts in self.remarks.items()}
+        return Tokens(self.ids[rows], self.lengths[rows], self.header[rows], notes, remarks)
 
     @property
     def counted(self) -> Tensor:

@@ -24,7 +24,7 @@ from data.images.source import CorruptImage, ImageSource, sha256_of
 from data.images.sources import open_source
 from data.tokens.files import CacheError, file_sha256, write_atomically
 from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
-from data.tokens.shards import ShardInfo, finished_shard, to_json
+from data.tokens.shards import ShardInfo, finished_shard, to_json, total_remarks
 from pipeline.config import Config
 from pipeline.encoding import Encoding, SplitPlan
 from pipeline.models import check_images
@@ -174,6 +174,7 @@ def make_manifest(
             source_fingerprint=state["sources"][name],
             shards=tuple(shards),
             captions_cut=sum(shard.captions_cut for shard in shards),
+            remarks=total_remarks(shard.remarks for shard in shards),
         )
     return Manifest(
         tokenizer_sha256=state["tokenizer_sha256"],
@@ -201,6 +202,8 @@ def report(folder: Path, manifest: Manifest, written: list[tuple[str, int]], sec
         for name, split in manifest.splits.items()
     )
     print(f"{folder}: {counts}; {size / 1e6:.1f} MB; {images} encoded now at {images / seconds:.0f} images/s")
+    for name, count in total_remarks(split.remarks for split in manifest.splits.values()).items():
+        print(f"{folder}: {count} {name.replace('_', ' ')}")
     if manifest.text is not None:
         captions = sum(split.captions for split in manifest.splits.values())
         cut = sum(split.captions_cut for split in manifest.splits.values())

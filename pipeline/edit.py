@@ -98,7 +98,7 @@ def edit_pixels(
             "of it would stay; keep more"
         )
     if mask is None:
-        return models.decode(models.draw(prompts, settings, seeds, prefix=prefix))
+        return models.decode(models.draw(prompts, settings, seeds, prefix=prefix, whole=range(frozen)))
     keep = ~open_elements(layout, mask)
     keep[: layout.prefix_length(frozen)] = True
     kept = keep.expand(len(prompts), -1)

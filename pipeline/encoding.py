@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.errors import InputError
 from data.images.reading import read_eval
 from data.images.source import ImageSource
 from data.images.views import to_float
 from data.layout import Tokens
 from data.stream import as_it_is
 from data.tokens import order
-from data.tokens.shards import Block, ShardWriter, finished_shard
+from data.tokens.shards import Block, ShardWriter, finished_shard, total_remarks
 from pipeline.config import Config
 from stages.conditions.encoders import TextEncoder
-from stages.contract import Tokenizer
+from stages.contract import RefusedImage, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,13 @@ class Encoding(L.LightningModule):
         pixels = to_float(batch["pixels"])
         views = [pixels, pixels.flip(-1)] if self._config.images.flip else [pixels]
         count = len(batch["keys"])
-        tokens = [self.tokenizer.encode(view) for view in views]
-        self._parts.append({**batch, **stack_views([_first(part, count) for part in tokens])})
+        try:
+            tokens = [self.tokenizer.encode(view)[:count] for view in views]
+        except RefusedImage as refused:
+            # rows behind the images are black
+            name = batch["keys"][refused.row] if refused.row < count else "without anything on it"
+            raise InputError(f"the {piece.split} image {name}: {refused.reason}") from refused
+        self._parts.append({**batch, **stack_views(tokens)})
         self._skipped += batch["skipped"]
         if self._writer is None:
             plan = self._plans[piece.split]
@@ -186,13 +192,15 @@ class Encoding(L.LightningModule):
             self._writer.abort()
 
 
-def stack_views(views: list[Tokens]) -> dict[str, np.ndarray]:
-    """ids [n, V, L, F], lengths [n, V] and header [n, V, S] of one Tokens for each view, padded to the longest."""
+def stack_views(views: list[Tokens]) -> dict[str, Any]:
+    """ids [n, V, L, F], lengths [n, V], header [n, V, S] and remarks of one Tokens a view, padded to the longest."""
     longest = max(view.ids.shape[1] for view in views)
+    remarks = [{name: int(counts.sum()) for name, counts in (view.remarks or {}).items()} for view in views]
     return {
         "ids": np.stack([_padded(_numpy(view.ids), 1, longest) for view in views], axis=1),
         "lengths": np.stack([_numpy(view.lengths) for view in views], axis=1),
         "header": np.stack([_numpy(view.header) for view in views], axis=1),
+        "remarks": total_remarks(remarks),
     }
 
 
@@ -208,6 +216,7 @@ def join_parts(number: int, parts: list[dict[str, Any]]) -> Block:
         indices=np.asarray([index for part in parts for index in part["indices"]], dtype=np.int64),
         keys=[key for part in parts for key in part["keys"]],
         texts=[text for part in parts for text in part["texts"]],
+        remarks=total_remarks(part["remarks"] for part in parts),
     )
 
 
@@ -217,10 +226,6 @@ def add_captions(block: Block, encoder: TextEncoder) -> None:
     (empty, *encoded), block.captions_cut = encoder.encode_counting(["", *texts])
     states = iter(encoded)
     block.captions = [empty, *(next(states) if text else empty[:0] for text in block.texts)]
-
-
-def _first(tokens: Tokens, count: int) -> Tokens:
-    return Tokens(tokens.ids[:count], tokens.lengths[:count], tokens.header[:count])
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

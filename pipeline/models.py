@@ -64,6 +64,11 @@ class Models:
                 f"sampling.scales={settings.scales}: this tokenizer's decoder needs all {len(layout.scales)} "
                 "scales; train one with tokenizer.attention=sit-scd or sit-sc"
             )
+        if settings.scales not in (0, len(layout.scales)) and self.prior.order != "natural":
+            raise RunError(
+                f"sampling.scales={settings.scales}: this prior writes scales in the order {self.prior.order}; "
+                "train one with prior.order=natural"
+            )
         if settings.guidance != 1 and not self.prior.condition.dropout:
             raise RunError(
                 f"guidance {settings.guidance:g}: this prior was trained without dropping its condition; use 1, "
@@ -78,6 +83,7 @@ class Models:
         prefix: Tokens | None = None,
         known: Tokens | None = None,
         keep: Tensor | None = None,
+        whole: Sequence[int] = (),
     ) -> Tokens:
         """Tokens of one sample a prompt, on the CPU, drawn in batches; arguments as in ``stages.prior.sampling``.
 
@@ -101,7 +107,7 @@ class Models:
                 forced = None if begun is None else begun.to(self.device)
             # bfloat16 where it is fast; a CPU samples in float32
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                tokens = sample(self.prior, asked, settings, chosen, forced, there, kept)
+                tokens = sample(self.prior, asked, settings, chosen, forced, there, kept, whole)
             parts.append(tokens[: count - start].to("cpu"))
         return Tokens.cat(parts)
 

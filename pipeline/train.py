@@ -31,6 +31,7 @@ from pipeline.run import RunError, need, stage_folder
 from stages.conditions.text import TextCondition
 from stages.contract import Prior, Prompts
 from stages.factory import build_grammar, build_prior, build_tokenizer, condition_kind
+from stages.grammar import PlacedGrammar
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
 from stages.prior.sampling import check_sampling
@@ -104,8 +105,9 @@ def train_prior(config: Config) -> Path:
         if isinstance(prior.condition, TextCondition):
             prior.condition.set_empty(TokenReader(config.tokens.path, "train").empty_caption())
         grammar = build_grammar(manifest.layout)  # the loader's own: the prior's goes where the prior goes
-        if grammar is not None:
+        if isinstance(grammar, PlacedGrammar):
             tokens.cut_and_note(prior.max_length, grammar.annotate)
+        if grammar is not None:
             print(tokens.lengths_report())
         pictures: list[Callback] = []
         if Path(config.tokenizer.path).exists():

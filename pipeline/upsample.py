@@ -47,13 +47,11 @@ class UpsampleRequest(Request):
 
 
 def rung_of(layout: TokenLayout, side: int, what: str) -> int:
-    """Number of scales that decode to a square of ``side`` pixels. Raises RunError that lists the sides."""
-    sides = [scale.image_size[0] for scale in layout.scales]
-    if side not in sides:
-        raise RunError(
-            f"{what} has {side} px; allowed: {', '.join(map(str, sides))}, the sizes of this tokenizer's scales"
-        )
-    return sides.index(side) + 1
+    """Number of scales that a square of ``side`` pixels has. Raises RunError that lists the sides."""
+    if (side, side) not in layout.rungs:
+        sides = ", ".join(str(height) for height, _ in layout.rungs)
+        raise RunError(f"{what} has {side} px; allowed: {sides}, the sizes of this tokenizer's scales")
+    return layout.rungs[side, side]
 
 
 def upsample_pixels(
@@ -75,7 +73,7 @@ def upsample_pixels(
     or for a ``to`` below the full size where the decoder is dense.
     """
     layout = models.tokenizer.layout
-    if not layout.encodes_prefixes:
+    if len(layout.rungs) < 2:
         raise PrefixUnsupported(f"upsampling needs a scale-causal encoder: {DENSE_ENCODER}")
     if pixels.shape[-1] != pixels.shape[-2]:
         raise RunError(f"an image of {pixels.shape[-1]}x{pixels.shape[-2]} px; upsampling takes square ones")
@@ -92,9 +90,12 @@ def upsample_pixels(
         raise RunError(f"exact={exact}; allowed: 0 or more rounds")
     if not 0 <= detail <= 1:
         raise RunError(f"detail={detail:g}; allowed: 0 to 1")
+    if stop < len(layout.scales) and not layout.encodes_prefixes:
+        raise RunError(f"to={to}: this tokenizer decodes to the full size only; leave to= out")
     settings = dataclasses.replace(settings, scales=stop if stop < len(layout.scales) else 0)
     models.check(settings)
-    made = models.decode(models.draw(prompts, settings, seeds, prefix=models.encode(pixels)))
+    drawn = models.draw(prompts, settings, seeds, prefix=models.encode(pixels), whole=range(start))
+    made = models.decode(drawn)
     return blend(back_project(made, pixels, exact), pixels, detail)
 
 

@@ -96,7 +96,7 @@ class ListGrammar(Grammar):
         return known & inside & later & real & ~ended
 
     def annotate(self, tokens: Tokens) -> Tensor:
-        notes = tokens.ids[..., :2].roll(1, dims=1)
+        notes = tokens.ids[..., :2].long().roll(1, dims=1)
         notes[:, :1] = -1
         self.check(tokens, notes)
         return notes.masked_fill(~tokens.counted.unsqueeze(-1), 0).int()

@@ -37,6 +37,8 @@ class SplitInfo:
     shards: tuple[ShardInfo, ...]
     captions_cut: int = 0
     """Captions that were too long for the text encoder."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """What the tokenizer remarked of the samples, by name: values clipped, images of lower quality."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -149,12 +149,13 @@ class TokenDataModule(L.LightningDataModule):
     def lengths_report(self) -> str:
         """How long the training streams are, and how many of them are cut."""
         lengths = TokenReader(self.tokens_path, "train").lengths
-        most = self._finish.max_length if self._finish is not None else int(lengths.max(initial=0))
+        report = f"{self.tokens_path}: {lengths.mean():.1f} elements on average, {lengths.max(initial=0)} at most"
+        if self._finish is None:
+            return report
+        most = self._finish.max_length
         cut = int((lengths > most).sum())
-        return (
-            f"{self.tokens_path}: streams of {lengths.mean():.1f} elements, {lengths.max(initial=0)} at most; {cut} of "
-            f"{len(lengths)} ({cut / max(1, len(lengths)):.2%}) are longer than prior.max_length={most} and cut"
-        )
+        share = cut / max(1, len(lengths))
+        return f"{report}; {cut} of {len(lengths)} ({share:.2%}) are longer than prior.max_length={most} and cut"
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """An endless loader: the trainer counts steps."""

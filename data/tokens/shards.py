@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,8 @@ class Block:
     list: captions are not encoded."""
     captions_cut: int = 0
     """How many captions were too long for the text encoder."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """What the tokenizer remarked of these samples (``Tokens.remarks``), summed up over samples and views."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class ShardInfo:
     """Keys of images that could not be read."""
     captions_cut: int = 0
     """Captions that were too long for the text encoder."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """What the tokenizer remarked, by name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -78,6 +84,14 @@ class ShardInfo:
     def from_dict(cls, data: dict[str, Any]) -> ShardInfo:
         """The inverse of ``to_dict``. Raises TypeError or KeyError on foreign data."""
         return cls(**{**data, "skipped": tuple(data["skipped"])})
+
+
+def total_remarks(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums of remarks by name; a sum of 0 is a remark, too."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
 
 
 def shard_name(number: int) -> str:
@@ -105,6 +119,7 @@ class ShardWriter:
         self._file = self._temporary.open("wb")
         self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0)
         self._count = self._blocks = self._captions = self._captions_cut = 0
+        self._remarks: Counter[str] = Counter()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -119,6 +134,7 @@ class ShardWriter:
         self._blocks += 1
         self._captions += sum(map(bool, block.texts))
         self._captions_cut += block.captions_cut
+        self._remarks.update(block.remarks)
 
     def commit(self, skipped: list[str]) -> ShardInfo:
         """Give the shard its name, then write its sidecar."""
@@ -136,6 +152,7 @@ class ShardWriter:
             captions=self._captions,
             skipped=tuple(skipped),
             captions_cut=self._captions_cut,
+            remarks=dict(self._remarks),
         )
         publish(self._temporary, self._path)
         write_atomically(self._path.with_suffix(".json"), to_json(info.to_dict()))

@@ -19,7 +19,7 @@ def draw_streams(tokenizer, count, seed):
     ids, lengths = [], torch.zeros(count, dtype=torch.int64)
     while state.going.any():
         lengths += state.going
-        allowed = tokenizer.grammar.allowed(state.notes).float()
+        allowed = tokenizer.grammar.allowed(state.notes, state.notes[:, :0]).float()
         ids.append(torch.multinomial(allowed, 1, generator=generator))
         tokenizer.grammar.advance(state, ids[-1])
     tokens = Tokens(torch.stack(ids, 1), lengths, header)
@@ -79,7 +79,7 @@ def test_illegal_streams_are_refused_at_their_first_offence(variant):
     tokens = tokenizer.encode(to_float(smooth(2)))
     place = int(tokens.lengths[1]) // 2
     notes = tokenizer.grammar.annotate(tokens)
-    wrong = int((~tokenizer.grammar.allowed(notes[1, place])).nonzero()[0])
+    wrong = int((~tokenizer.grammar.allowed(notes[1, place], notes[1, place, :0])).nonzero()[0])
     broken = Tokens(tokens.ids.clone(), tokens.lengths, tokens.header)
     broken.ids[1, place] = wrong
     name = tokenizer.grammar.names[wrong]
@@ -112,7 +112,10 @@ def after(tokenizer, names):
     for name in names:
         tokenizer.grammar.advance(state, torch.tensor([[tokenizer.grammar.names.index(name)]]))
     return tuple(
-        {tokenizer.grammar.names[i] for i in tokenizer.grammar.allowed(state.notes, strict)[0].nonzero()[:, 0]}
+        {
+            tokenizer.grammar.names[i]
+            for i in tokenizer.grammar.allowed(state.notes, state.notes[:, :0], strict)[0].nonzero()[:, 0]
+        }
         for strict in (True, False)
     )
 
@@ -175,7 +178,7 @@ def test_notes_are_the_same_token_by_token_and_at_once(variant, channels):
     assert not state.going.any()
     assert grammar.place(notes).shape == (*notes.shape[:2], grammar.place_width)
     assert grammar.known(notes).shape == (*notes.shape[:2], grammar.known_width)
-    planes = grammar.scale_of(notes)[tokens.counted]
+    planes = grammar.reached(notes)[tokens.counted]
     assert planes.max() == tokenizer.planes - 1 and planes.min() == tokenizer.planes - tokens.header.max()
 
 

@@ -71,7 +71,7 @@ def test_only_what_stays_open_costs_bits(codec):
     model, tokens = prior(codec), codec.encode(images())
     tokens.notes = codec.grammar.annotate(tokens)
     output = model(tokens, PROMPTS)
-    allowed = codec.grammar.allowed(tokens.notes)
+    allowed = codec.grammar.allowed(tokens.notes, tokens.ids[..., :0])
     with torch.no_grad():  # by hand, step by step
         state = model.begin(PROMPTS, tokens.prefix(0), model.max_length)
         for position in range(20):
@@ -84,7 +84,7 @@ def test_only_what_stays_open_costs_bits(codec):
             model.advance(state, tokens.ids[:, position])
     assert ((output.illegal >= 0) & (output.illegal <= 1)).all() and output.illegal.sum() > 0
     torch.testing.assert_close(1 - output.illegal, torch.exp(-output.legal_nll))
-    ruled_out = (codec.grammar.allowed(tokens.notes, False) & ~allowed).any(-1) & tokens.counted
+    ruled_out = (codec.grammar.allowed(tokens.notes, tokens.ids[..., :0], False) & ~allowed).any(-1) & tokens.counted
     assert ruled_out.any() and (output.saved[ruled_out] > 0).all()
     assert output.saved[~ruled_out].abs().max() < 1e-5
 
@@ -235,12 +235,12 @@ def test_measures_add_up(codec):
     notes, by_hand = codec.grammar.annotate(tokens), 0.0
     for row in range(5):
         for position in range(int(tokens.lengths[row])):
-            by_hand += math.log2(int(codec.grammar.allowed(notes[row, position]).sum()))
+            by_hand += math.log2(int(codec.grammar.allowed(notes[row, position], notes[row, position, :0]).sum()))
     assert found["uniform_bits"] == pytest.approx(3 + by_hand / 5)
     assert found["uniform_bits_saved"] > 0 and found["prior_bits_saved"] > 0
     assert sum(use.num_tokens for use in code_use(tokens, codec.layout)) == int(tokens.lengths.sum())
     scales = scale_ids(tokens, codec.layout)
-    assert torch.equal(scales[tokens.counted], codec.grammar.scale_of(notes)[tokens.counted])
+    assert torch.equal(scales[tokens.counted], codec.grammar.reached(notes)[tokens.counted])
 
 
 def test_what_a_stream_needs_is_asked_for(codec):

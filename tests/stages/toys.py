@@ -43,7 +43,7 @@ class FixedPrior(Prior):
     def forward(self, tokens, prompts):
         raise AssertionError("sampling asks for logits only")
 
-    def begin(self, prompts, prefix, length):
+    def begin(self, prompts, prefix, length, whole=()):
         self.seen = []
         return prompts.labels
 
