@@ -6,6 +6,7 @@ train-prior       learn to write such tokens                    (stage 2)
 eval              measure both, write metrics.json and report.html
 sample            draw new images: classes=… text=… count=… seed=… out=…
 upsample          make a small image large: input=… to=… and the keys of sample
+colorize          give a gray image colours: input=… and the keys of sample (prior.order=luma_first)
 edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
 studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
 rates             bits beside PSNR of evaluations and of image formats: runs=folder,folder out=…
@@ -35,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "eval": ("pipeline.evaluate", "evaluate", None),
     "sample": ("pipeline.sample", "sample_images", "SampleRequest"),
     "upsample": ("pipeline.upsample", "upsample_images", "UpsampleRequest"),
+    "colorize": ("pipeline.colorize", "colorize_images", "ColorizeRequest"),
     "edit": ("pipeline.edit", "edit_images", "EditRequest"),
     "studio": ("pipeline.studio", "run_studio", "StudioRequest"),
     "rates": ("pipeline.rates", "compare_rates", "RatesRequest"),

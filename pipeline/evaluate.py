@@ -27,7 +27,9 @@ from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
+from pipeline.evaluate_colours import check_colours, measure_colouring
 from pipeline.evaluate_grids import show_grids, show_growing, shown_settings
+from pipeline.evaluate_lists import measure_lists
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
 from pipeline.evaluate_streams import bits_of_scales, measure_rates, show_finished
 from pipeline.evaluation_images import Images, prompts_of, read_images
@@ -76,6 +78,7 @@ def evaluate(config: Config) -> Path:
     source = open_source(config.images, "val")
     if models is not None:
         check_classes(models, source)
+        check_colours(config, models)
     folder = empty_folder(Path(config.run) / "eval" / config.eval.name)
 
     val = read_images(source, config.images, config.eval.num_images)
@@ -89,11 +92,12 @@ def evaluate(config: Config) -> Path:
     own = Contender(tokenizer, judge)
     metrics["ladder"] = measure_ladder(config, own, baseline, models, val, made, device, skipped)
     streams = metrics["streams"] = measure_rates(config, tokenizer, models, val, made, measured)
+    metrics["lists"] = measure_lists(config, tokenizer, val, made)
     bits, header_bits = (None, 0.0) if streams is None else (bits_of_scales(streams), streams["header_bits"])
     if models is None:
         skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
-        if config.eval.upsample_from or config.eval.edit_frozen:
-            skipped.append("upsampling and editing: without a prior nothing writes the finer scales")
+        if config.eval.upsample_from or config.eval.edit_frozen or config.eval.num_colorized:
+            skipped.append("upsampling, editing and colouring: without a prior nothing writes what is missing")
     else:
         asked = prompts_of(models, val.labels, val.texts)
         if streams is None:
@@ -105,6 +109,8 @@ def evaluate(config: Config) -> Path:
         metrics["samples"] = measure_samples(config, folder, models, reference, judge, skipped)
         if config.eval.upsample_from:
             metrics["upsampling"] = measure_upsampling(config, folder, models, val, made, judge)
+        if config.eval.num_colorized:
+            metrics["colouring"] = measure_colouring(config, folder, models, val, made, train, judge)
         show_finished(config, folder, models, val, made.tokens)
         if config.eval.edit_frozen:
             metrics["editing"] = measure_editing(

@@ -18,7 +18,7 @@ from data.layout import Tokens
 from pipeline.config import Config, to_plain
 from pipeline.edit import edit_pixels
 from pipeline.evaluation_images import Images, prompts_of
-from pipeline.evaluation_pictures import show_editing, show_upsampling
+from pipeline.evaluation_pictures import show_columns, show_upsampling
 from pipeline.models import DENSE_ENCODER, Models
 from pipeline.run import RunError
 from pipeline.upsample import DETAIL, EXACT_ROUNDS, upsample_pixels
@@ -40,11 +40,12 @@ SHOWN, SAMPLES_SHOWN = 8, 3
 def check_scales(config: Config, tokenizer: Tokenizer) -> None:
     """Raise RunError for upsampling or editing that the config asks for and this tokenizer cannot do."""
     layout, asked = tokenizer.layout, config.eval
-    for key, wanted in (("upsample_from", asked.upsample_from), ("edit_frozen", asked.edit_frozen)):
-        if wanted and not layout.encodes_prefixes:
-            raise RunError(f"eval.{key}={wanted}: {DENSE_ENCODER}, or leave eval.{key} out")
+    can = {"upsample_from": len(layout.rungs) > 1, "edit_frozen": layout.encodes_prefixes}
+    for key, able in can.items():
+        if getattr(asked, key) and not able:
+            raise RunError(f"eval.{key}={getattr(asked, key)}: {DENSE_ENCODER}, or leave eval.{key} out")
     if asked.upsample_from:
-        smaller = [scale.image_size[0] for scale in layout.scales[:-1]]
+        smaller = [height for height, _ in layout.rungs if height < layout.image_size[0]]
         if asked.upsample_from not in smaller:
             raise RunError(
                 f"eval.upsample_from={asked.upsample_from}; allowed: {', '.join(map(str, smaller))}, or 0 for none"
@@ -228,7 +229,7 @@ def measure_editing(
         found.append(entry)
     names = [text if told.uses_text else "" for text in new.texts]
     names = [text or class_names[label] for text, label in zip(names, new.labels.tolist(), strict=True)]
-    show_editing(folder, columns, names, SHOWN)
+    show_columns(folder / "editing.png", columns, names, SHOWN)
     return {
         "num_images": len(rows),
         "prompts": "of a held-out image of another class, drawn with eval.seed",

@@ -79,10 +79,10 @@ def show_upsampling(
     sheet(rows, column_labels=["input", "bicubic", *samples, "bound", "original"]).save(folder / "upsampling.png")
 
 
-def show_editing(folder: Path, columns: Sequence[tuple[str, Tensor]], prompts: Sequence[str], count: int) -> None:
-    """One row an image, named by its new prompt; ``columns`` are names with uint8 images."""
+def show_columns(path: Path, columns: Sequence[tuple[str, Tensor]], names: Sequence[str], count: int) -> None:
+    """One row an image, ``count`` of them, with their names if any; ``columns`` are names with uint8 images."""
     rows = list(zip(*(pixels[:count] for _, pixels in columns), strict=True))
-    sheet(rows, prompts[:count], [name for name, _ in columns]).save(folder / "editing.png")
+    sheet(rows, names[:count], [name for name, _ in columns]).save(path)
 
 
 def show_neighbours(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from pipeline.report_curves import draw_curves
+from pipeline.report_lists import colouring_part, lists_part
 from pipeline.report_scales import editing_part, ladder_part, upsampling_part
 from pipeline.report_streams import growing_part, streams_part
 from pipeline.report_tables import class_table, code_table, prefix_table, same_backbone, section
@@ -90,7 +91,9 @@ def write_report(folder: Path, metrics: dict[str, Any], run: Path) -> Path:
         class_table(metrics),
         growing_part(folder),
         streams_part(metrics),
+        lists_part(metrics),
         upsampling_part(metrics, folder),
+        colouring_part(metrics, folder),
         editing_part(metrics, folder),
         section(
             "Nearest training images",

@@ -153,7 +153,9 @@ class ListGrammar(Grammar):
         closed = torch.isin(self.scale_of[: self.end].cpu(), torch.tensor(list(scales), dtype=torch.int64))
         ranks = self.rank_of[: self.end].cpu()
         if closed.any() and not bool(closed[ranks < int(closed.sum())].all()):
-            raise InputError(f"prior.order={self.order} has other scales before these: {sorted(scales)}")
+            raise InputError(
+                f"prior.order={self.order} writes other scales before these; train a prior with another prior.order"
+            )
         state.inner = int(closed.sum()) - 1
 
     def allowed_next(self, state: GrammarState, partial: Tensor) -> Tensor:

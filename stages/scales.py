@@ -1,6 +1,8 @@
-"""To which scale each element belongs, in layouts of fixed length and in streams."""
+"""To which scale each element belongs, in layouts of fixed length, in streams and in lists."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,3 +21,15 @@ def scale_ids(tokens: Tokens, layout: TokenLayout, grammar: Grammar | None = Non
     grammar = grammar or build_grammar(layout)
     assert grammar is not None
     return grammar.scales(tokens)
+
+
+def keep_scales(tokens: Tokens, layout: TokenLayout, scales: Sequence[int], grammar: Grammar | None = None) -> Tokens:
+    """The elements of some scales, in their order; notes and remarks are dropped."""
+    kept = (
+        torch.isin(scale_ids(tokens, layout, grammar), torch.tensor(list(scales), device=tokens.ids.device))
+        & tokens.counted
+    )
+    order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
+    lengths = kept.sum(1)
+    ids = tokens.ids.gather(1, order.unsqueeze(-1).expand_as(tokens.ids))
+    return Tokens(ids[:, : int(lengths.max())], lengths, tokens.header)

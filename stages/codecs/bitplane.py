@@ -27,6 +27,7 @@ from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.codecs import kernels
 from stages.codecs.grammar import NAMES, BitplaneGrammar, Variant
 from stages.contract import Tokenizer
+from stages.scales import keep_scales
 from stages.spectral.colour import to_rgb, to_ycbcr
 from stages.spectral.nested import largest_coefficient, levels_of, nested_dwt, nested_idwt
 from stages.tokenizer.config import TokenizerConfig
@@ -176,9 +177,7 @@ class BitplaneCodec(Tokenizer):
         return pixels  # every plane decodes to a likeness of the whole image
 
     def first_scales(self, tokens: Tokens, num_scales: int) -> Tokens:
-        early = (self.grammar.scales(tokens) < num_scales) & tokens.counted
-        lengths = early.sum(1)
-        return Tokens(tokens.ids[:, : int(lengths.max())], lengths, tokens.header)
+        return keep_scales(tokens, self.layout, range(num_scales), self.grammar)
 
     # ------------------------------------------------------------------ how new images begin
 

@@ -14,7 +14,7 @@ What is notable here:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from data.errors import InputError
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.contract import RefusedImage, Tokenizer
 from stages.lists import ListGrammar
+from stages.scales import keep_scales
 from stages.spectral.colour import to_rgb, to_ycbcr
 from stages.spectral.dct import block_dct, block_idct, frequencies_by_shell, pad_to_multiple, shell
 from stages.spectral.jpeg import double, halve, quantization_table
@@ -232,7 +233,8 @@ class SparseDCTCodec(Tokenizer):
         block = self._block_of(pixels)
         if block < self.config.block:
             octaves = block.bit_length()
-            tokens = self.first_scales(tokens, octaves * (len(self.layout.scales) // self.config.block.bit_length()))
+            kept = octaves * len(self.layout.scales) // self.config.block.bit_length()
+            tokens = replace(self.first_scales(tokens, kept), remarks=tokens.remarks)
         return tokens
 
     def quantise(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,17 +314,7 @@ class SparseDCTCodec(Tokenizer):
         return self.to_pixels(self.to_coefficients(pixels) * kept.to(pixels.device))
 
     def first_scales(self, tokens: Tokens, num_scales: int) -> Tokens:
-        lengths = ((self.grammar.scales(tokens) < num_scales) & tokens.counted).sum(1)
-        return Tokens(tokens.ids[:, : int(lengths.max())], lengths, tokens.header, None, tokens.remarks)
-
-    def planes_only(self, tokens: Tokens, planes: str) -> Tokens:
-        """The elements of scales that carry ``planes``, luma or chroma, without the end."""
-        mine = torch.tensor([scale.planes == planes for scale in self.layout.scales], device=tokens.ids.device)
-        kept = mine[self.grammar.scales(tokens)] & tokens.counted & (tokens.ids[..., 0] != self.grammar.end)
-        order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
-        lengths = kept.sum(1)
-        ids = tokens.ids.gather(1, order.unsqueeze(-1).expand_as(tokens.ids))[:, : int(lengths.max())]
-        return Tokens(ids, lengths, tokens.header)
+        return keep_scales(tokens, self.layout, range(num_scales), self.grammar)
 
     # ------------------------------------------------------------------ what is measured
 

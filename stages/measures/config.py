@@ -37,6 +37,8 @@ class EvalConfig:
     """Side in pixels of the small images that are upsampled, one of the scales'; 0 leaves upsampling out."""
     num_upsampled: int = 1000
     """Held-out images (of ``num_images``) that are reduced and upsampled."""
+    num_colorized: int = 0
+    """Held-out images (of ``num_images``) whose luma is coloured anew; 0 leaves colouring out."""
     edit_frozen: list[int] = field(default_factory=list)
     """Numbers of scales to keep when held-out images are edited; none leaves editing out."""
     num_edited: int = 200

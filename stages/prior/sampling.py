@@ -22,7 +22,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.contract import Prior, Prompts
-from stages.scales import scale_ids
+from stages.scales import keep_scales
 
 NOISE_CHUNK = 1024
 """Elements for which random numbers are drawn at once."""
@@ -174,14 +174,8 @@ def sample(
     made.ids = ids.masked_fill(~made.counted.unsqueeze(-1), 0)
     if settings.scales and not fixed:
         # of a list an element of the next scale says that these are complete
-        made = _first_scales(made, settings.scales, prior)
+        made = keep_scales(made, layout, range(settings.scales), prior.grammar)
     return prior.restore(made)
-
-
-def _first_scales(tokens: Tokens, num_scales: int, prior: Prior) -> Tokens:
-    early = (scale_ids(tokens, prior.layout, prior.grammar) < num_scales) & tokens.counted
-    lengths = early.sum(1)
-    return Tokens(tokens.ids[:, : int(lengths.max())], lengths, tokens.header)
 
 
 def _uniform(generators: Sequence[torch.Generator], count: int, num_fields: int) -> Tensor:

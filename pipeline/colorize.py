@@ -1,0 +1,120 @@
+"""colorize: a gray image becomes one in colour. Its luma is the beginning; the prior writes the chroma.
+
+What is notable here: only the order is special, ``prior.order=luma_first``, in which a prior of images in colour writes
+luma before chroma (Nash et al., arXiv 2103.03841, section 5). The gray image is known exactly, its tokens only within
+the code's error: the result has the given luma, and the chroma that was drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from data.images.config import ImagesConfig
+from data.images.source import decode
+from data.images.views import plain_image, view_pixels
+from data.layout import TokenLayout
+from pipeline.config import Config
+from pipeline.models import Models, check_images, load_models
+from pipeline.requests import Request, find_inputs, parse_prompts, save_pictures, to_prompts
+from pipeline.run import RunError
+from stages.contract import Prompts
+from stages.measures.colouring import luma_of, with_luma
+from stages.measures.pictures import sheet
+from stages.prior.sampling import SamplingConfig
+from stages.scales import keep_scales
+
+NUM_SHOWN = 8
+"""Inputs on the contact sheet."""
+
+
+@dataclass
+class ColorizeRequest(Request):
+    """What to colour."""
+
+    input: str = ""
+    """A gray image, or a folder of them; cut and resized like the run's own."""
+    color: str = "refuse"
+    """What to do with an input that has colour: refuse it, or drop its colour."""
+    out: str = "${run}/colorized"
+    """Folder for sheet.png and the single images."""
+
+
+def luma_scales(layout: TokenLayout) -> list[int]:
+    """Numbers of the scales that carry luma alone. Raises RunError where there are none."""
+    found = [number for number, scale in enumerate(layout.scales) if scale.planes == "luma"]
+    if not found:
+        raise RunError(
+            "colouring needs tokens that hold luma and chroma apart: tokenizer.kind=sparse-dct with images.channels=3"
+        )
+    return found
+
+
+def check_colouring(models: Models) -> None:
+    """Raise RunError for a tokenizer without a luma of its own, or a prior that does not write it first."""
+    luma_scales(models.tokenizer.layout)
+    if models.prior.order != "luma_first":
+        raise RunError(
+            f"colouring needs a prior that writes luma first, this one has prior.order={models.prior.order}; train one "
+            "with prior.order=luma_first"
+        )
+
+
+def colorize_pixels(
+    models: Models, gray: Tensor, prompts: Prompts, settings: SamplingConfig, seeds: Sequence[int]
+) -> Tensor:
+    """Images uint8 [B, 3, H, W] of gray ones uint8 [B, 1, H, W], one prompt and one seed each.
+
+    Raises RunError for images of another size, and for models that cannot colour.
+    """
+    check_colouring(models)
+    check_images(models.tokenizer, 3, *gray.shape[-2:])
+    settings = dataclasses.replace(settings, scales=0)
+    models.check(settings)
+    layout = models.tokenizer.layout
+    luma = luma_scales(layout)
+    prefix = keep_scales(models.encode(gray.expand(-1, 3, -1, -1)), layout, luma)
+    made = models.decode(models.draw(prompts, settings, seeds, prefix=prefix, whole=luma))
+    return with_luma(made, gray)
+
+
+def read_gray(path: Path, images: ImagesConfig, color: str) -> Tensor:
+    """The luma uint8 [1, size, size] of an image file, seen like the run's own.
+
+    Raises RunError for one in colour unless its colour is dropped, CorruptImage for an unreadable one.
+    """
+    image = plain_image(decode(path, str(path)), 3, images.background)
+    pixels = view_pixels(image, images, images.eval_view)
+    spread = pixels.int().amax(0) - pixels.int().amin(0)
+    if color == "refuse" and int(spread.max()) > 0:
+        raise RunError(f"{path} has colour already; give a gray image, or color=drop to colour it anew")
+    return luma_of(pixels.unsqueeze(0))[0]
+
+
+def colorize_images(config: Config, request: ColorizeRequest) -> Path:
+    """Write ``sheet.png`` (input, results) and one PNG a result. Returns the sheet's path."""
+    if request.color not in ("refuse", "drop"):
+        raise RunError(f"color={request.color}; allowed: refuse, drop")
+    files = find_inputs(request.input)
+    gray = [read_gray(file, config.images, request.color) for file in files]
+    models = load_models(config)
+    asked = parse_prompts(request, models.prior, every_class=False)
+    repeated = [prompt for prompt in asked for _ in range(request.count)]
+    prompts = to_prompts(models, repeated)
+    out, rows = Path(request.out), []
+    for number, (file, one) in enumerate(zip(files, gray, strict=True)):
+        seeds = [request.seed + number * len(repeated) + index for index in range(len(repeated))]
+        made = colorize_pixels(models, one.expand(len(repeated), -1, -1, -1), prompts, config.sampling, seeds)
+        parts = zip(repeated, seeds, strict=True)
+        names = [f"{file.stem}-{prompt.file_name + '-' if prompt.name else ''}{seed:06d}" for prompt, seed in parts]
+        save_pictures(out, names, made)
+        rows.append([one.expand(3, -1, -1), *made])
+    names = [prompt.name or f"{request.count} results" for prompt in asked]
+    columns = ["input", *(name if not index else "" for name in names for index in range(request.count))]
+    sheet(rows[:NUM_SHOWN], [file.stem for file in files[:NUM_SHOWN]], columns).save(out / "sheet.png")
+    print(f"wrote {out / 'sheet.png'} and {len(repeated) * len(files)} images beside it")
+    return out / "sheet.png"

@@ -1,0 +1,264 @@
+"""The prior over lists: chunks and their past, cached steps against the full pass, orders, and what cannot come."""
+
+import pytest
+import torch
+
+from data.layout import Tokens
+from stages.conditions.labels import ClassConditionConfig
+from stages.contract import FORBIDDEN, Prompts
+from stages.factory import build_grammar, build_prior
+from stages.prior.chunked import ChunkedPriorConfig
+from stages.prior.dense import DenseImage
+from stages.prior.sampling import SamplingConfig, sample
+from stages.prior.transformer import TransformerPriorConfig
+from stages.scales import keep_scales, scale_ids
+from tests.stages import toys
+from tests.stages.dct_lists import chunked, codec, noise
+
+PROMPTS = Prompts.of_labels(torch.tensor([0, 1, -1, 1]))
+KINDS = [("natural", 1), ("natural", 3), ("luma_first", 3)]
+
+
+def made(channels, **keys):
+    coder = codec(channels=channels, block=4, quality=30, **keys)
+    coder.fit([(noise(6, channels=channels), torch.zeros(6))])
+    return coder, coder.encode(noise(4, channels=channels, seed=1))
+
+
+@pytest.mark.parametrize(("order", "channels"), KINDS)
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_cached_steps_equal_the_full_pass(order, channels, chunk):
+    coder, tokens = made(channels)
+    prior = chunked(coder.layout, order=order, chunk=chunk)
+    with torch.no_grad():
+        full = prior(tokens, PROMPTS)
+        arranged, taken = prior.grammar.sort(tokens)
+        for row, cut in ((3, 0), (3, 9), (2, 5), (0, 0)):
+            one, length = arranged[row : row + 1], int(tokens.lengths[row])
+            state = prior.begin(PROMPTS[row : row + 1], one.prefix(cut), coder.layout.length)
+            for place in range(cut, length):
+                element = one.ids[:, place]
+                for field in range(3):
+                    logits = prior.logits(state, element[:, :field])
+                    wanted = full.nll[row, taken[row, place], field]
+                    assert torch.allclose(-logits.log_softmax(-1)[0, element[0, field]], wanted, atol=2e-4)
+                prior.advance(state, element)
+            assert prior.ended(state, len(coder.layout.scales)).all()
+
+
+def test_a_step_may_skip_the_logits():
+    """What is forced is not asked for, and must be seen all the same."""
+    coder, tokens = made(3)
+    prior = chunked(coder.layout)
+    one = tokens[3:4]
+    with torch.no_grad():
+        asked = prior.begin(PROMPTS[:1], one.prefix(3), coder.layout.length)
+        silent = prior.begin(PROMPTS[:1], one.prefix(3), coder.layout.length)
+        for place in range(3, 12):
+            for field in range(3):
+                prior.logits(asked, one.ids[:, place, :field])
+            prior.advance(asked, one.ids[:, place])
+            prior.advance(silent, one.ids[:, place])
+        nothing = one.ids[:, 0, :0]
+        assert torch.allclose(prior.logits(asked, nothing), prior.logits(silent, nothing), atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("patch", [2, 4])
+def test_a_chunk_and_its_past_are_the_whole_list(channels, patch):
+    coder, tokens = made(channels)
+    dense = DenseImage(coder.grammar, patch)
+    whole = dense(tokens)
+    values = coder.to_values(tokens)
+    assert whole.shape == (4, dense.num_patches, dense.width)
+    assert torch.equal(whole.flatten(1).sort().values, values.float().sort().values)
+    for start, stop in ((0, 7), (7, 14), (14, 1000)):
+        past = dense(tokens.prefix(start))
+        part = Tokens(tokens.ids[:, start:stop], (tokens.lengths - start).clamp(0, stop - start), tokens.header)
+        after = dense(Tokens(tokens.ids[:, stop:], (tokens.lengths - stop).clamp(min=0), tokens.header))
+        assert torch.equal(past + dense(part) + after, whole)
+        assert not (past * dense(part)).any()
+
+
+def test_patches_hold_the_blocks_of_one_place():
+    coder = codec((32, 32))  # 4x4 blocks of luma, 2x2 of each chroma
+    dense = DenseImage(coder.grammar, 2)
+    assert dense.num_patches == 4 and dense.width == 4 * 64 + 2 * 64
+    patches = torch.arange(4)
+    assert torch.equal(dense.patch_of[1, :4], patches) and coder.grammar.plane_of[1] == 1
+    assert dense.patch_of[0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert dense.row_of[1, :4].tolist() == [0, 0, 2, 2] and dense.column_of[1, :4].tolist() == [0, 2, 0, 2]
+    with pytest.raises(ValueError, match="patch=1; allowed: multiples of 2"):
+        DenseImage(coder.grammar, 1)
+    with pytest.raises(ValueError, match="patch=3; allowed: multiples of 2"):
+        DenseImage(coder.grammar, 3)
+
+
+@pytest.mark.parametrize(("order", "channels"), KINDS)
+def test_illegal_continuations_have_no_probability(order, channels):
+    """At random places of real lists: every id that the masks forbid breaks the list, every other continues it."""
+    coder, tokens = made(channels)
+    prior = chunked(coder.layout, order=order)
+    arranged, generator = prior.arrange(tokens), torch.Generator().manual_seed(0)
+    grammar = prior.grammar
+
+    def legal(past, element):
+        try:
+            grammar.annotate(Tokens.fixed(torch.cat([past, torch.tensor([element])])[None]))
+        except ValueError:
+            return False
+        return True
+
+    for place in torch.randint(0, int(arranged.lengths[3]), (6,), generator=generator).tolist():
+        past = arranged.ids[3, :place]
+        with torch.no_grad():
+            state = prior.begin(PROMPTS[:1], Tokens.fixed(past[None]), coder.layout.length)
+            channels_, positions = grammar.end + 1, grammar.num_positions
+            zero, some = coder.largest, coder.largest + 1
+            may = (prior.logits(state, past.new_zeros(1, 0)) > FORBIDDEN / 2)[0].tolist()
+            for channel in range(channels_):
+                value = zero if channel == grammar.end else some
+                fits = [legal(past, [channel, position, value]) for position in range(positions)]
+                assert may[channel] == any(fits)
+                if not may[channel]:
+                    continue
+                allowed = grammar.allowed(state.stream.notes, torch.tensor([[channel]]))[0].tolist()
+                assert allowed == fits
+                first = torch.tensor([[channel, fits.index(True)]])
+                values = grammar.allowed(state.stream.notes, first)[0].tolist()
+                assert values == [legal(past, [*first[0].tolist(), v]) for v in range(2 * zero + 1)]
+
+
+@pytest.mark.parametrize(("order", "channels"), KINDS)
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_what_is_sampled_is_a_list_and_does_not_depend_on_its_batch(order, channels, guidance):
+    coder, _ = made(channels)
+    prior = chunked(coder.layout, order=order)
+    settings = SamplingConfig(guidance=guidance, temperature=[0.7])
+    drawn = sample(prior, PROMPTS, settings, [3, 4, 5, 6])
+    coder.grammar.annotate(drawn)  # in natural order, or this raises
+    ends = drawn.ids[torch.arange(4), drawn.lengths - 1, 0]
+    assert (ends == coder.grammar.end).all() and len(set(drawn.lengths.tolist())) > 1
+    for row in range(4):
+        alone = sample(prior, PROMPTS[row : row + 1], settings, [3 + row])
+        assert torch.equal(alone.ids[0], drawn.ids[row, : int(drawn.lengths[row])])
+
+
+def test_prefixes_are_kept_and_closed_scales_stay_closed():
+    coder, tokens = made(3)
+    prior = chunked(coder.layout)
+    prefix = tokens.prefix(2)  # of many more that these scales could have
+    assert (scale_ids(prefix, coder.layout)[prefix.counted] < 2).all()
+    drawn = sample(prior, PROMPTS, SamplingConfig(), range(4), prefix=prefix, whole=[0, 1])
+    for row in range(4):
+        length = int(prefix.lengths[row])
+        assert torch.equal(drawn.ids[row, :length], prefix.ids[row, :length])
+    first, given = coder.first_scales(drawn, 2), coder.first_scales(prefix, 2)
+    assert torch.equal(first.lengths, given.lengths)
+    # without that, more of them may come
+    free = [sample(prior, PROMPTS, SamplingConfig(), range(s, s + 4), prefix=prefix) for s in range(0, 80, 4)]
+    assert any((coder.first_scales(each, 2).lengths > given.lengths).any() for each in free)
+
+
+def test_luma_first_writes_chroma_to_a_given_luma():
+    coder, tokens = made(3)
+    prior = chunked(coder.layout, order="luma_first")
+    luma = [number for number, scale in enumerate(coder.layout.scales) if scale.planes == "luma"]
+    prefix = keep_scales(tokens, coder.layout, luma)
+    drawn = sample(prior, PROMPTS, SamplingConfig(), range(4), prefix=prefix, whole=luma)
+    kept = keep_scales(drawn, coder.layout, luma)
+    assert torch.equal(kept.lengths, prefix.lengths)
+    assert torch.equal(
+        kept.ids.masked_fill(~kept.counted[..., None], 0), prefix.ids.masked_fill(~prefix.counted[..., None], 0)
+    )
+    with pytest.raises(ValueError, match="luma_first writes other scales before these"):
+        sample(prior, PROMPTS, SamplingConfig(), range(4), prefix=coder.first_scales(tokens, 2), whole=[0, 1])
+    with pytest.raises(ValueError, match="natural writes other scales before these"):
+        sample(chunked(coder.layout), PROMPTS, SamplingConfig(), range(4), prefix=prefix, whole=luma)
+
+
+def test_sampling_stops_after_the_scales_asked_for():
+    coder, _ = made(1)
+    prior = chunked(coder.layout)
+    whole = sample(prior, PROMPTS, SamplingConfig(), range(4))
+    part = sample(prior, PROMPTS, SamplingConfig(scales=1), range(4))
+    wanted = coder.first_scales(whole, 1)
+    assert torch.equal(part.lengths, wanted.lengths) and torch.equal(part.ids, wanted.ids)
+
+
+def test_training_judges_one_chunk_and_takes_early_ones_more_often():
+    coder, tokens = made(1)
+    tokens = tokens[3:4]
+    length = int(tokens.lengths[0])
+    assert length > 3 * 7
+    for bias in (0.0, 2.0):
+        prior = chunked(coder.layout, early_bias=bias)
+        whole = prior(tokens, PROMPTS[:1])
+        assert whole.judged is None and (whole.nll[0, :length] > 0).any(-1).all()
+        prior.train()
+        starts = torch.zeros(length)
+        for seed in range(300):
+            torch.manual_seed(seed)
+            numbers = prior._drawn_chunks(tokens.lengths)
+            starts[int(numbers) * 7] += 1
+        counts = starts[::7] / 300
+        weights = torch.arange(1, len(counts) + 1).float() ** -bias
+        assert (counts - weights / weights.sum()).abs().max() < 0.1
+        torch.manual_seed(1)
+        output = prior(tokens, PROMPTS[:1])
+        chosen = output.judged[0].nonzero()[:, 0]
+        assert chosen[0] % 7 == 0 and len(chosen) == min(7, length - int(chosen[0]))
+        assert torch.allclose(output.nll[0, chosen], whole.nll[0, chosen], atol=1e-4)
+        assert not output.nll[~output.judged].any()
+
+
+def test_a_header_is_seen():
+    coder = codec(channels=1, overflow="lower")
+    tokens = coder.encode(noise(4, channels=1))
+    prior = chunked(coder.layout)
+    before = prior.nll(tokens, PROMPTS)
+    tokens.header += 1
+    assert not torch.allclose(before, prior.nll(tokens, PROMPTS))
+    with pytest.raises(ValueError, match="needs a prefix"):
+        sample(prior, PROMPTS, SamplingConfig(), range(4))
+
+
+def test_new_gates_are_closed():
+    """With gates of zero every decoder passes its input on; their gradients are not zero."""
+    coder, tokens = made(1)
+    torch.manual_seed(0)
+    config = ChunkedPriorConfig(width=32, heads=4, dropout=0.0, chunk=50, overlap=2)
+    prior = build_prior(config, ClassConditionConfig(), coder.layout, ["a", "b"])
+    x = torch.randn(2, 5, 32)
+    memory = torch.randn(2, 3, 32)
+    for decoder in prior.decoders:
+        assert torch.equal(decoder(x, decoder.remember(memory), None), x)
+    output = prior.train()(tokens, PROMPTS)
+    (output.nll.sum() + output.legal_nll.sum()).backward()
+    gates = [parameter.grad for name, parameter in prior.named_parameters() if name.endswith("gates")]
+    assert len(gates) == 14 and all((grad != 0).any() for grad in gates)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    coder, _ = made(1)
+    plain = ClassConditionConfig()
+    with pytest.raises(ValueError, match="set prior.kind=chunked"):
+        build_prior(TransformerPriorConfig(depth=1, width=32, heads=4), plain, coder.layout, ["a"])
+    with pytest.raises(ValueError, match="set prior.kind=transformer"):
+        build_prior(ChunkedPriorConfig(), plain, toys.layout(), ["a"])
+    for keys, message in (
+        ({"order": "reversed"}, "order='reversed'; allowed for lists: natural, luma_first"),
+        ({"heads": 5}, "no multiple"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"overlap": 0}, "overlap=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chunked(coder.layout, **keys)
+
+
+def test_scales_of_lists_do_not_depend_on_order():
+    coder, tokens = made(3)
+    grammar = build_grammar(coder.layout, order="luma_first")
+    sorted_, taken = grammar.sort(tokens)
+    natural = scale_ids(tokens, coder.layout)
+    assert torch.equal(scale_ids(sorted_, coder.layout, grammar), natural.gather(1, taken))
