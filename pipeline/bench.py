@@ -1,4 +1,4 @@
-"""bench: how fast a run's tokenizer encodes and decodes on this machine."""
+"""bench: how fast a run's tokenizer encodes and decodes on this machine, and what memory a prior over lists takes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import torch
 from data.images.sources import open_source
 from data.images.views import to_float
 from data.layout import Tokens
+from pipeline.bench_memory import measure_memory
 from pipeline.config import Config
 from pipeline.evaluation_images import read_images
 from pipeline.models import check_images
+from pipeline.requests import parse_numbers
 from pipeline.run import RunError, device_of, need
 from stages.factory import build_grammar
 from stages.measures.ladder import time_interleaved
@@ -30,6 +32,8 @@ class BenchRequest:
 
     repeats: int = 5
     """Timed passes over the images; one more comes first, untimed."""
+    memory: str = ""
+    """Image sides, comma-separated, at which the memory of a prior over lists is measured; empty: none."""
     out: str = "${run}/bench.json"
     """Where the figures go."""
 
@@ -72,6 +76,8 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
         spread = [len(images) / max(runs), len(images) / min(runs)]
         found["images_per_second"][name] = {"median": median, "slowest_and_fastest": spread}
         print(f"{name:10s} {median:10.0f} images/s ({spread[0]:.0f} to {spread[1]:.0f})")
+    if request.memory:
+        found["memory"] = measure_memory(config, parse_numbers(request.memory, "memory"))
     out = Path(request.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

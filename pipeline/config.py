@@ -244,6 +244,34 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
+        lambda c: (c.tokenizer.kind == "sparse-dct") != (c.prior.kind == "chunked"),
+        lambda c: (
+            f"tokenizer.kind={c.tokenizer.kind} with prior.kind={c.prior.kind}: lists need a prior that writes lists, "
+            f"and no other tokens do; set prior.kind={'chunked' if c.prior.kind != 'chunked' else 'transformer'}"
+        ),
+    ),
+    (
+        lambda c: c.images.channels == 3 and get(c, "tokenizer.chroma") == "4:2:0" and get(c, "prior.patch") % 2 == 1,
+        lambda c: (
+            f"prior.patch={get(c, 'prior.patch')} with tokenizer.chroma=4:2:0: a patch holds whole blocks of chroma; "
+            "set it to an even number"
+        ),
+    ),
+    (
+        lambda c: c.eval.num_colorized > 0 and get(c, "prior.order") != "luma_first",
+        lambda c: (
+            f"eval.num_colorized={c.eval.num_colorized} with prior.order={get(c, 'prior.order') or 'natural'}: "
+            "colouring needs a prior that writes luma first; set prior.order=luma_first, or eval.num_colorized=0"
+        ),
+    ),
+    (
+        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") == "luma_first",
+        lambda c: (
+            f"eval.upsample_from={c.eval.upsample_from} with prior.order=luma_first: a small image begins an image in "
+            "natural order only; set eval.upsample_from=0"
+        ),
+    ),
+    (
         lambda c: c.eval.timing_repeats < 0,
         lambda c: f"eval.timing_repeats={c.eval.timing_repeats}; allowed: 0 or more",
     ),

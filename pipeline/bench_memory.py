@@ -1,0 +1,75 @@
+"""The memory of a prior over lists by image size: what grows with the image, and what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from data.images.sources import open_source
+from data.images.views import to_float
+from data.layout import Tokens
+from pipeline.config import Config
+from pipeline.evaluation_images import read_images
+from pipeline.run import RunError
+from stages.contract import Prompts
+from stages.factory import build_prior, build_tokenizer
+from stages.measures.memory import saved_bytes
+from stages.prior.chunked import ChunkedPrior
+
+MEASURED = 8
+"""Images of which the one with the longest list is taken."""
+
+
+def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
+    """What one list costs in training at each image side: by chunks, and by one decoder over the whole list.
+
+    Nothing is trained for it; the parts are built as the config says. Raises RunError for a prior without chunks, and
+    for images whose lists do not fill one.
+    """
+    if config.prior.kind != "chunked":
+        raise RunError(f"memory= compares chunks with whole lists; prior.kind={config.prior.kind} has no chunks")
+    found = []
+    for side in sides:
+        images = dataclasses.replace(config.images, size=side)
+        source = open_source(images, "val")
+        pixels = read_images(source, images, MEASURED).pixels
+        tokenizer = build_tokenizer(config.tokenizer, (side, side), images.channels)
+        tokenizer.fit([(to_float(pixels), torch.full((len(pixels),), -1))])
+        tokens = tokenizer.encode(to_float(pixels))
+        row = int(tokens.lengths.argmax())
+        one = tokens[row : row + 1].prefix(int(tokens.lengths[row]))
+        length = one.ids.shape[1]
+        chunk: int = config.prior.chunk  # type: ignore[attr-defined]
+        if length < chunk:
+            raise RunError(f"lists of {side} px have {length} elements at most, less than prior.chunk={chunk}")
+        entry: dict[str, Any] = {"side": side, "elements": length, "chunk": chunk}
+        for name, size in (("by_chunks", chunk), ("whole", length)):
+            # the first chunk is always taken, a full one
+            settings = dataclasses.replace(config.prior, chunk=size, early_bias=1e3)  # type: ignore[call-arg]
+            prior = build_prior(settings, config.condition, tokenizer.layout, list(source.class_names))
+            assert isinstance(prior, ChunkedPrior)
+            entry[name] = bytes_of(prior, one)
+        found.append(entry)
+        print(
+            f"memory {side:4d} px, {length:6d} elements: "
+            + "; ".join(
+                f"{name.replace('_', ' ')} "
+                + ", ".join(f"{part} {size / 1e6:.1f}" for part, size in entry[name].items())
+                for name in ("by_chunks", "whole")
+            )
+            + " MB"
+        )
+    return found
+
+
+def bytes_of(prior: ChunkedPrior, tokens: Tokens) -> dict[str, int]:
+    """Bytes saved by the layers of the decoders, by the encoder, and by the rest: embeddings, logits and losses."""
+    parts: dict[str, list[torch.nn.Module]] = {
+        "decoders": list(prior.decoders),
+        "encoder": [*prior.encoder, prior.patches, prior.encoder_norm],
+    }
+    # keys and values are made of what the encoder says, and each decoder is given them
+    saved = saved_bytes(prior, tokens, Prompts.of_labels(torch.tensor([-1])), parts, {"decoders": "encoder"})
+    return {**saved, "total": sum(saved.values())}
