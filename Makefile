@@ -12,11 +12,11 @@ PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 # what only these commands understand must not reach the stages that they may have to run first
-OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% frozen=% guidances=% mask=% host=% port=% runs=% repeats=%
-KEYS    = $(PLACES) $(if $(filter sample upsample edit studio rates bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
+OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% mask=% host=% port=% runs=% repeats=%
+KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio rates bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
 SOURCES := data stages pipeline tests
 
-.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit studio rates bench text photos clean
+.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit colorize studio rates bench text photos clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -78,6 +78,8 @@ upsample: $(PRIOR) ## Make small images large: ARGS="input=small.png count=4"
 	$(OCTAVES) upsample $(PLACES) $(ARGS)
 edit: $(PRIOR) ## Keep coarse scales, redraw fine ones: ARGS="input=face.png frozen=1,2 classes=3"
 	$(OCTAVES) edit $(PLACES) $(ARGS)
+colorize: $(PRIOR) ## Give gray images colours: CONFIG=demo-dct-luma ARGS="input=gray.png count=4"
+	$(OCTAVES) colorize $(PLACES) $(ARGS)
 
 studio: $(PRIOR) ## Draw, upsample and edit in a browser: ARGS="port=8000"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[studio]'
@@ -85,7 +87,7 @@ studio: $(PRIOR) ## Draw, upsample and edit in a browser: ARGS="port=8000"
 
 rates: | install ## Bits beside PSNR of evaluations and image formats: ARGS="runs=runs/a/eval/default,runs/b/eval/default"
 	$(OCTAVES) rates $(PLACES) $(ARGS)
-bench: $(TOKENIZER) ## How fast the tokenizer encodes and decodes: ARGS="repeats=5"
+bench: $(TOKENIZER) ## How fast the tokenizer is, and memory of a prior over lists: ARGS="repeats=5 memory=64,128"
 	$(OCTAVES) bench $(PLACES) $(ARGS)
 
 text: install ## Install the text encoders that tokens.text_encoder can name

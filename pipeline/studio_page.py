@@ -125,11 +125,11 @@ def _sample_tab(gr: Any, studio: Studio) -> None:
 
 def _upsample_tab(gr: Any, studio: Studio) -> None:
     layout = studio.models.tokenizer.layout
-    sides = [scale.image_size[0] for scale in layout.scales]
-    if not layout.encodes_prefixes or len(set(sides)) < 2:
+    sides = [height for height, _ in layout.rungs]
+    if len(sides) < 2 or studio.models.prior.order != "natural":
         _html(gr, line(NO_UPSAMPLING))
         return
-    targets = sides[1:] if layout.decodes_prefixes else sides[-1:]
+    targets = sides[1:] if layout.encodes_prefixes and layout.decodes_prefixes else sides[-1:]
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             upload = _upload(gr, "upsample-upload")
