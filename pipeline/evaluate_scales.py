@@ -95,7 +95,7 @@ def measure_ladder(
     if several and layout.encodes_prefixes:
         measured["agreement"] = measure_agreement(own.tokenizer, val.pixels, made.tokens, size, device)
     if not (several and layout.encodes_prefixes and layout.decodes_prefixes):
-        reason = "a scale-causal encoder and decoder (tokenizer.attention=sit-sc)" if several else "two scales or more"
+        reason = "a scale-causal encoder and decoder (tokenizer.kind=sit, attention=sit-sc)" if several else "two scales or more"
         skipped.append(f"ladder of resolutions: it needs {reason}")
         return measured or None
     measured |= {

@@ -42,7 +42,7 @@ def measure_rates(
         None if models is None else prompts_of(models, val.labels, val.texts),
     )
     num_pixels = layout.image_size[0] * layout.image_size[1]
-    psnr = {entry["num_scales"]: entry["psnr_mean_of_images"] for entry in measured["prefixes"]}
+    psnr = {entry["num_scales"]: entry["psnr_against_images"] for entry in measured["prefixes"]}
     for number, entry in enumerate(found["prefixes"], 1):
         entry |= {"num_scales": number, "name": layout.scales[number - 1].name, "psnr_mean_of_images": psnr.get(number)}
         for kind in ("uniform", "prior"):

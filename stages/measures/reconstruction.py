@@ -120,17 +120,23 @@ def measure_distortion(pixels: Tensor, made: Tensor, judge: Judge | None, refere
 def measure_prefixes(
     tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, batch_size: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """PSNR of the first k scales against ``tokenizer.reference``; empty where prefixes do not decode."""
+    """PSNR of the first k scales against ``tokenizer.reference``, and against the images where they are as large.
+
+    Empty where prefixes do not decode.
+    """
     layout = tokenizer.layout
     found = []
     for k in layout.prefixes if layout.decodes_prefixes else ():
-        values = []
+        values, whole = [], []
         for images, part in zip(pixels.split(batch_size), tokens.split(batch_size), strict=True):
             wanted = to_uint8(tokenizer.reference(to_float(images.to(device)), k))
             decoded = to_uint8(tokenizer.decode(tokenizer.first_scales(part, k).to(device)))
             values.append(psnr(decoded, wanted).cpu())
+            if decoded.shape[-2:] == images.shape[-2:]:
+                whole.append(psnr(decoded.cpu(), images.cpu()))
         size = list(layout.scales[k - 1].image_size)
-        found.append({"num_scales": k, "image_size": size, "psnr_mean_of_images": float(torch.cat(values).mean())})
+        entry = {"num_scales": k, "image_size": size, "psnr_mean_of_images": float(torch.cat(values).mean())}
+        found.append(entry | ({"psnr_against_images": float(torch.cat(whole).mean())} if whole else {}))
     return found
 
 

@@ -94,7 +94,10 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("condition.kind=none", "set sampling.guidance=1"),
         ("condition.kind=text", "condition.kind=text with tokens.text_encoder=none: captions need an encoder"),
         ("condition.attend=cross", "attend"),
-        ("tokenizer.kind=sparse-dct", "lists need a prior that writes lists, and no other tokens do; set prior.kind=chun"),
+        (
+            "tokenizer.kind=sparse-dct",
+            "lists need a prior that writes lists, and no other tokens do; set prior.kind=chun",
+        ),
         ("prior.kind=chunked", "set prior.kind=transformer"),
         ("eval.num_colorized=8", "eval.num_colorized=8 with prior.order=natural: colouring needs a prior that writes"),
         ("tokenizer.encoder.heads=0", "tokenizer.encoder.heads=0; allowed: 1 or more"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data.layout import Tokens
-from stages.conditions.labels import ClassConditionConfig
+from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
+from stages.conditions.text import TextConditionConfig
 from stages.contract import FORBIDDEN, Prompts
 from stages.factory import build_grammar, build_prior
 from stages.prior.chunked import ChunkedPriorConfig
@@ -16,6 +17,7 @@ from tests.stages import toys
 from tests.stages.dct_lists import chunked, codec, noise
 
 PROMPTS = Prompts.of_labels(torch.tensor([0, 1, -1, 1]))
+SMALL = {"width": 32, "heads": 4, "encoder_depth": 1, "channel_depth": 1, "position_depth": 1, "value_depth": 1}
 KINDS = [("natural", 1), ("natural", 3), ("luma_first", 3)]
 
 
@@ -263,3 +265,30 @@ def test_scales_of_lists_do_not_depend_on_order():
     sorted_, taken = grammar.sort(tokens)
     natural = scale_ids(tokens, coder.layout)
     assert torch.equal(scale_ids(sorted_, coder.layout, grammar), natural.gather(1, taken))
+
+
+def test_without_classes_and_with_captions():
+    coder, tokens = made(1)
+    nothing = build_prior(ChunkedPriorConfig(**SMALL), NoConditionConfig(), coder.layout, [])
+    assert nothing.eval().nll(tokens, PROMPTS.without()).isfinite().all()
+    assert sample(nothing, PROMPTS.without(), SamplingConfig(temperature=[0.3]), range(4)).lengths.min() >= 1
+    letters = [f"{number}" for number in range(20)]
+    text = {"encoder": "words", "max_tokens": 5, "width": 0, "empty_length": 0, "vocabulary": letters}
+    for attend in ("prefix", "cross"):
+        torch.manual_seed(0)
+        config = TextConditionConfig(attend=attend)
+        prior = build_prior(ChunkedPriorConfig(**SMALL), config, coder.layout, [], text).eval()
+        with torch.no_grad():
+            for parameter in prior.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        words = torch.randint(1, 20, (4, 5, 1))
+        lengths = torch.tensor([5, 2, 0, 3])
+        prompts = Prompts(PROMPTS.labels * 0 - 1, words, lengths)
+        before = prior.nll(tokens, prompts)
+        behind = words.clone()
+        behind[1, 2:] = words[1, 2:] % 19 + 1
+        assert torch.equal(prior.nll(tokens, Prompts(prompts.labels, behind, lengths))[1], before[1])
+        inside = words.clone()
+        inside[1, :2] = words[1, :2] % 19 + 1
+        changed = prior.nll(tokens, Prompts(prompts.labels, inside, lengths))
+        assert not torch.allclose(changed[1], before[1]) and torch.allclose(changed[3], before[3])
