@@ -208,7 +208,8 @@ class Tokens:
     notes: Tensor | None = None
     """int32 [B, L, P]: what a grammar knows before each element (``Grammar.annotate``); None where nobody asked."""
     remarks: dict[str, Tensor] | None = None
-    """What an encoder has to say of each sample, as counts int64 [B] by name; a cache's manifest has their sums."""
+    """What an encoder has to say of each sample, as counts int64 [B] by name, on the CPU; a cache's manifest has their
+    sums."""
 
     @classmethod
     def fixed(cls, ids: Tensor) -> Tokens:
@@ -254,9 +255,9 @@ class Tokens:
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens on another device."""
         notes = None if self.notes is None else self.notes.to(device)
-        return Tokens(self.ids.to(device), self.lengths.to(device), self.header.to(device), notes)
+        return Tokens(self.ids.to(device), self.lengths.to(device), self.header.to(device), notes, self.remarks)
 
     def prefix(self, length: int) -> Tokens:
         """The first ``length`` elements of every sample."""
         notes = None if self.notes is None else self.notes[:, :length]
-        return Tokens(self.ids[:, :length], self.lengths.clamp(max=length), self.header, notes)
+        return Tokens(self.ids[:, :length], self.lengths.clamp(max=length), self.header, notes, self.remarks)

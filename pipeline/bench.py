@@ -15,7 +15,7 @@ import torch
 from data.images.sources import open_source
 from data.images.views import to_float
 from data.layout import Tokens
-from pipeline.bench_memory import measure_memory
+from pipeline.bench_memory import check_memory, measure_memory
 from pipeline.config import Config
 from pipeline.evaluation_images import read_images
 from pipeline.models import check_images
@@ -41,10 +41,12 @@ class BenchRequest:
 def run_bench(config: Config, request: BenchRequest) -> Path:
     """Print and write images/s of ``eval.num_images`` held-out images, in batches of ``eval.batch_size``.
 
-    Raises RunError without a tokenizer or repeats.
+    Raises RunError without a tokenizer or repeats, and for memory that cannot be measured.
     """
     if request.repeats < 1:
         raise RunError(f"repeats={request.repeats}; allowed: 1 or more")
+    sides = parse_numbers(request.memory, "memory") if request.memory else []
+    check_memory(config, sides)
     tokenizer, metadata = load_tokenizer(need(config.tokenizer.path, "tokenizer", "train-tokenizer", config))
     check_images(tokenizer, config.images.channels, config.images.size, config.images.size)
     device = device_of(config)
@@ -76,8 +78,8 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
         spread = [len(images) / max(runs), len(images) / min(runs)]
         found["images_per_second"][name] = {"median": median, "slowest_and_fastest": spread}
         print(f"{name:10s} {median:10.0f} images/s ({spread[0]:.0f} to {spread[1]:.0f})")
-    if request.memory:
-        found["memory"] = measure_memory(config, parse_numbers(request.memory, "memory"))
+    if sides:
+        found["memory"] = measure_memory(config, sides)
     out = Path(request.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from data.layout import Tokens
 from pipeline.config import Config
 from pipeline.evaluation_images import read_images
 from pipeline.run import RunError
+from stages.conditions.labels import NoConditionConfig
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer
 from stages.measures.memory import saved_bytes
@@ -22,14 +23,20 @@ MEASURED = 8
 """Images of which the one with the longest list is taken."""
 
 
+def check_memory(config: Config, sides: list[int]) -> None:
+    """Raise RunError for a prior without chunks, or sides below 1."""
+    if sides and config.prior.kind != "chunked":
+        raise RunError(f"memory= compares chunks with whole lists; prior.kind={config.prior.kind} has no chunks")
+    if any(side < 1 for side in sides):
+        raise RunError(f"memory={','.join(map(str, sides))}; allowed: sides of 1 px or more")
+
+
 def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
     """What one list costs in training at each image side: by chunks, and by one decoder over the whole list.
 
-    Nothing is trained for it; the parts are built as the config says. Raises RunError for a prior without chunks, and
-    for images whose lists do not fill one.
+    Nothing is trained for it; the parts are built as the config says, without a condition. Raises RunError for images
+    whose lists do not fill a chunk.
     """
-    if config.prior.kind != "chunked":
-        raise RunError(f"memory= compares chunks with whole lists; prior.kind={config.prior.kind} has no chunks")
     found = []
     for side in sides:
         images = dataclasses.replace(config.images, size=side)
@@ -48,7 +55,7 @@ def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
         for name, size in (("by_chunks", chunk), ("whole", length)):
             # the first chunk is always taken, a full one
             settings = dataclasses.replace(config.prior, chunk=size, early_bias=1e3)  # type: ignore[call-arg]
-            prior = build_prior(settings, config.condition, tokenizer.layout, list(source.class_names))
+            prior = build_prior(settings, NoConditionConfig(), tokenizer.layout, [])
             assert isinstance(prior, ChunkedPrior)
             entry[name] = bytes_of(prior, one)
         found.append(entry)
@@ -66,10 +73,6 @@ def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
 
 def bytes_of(prior: ChunkedPrior, tokens: Tokens) -> dict[str, int]:
     """Bytes saved by the layers of the decoders, by the encoder, and by the rest: embeddings, logits and losses."""
-    parts: dict[str, list[torch.nn.Module]] = {
-        "decoders": list(prior.decoders),
-        "encoder": [*prior.encoder, prior.patches, prior.encoder_norm],
-    }
     # keys and values are made of what the encoder says, and each decoder is given them
-    saved = saved_bytes(prior, tokens, Prompts.of_labels(torch.tensor([-1])), parts, {"decoders": "encoder"})
+    saved = saved_bytes(prior, tokens, Prompts.of_labels(torch.tensor([-1])), prior.parts, {"decoders": "encoder"})
     return {**saved, "total": sum(saved.values())}

@@ -23,10 +23,10 @@ from pipeline.models import Models, check_images, load_models
 from pipeline.requests import Request, find_inputs, parse_prompts, save_pictures, to_prompts
 from pipeline.run import RunError
 from stages.contract import Prompts
-from stages.measures.colouring import luma_of, with_luma
 from stages.measures.pictures import sheet
 from stages.prior.sampling import SamplingConfig
 from stages.scales import keep_scales
+from stages.spectral.colour import luma_of, with_luma
 
 NUM_SHOWN = 8
 """Inputs on the contact sheet."""

@@ -6,6 +6,7 @@ unknown key, a wrong type or an impossible combination ends here, with one line,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,8 @@ POSITIVE = (
 # Sizes of networks, checked where the chosen kinds have them.
 NETWORK_SIZES = (
     *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
-    *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length")),
+    *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length", "chunk", "overlap", "patch")),
+    *(f"prior.{part}_depth" for part in ("encoder", "channel", "position", "value")),
 )
 
 
@@ -270,6 +272,18 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
             f"eval.upsample_from={c.eval.upsample_from} with prior.order=luma_first: a small image begins an image in "
             "natural order only; set eval.upsample_from=0"
         ),
+    ),
+    (
+        lambda c: not 0 <= (get(c, "prior.early_bias") or 0) < math.inf,
+        lambda c: f"prior.early_bias={get(c, 'prior.early_bias')}; allowed: 0 or more",
+    ),
+    (
+        lambda c: c.sampling.compile and c.prior.kind == "chunked",
+        lambda c: "sampling.compile=true with prior.kind=chunked: it has nothing to compile; leave it out",
+    ),
+    (
+        lambda c: c.eval.num_colorized < 0 or c.eval.num_colorized == 1,
+        lambda c: f"eval.num_colorized={c.eval.num_colorized}; allowed: 0, or 2 and more",
     ),
     (
         lambda c: c.eval.timing_repeats < 0,

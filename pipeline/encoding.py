@@ -195,12 +195,12 @@ class Encoding(L.LightningModule):
 def stack_views(views: list[Tokens]) -> dict[str, Any]:
     """ids [n, V, L, F], lengths [n, V], header [n, V, S] and remarks of one Tokens a view, padded to the longest."""
     longest = max(view.ids.shape[1] for view in views)
-    remarks = [{name: int(counts.sum()) for name, counts in (view.remarks or {}).items()} for view in views]
     return {
         "ids": np.stack([_padded(_numpy(view.ids), 1, longest) for view in views], axis=1),
         "lengths": np.stack([_numpy(view.lengths) for view in views], axis=1),
         "header": np.stack([_numpy(view.header) for view in views], axis=1),
-        "remarks": total_remarks(remarks),
+        # of the images as they are: mirrored, each would count twice
+        "remarks": {name: int(counts.sum()) for name, counts in (views[0].remarks or {}).items()},
     }
 
 

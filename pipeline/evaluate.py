@@ -27,7 +27,7 @@ from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
-from pipeline.evaluate_colours import check_colours, measure_colouring
+from pipeline.evaluate_colours import check_order, measure_colouring
 from pipeline.evaluate_grids import show_grids, show_growing, shown_settings
 from pipeline.evaluate_lists import measure_lists
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
@@ -78,7 +78,7 @@ def evaluate(config: Config) -> Path:
     source = open_source(config.images, "val")
     if models is not None:
         check_classes(models, source)
-        check_colours(config, models)
+        check_order(config, models)
     folder = empty_folder(Path(config.run) / "eval" / config.eval.name)
 
     val = read_images(source, config.images, config.eval.num_images)

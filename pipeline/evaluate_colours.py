@@ -12,17 +12,24 @@ from pipeline.config import Config, to_plain
 from pipeline.evaluation_images import Images, prompts_of
 from pipeline.evaluation_pictures import show_columns
 from pipeline.models import Models
-from stages.measures.colouring import chroma_of, luma_of, measure_coloured, with_chroma, with_luma
+from pipeline.run import RunError
+from stages.measures.colouring import measure_coloured
 from stages.measures.reconstruction import Judge, Reconstructed
+from stages.spectral.colour import chroma_of, luma_of, with_chroma, with_luma
 
 SHOWN, SAMPLES_SHOWN = 8, 3
 """Images on the contact sheet, and coloured versions of each."""
 
 
-def check_colours(config: Config, models: Models) -> None:
-    """Raise RunError for colouring that the config asks for and these models cannot do."""
+def check_order(config: Config, models: Models) -> None:
+    """Raise RunError for colouring or upsampling that the config asks for and the order of this prior forbids."""
     if config.eval.num_colorized:
         check_colouring(models)
+    if config.eval.upsample_from and models.prior.order != "natural":
+        raise RunError(
+            f"eval.upsample_from={config.eval.upsample_from}: this prior has prior.order={models.prior.order}, and a "
+            "small image begins an image in natural order only"
+        )
 
 
 def measure_colouring(
@@ -41,7 +48,8 @@ def measure_colouring(
     prompts = prompts_of(models, asked.labels, asked.texts)
     seeds = [config.eval.seed + row for row in rows.tolist()]
     coloured = colorize_pixels(models, gray, prompts, config.sampling, seeds)
-    mean = chroma_of(train.pixels).mean((0, 2, 3))[None, :, None, None]
+    parts = [chroma_of(part).sum((0, 2, 3)) for part in train.pixels.split(1000)]
+    mean = (torch.stack(parts).sum(0) / train.pixels[:, 0].numel())[None, :, None, None]
     results = {
         "coloured": coloured,
         "gray": gray.expand(-1, 3, -1, -1),

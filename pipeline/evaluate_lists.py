@@ -13,7 +13,8 @@ from data.layout import Tokens
 from pipeline.config import Config
 from pipeline.evaluation_images import Images
 from stages.contract import Tokenizer
-from stages.factory import build_tokenizer
+from stages.factory import build_grammar, build_tokenizer
+from stages.lists import ListGrammar
 from stages.measures.distortion import psnr
 from stages.measures.reconstruction import Reconstructed
 from stages.measures.upsampling import reduce_to
@@ -27,7 +28,8 @@ TRIED = 200
 def measure_lists(config: Config, tokenizer: Tokenizer, val: Images, made: Reconstructed) -> dict[str, Any] | None:
     """Lengths of held-out images' lists, the share of every scale, and both beside PSNR; None for other tokens."""
     layout = tokenizer.layout
-    if layout.grammar is None or layout.grammar["kind"] != "list":
+    grammar = build_grammar(layout)
+    if not isinstance(grammar, ListGrammar):
         return None
     lengths = made.tokens.lengths.double()
     scales = scale_ids(made.tokens, layout).masked_fill(~made.tokens.counted, -1)
@@ -40,12 +42,23 @@ def measure_lists(config: Config, tokenizer: Tokenizer, val: Images, made: Recon
             {"name": scale.name, "planes": scale.planes, "elements": mean, "share": mean / float(lengths.mean())}
             for scale, mean in zip(layout.scales, elements, strict=True)
         ],
+        "planes": [
+            {"name": name, "elements": mean, "share": mean / float(lengths.mean())}
+            for name, mean in zip(("Y", "Cb", "Cr"), by_plane(made.tokens, grammar), strict=False)
+        ],
         "tried": [
             try_setting(tokenizer, val.pixels[:TRIED], side, quality, config.eval.batch_size)
             for side in sides_of(layout.image_size[0])
             for quality in sorted({*QUALITIES, int(tokenizer.config.quality)})  # type: ignore[arg-type, union-attr]
         ],
     }
+
+
+def by_plane(tokens: Tokens, grammar: ListGrammar) -> list[float]:
+    """Mean elements of each plane in a list, without the end."""
+    planes = grammar.plane_of[tokens.ids[..., 0]]
+    real = tokens.counted & (tokens.ids[..., 0] != grammar.end)
+    return [float((real & (planes == plane)).sum()) / len(tokens) for plane in range(len(grammar.grids))]
 
 
 def sides_of(side: int) -> list[int]:

@@ -43,7 +43,11 @@ def check_scales(config: Config, tokenizer: Tokenizer) -> None:
     can = {"upsample_from": len(layout.rungs) > 1, "edit_frozen": layout.encodes_prefixes}
     for key, able in can.items():
         if getattr(asked, key) and not able:
-            raise RunError(f"eval.{key}={getattr(asked, key)}: {DENSE_ENCODER}, or leave eval.{key} out")
+            # streams and lists can be edited, but what they keep has no size of its own to be compared at
+            reason = (
+                DENSE_ENCODER if layout.ends == "fixed" else "the scales of these tokens have no image of their own"
+            )
+            raise RunError(f"eval.{key}={getattr(asked, key)}: {reason}; leave eval.{key} out")
     if asked.upsample_from:
         smaller = [height for height, _ in layout.rungs if height < layout.image_size[0]]
         if asked.upsample_from not in smaller:
@@ -95,7 +99,11 @@ def measure_ladder(
     if several and layout.encodes_prefixes:
         measured["agreement"] = measure_agreement(own.tokenizer, val.pixels, made.tokens, size, device)
     if not (several and layout.encodes_prefixes and layout.decodes_prefixes):
-        reason = "a scale-causal encoder and decoder (tokenizer.kind=sit, attention=sit-sc)" if several else "two scales or more"
+        reason = (
+            "a scale-causal encoder and decoder (tokenizer.kind=sit, attention=sit-sc)"
+            if several
+            else "two scales or more"
+        )
         skipped.append(f"ladder of resolutions: it needs {reason}")
         return measured or None
     measured |= {

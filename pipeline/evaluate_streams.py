@@ -60,7 +60,7 @@ def bits_of_scales(streams: dict[str, Any]) -> list[float] | None:
 def show_finished(config: Config, folder: Path, models: Models, val: Images, tokens: Tokens, shown: int = 6) -> None:
     """Held-out images from their first scales on: what was given, and three ends of it that the prior writes."""
     layout = models.tokenizer.layout
-    if layout.ends == "fixed":
+    if layout.ends == "fixed" or models.prior.order != "natural":
         return
     rows: list[list[Tensor]] = []
     names: list[str] = []
@@ -74,7 +74,9 @@ def show_finished(config: Config, folder: Path, models: Models, val: Images, tok
         prompts = prompts_of(models, asked.labels, asked.texts)
         given = models.decode(prefix)
         ends = [
-            models.decode(models.draw(prompts, config.sampling, [config.eval.seed + n] * len(some), prefix=prefix))
+            models.decode(
+                models.draw(prompts, config.sampling, [config.eval.seed + n] * len(some), prefix, whole=range(k))
+            )
             for n in range(3)
         ]
         rows += [[asked.pixels[i], given[i], *(end[i] for end in ends)] for i in range(len(some))]

@@ -28,6 +28,11 @@ def lists_part(metrics: dict[str, Any]) -> str:
         [scale["name"], f"{scale['elements']:.1f}", percent(scale["share"]), str(scale["share"])]
         for scale in found["scales"]
     ]
+    scales += [
+        [f"all of {plane['name']}", f"{plane['elements']:.1f}", percent(plane["share"]), str(plane["share"])]
+        for plane in found["planes"]
+        if len(found["planes"]) > 1
+    ]
     tried = [
         [
             f"{entry['side']}x{entry['side']}, quality {entry['quality']}",

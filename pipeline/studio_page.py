@@ -38,6 +38,7 @@ NO_PREFIXES = (
     "tokenizer.attention=sit-scd or sit-sc shows pictures growing."
 )
 NO_UPSAMPLING = f"Upsampling needs a scale-causal encoder: {DENSE_ENCODER}."
+OTHER_ORDER = "This prior writes luma before chroma: what it is given must be all of the luma (octaves colorize)."
 NO_FREEZING = f"Keeping whole scales needs a scale-causal encoder: {DENSE_ENCODER}."
 
 
@@ -127,7 +128,7 @@ def _upsample_tab(gr: Any, studio: Studio) -> None:
     layout = studio.models.tokenizer.layout
     sides = [height for height, _ in layout.rungs]
     if len(sides) < 2 or studio.models.prior.order != "natural":
-        _html(gr, line(NO_UPSAMPLING))
+        _html(gr, line(NO_UPSAMPLING if len(sides) < 2 else OTHER_ORDER))
         return
     targets = sides[1:] if layout.encodes_prefixes and layout.decodes_prefixes else sides[-1:]
     with gr.Row():
@@ -162,9 +163,16 @@ def _upsample_tab(gr: Any, studio: Studio) -> None:
 def _edit_tab(gr: Any, studio: Studio) -> None:
     layout, cells = studio.models.tokenizer.layout, mask_cells(studio)
     num_scales = len(layout.scales)
-    most = num_scales - 1 if layout.keeps_prefixes else 0
+    natural = studio.models.prior.order == "natural"
+    most = num_scales - 1 if layout.keeps_prefixes and natural else 0
     if not most:
-        _html(gr, line(NO_FREEZING + (" What is painted can still be drawn anew." if cells else "")))
+        _html(
+            gr,
+            line(
+                (NO_FREEZING if natural else OTHER_ORDER)
+                + (" What is painted can still be drawn anew." if cells else "")
+            ),
+        )
     if not most and not cells:
         return
     with gr.Row():

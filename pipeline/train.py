@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from data.errors import InputError
 from data.images.module import ImageDataModule
 from data.images.reading import read_eval
 from data.images.sources import open_source
@@ -29,7 +30,7 @@ from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
 from pipeline.run import RunError, need, stage_folder
 from stages.conditions.text import TextCondition
-from stages.contract import Prior, Prompts
+from stages.contract import Prior, Prompts, RefusedImage
 from stages.factory import build_grammar, build_prior, build_tokenizer, condition_kind
 from stages.grammar import PlacedGrammar
 from stages.prior.config import PriorTrainingConfig
@@ -61,7 +62,11 @@ def train_tokenizer(config: Config) -> Path:
             config.seed,
             validation_images=training.validation_images,
         )
-        tokenizer.fit(first_images(config, training.fit_images))
+        keys: list[str] = []
+        try:
+            tokenizer.fit(first_images(config, training.fit_images, keys))
+        except RefusedImage as refused:
+            raise InputError(f"the train image {keys[refused.row]}: {refused.reason}") from refused
         if tokenizer.trainable:
             module = TokenizerModule(tokenizer, training, config.seed)
             module.names = lambda indices: [images.source("train").key(index) for index in indices]
@@ -137,8 +142,11 @@ def held_out_prompts(config: Config, prior: Prior, count: int = 16) -> Prompts:
     return Prompts.from_batch(widened(to_tensors(reader.read(positions, with_text=prior.condition.uses_text))))
 
 
-def first_images(config: Config, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training images in evaluation view as batches [B, C, H, W] in [-1, 1] with labels [B]: what ``fit`` measures."""
+def first_images(config: Config, count: int, keys: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training images in evaluation view as batches [B, C, H, W] in [-1, 1] with labels [B]: what ``fit`` measures.
+
+    ``keys`` is made to hold those of the last batch.
+    """
     images = dataclasses.replace(config.images, skip_corrupt=True)  # statistics survive a broken file; so does training
     source = open_source(images, "train")
     indices = range(0, len(source), max(1, len(source) // count))[:count]  # spread: folders are sorted by class
@@ -146,6 +154,7 @@ def first_images(config: Config, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         views = [read_eval(source, index, images) for index in indices[start : start + 64]]
         views = [view for view in views if view.readable]
         if views:
+            keys[:] = [view.key for view in views]
             yield to_float(torch.stack([view.pixels for view in views])), torch.tensor([view.label for view in views])
 
 

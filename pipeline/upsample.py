@@ -80,7 +80,7 @@ def upsample_pixels(
     start = rung_of(layout, pixels.shape[-1], "the image")
     stop = rung_of(layout, to, "to=") if to else len(layout.scales)
     if stop <= start:
-        raise RunError(f"from {pixels.shape[-1]} px to {layout.scales[stop - 1].image_size[0]}: that is no larger")
+        raise RunError(f"from {pixels.shape[-1]} px to {to or layout.image_size[0]}: that is no larger")
     if stop < len(layout.scales) and not layout.decodes_prefixes:
         raise PrefixUnsupported(
             f"to={to}: this tokenizer's decoder needs all scales; leave to= out, or train one with "

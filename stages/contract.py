@@ -3,7 +3,7 @@
 Where what may come next depends on what was there, a Grammar (``stages/grammar.py``) knows it, for both alike.
 
 A new tokenizer is one file with a subclass of ``Tokenizer``, one line in ``stages/factory.py``, one YAML and one test.
-The sampling engine sees ``begin / logits / advance / ended`` of a Prior and nothing else.
+The sampling engine sees ``begin / logits / advance / ended`` of a Prior and the order in which it writes, nothing else.
 """
 
 from __future__ import annotations
@@ -262,12 +262,12 @@ class Prior(nn.Module, ABC):
         output: PriorOutput = self(tokens, prompts)
         return output.nll
 
-    def arrange(self, tokens: Tokens) -> Tokens:
+    def to_own_order(self, tokens: Tokens) -> Tokens:
         """Tokens in the order in which this prior models them; default: the layout's own."""
         return tokens
 
-    def restore(self, tokens: Tokens) -> Tokens:
-        """The inverse of ``arrange``."""
+    def to_layout_order(self, tokens: Tokens) -> Tokens:
+        """The inverse of ``to_own_order``."""
         return tokens
 
     @abstractmethod

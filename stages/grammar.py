@@ -16,7 +16,7 @@ class GrammarState:
     """Streams while they grow."""
 
     notes: Tensor
-    """int32 [B, num_notes], on the grammar's device"""
+    """int32 [B, num_notes], where the grammar wants them"""
     going: Tensor
     """bool [B]: which streams have not ended, on the CPU."""
     inner: Any

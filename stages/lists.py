@@ -70,8 +70,18 @@ class ListGrammar(Grammar):
     # ------------------------------------------------------------------ what may come next
 
     def start(self, header: Tensor) -> GrammarState:
-        notes = torch.full((len(header), 2), -1, dtype=torch.int32, device=self.rank_of.device)
-        return GrammarState(notes, torch.ones(len(header), dtype=torch.bool), inner=-1)
+        return self.follow(Tokens.fixed(torch.zeros(len(header), 0, 3, dtype=torch.int64)))
+
+    def follow(self, prefix: Tokens) -> GrammarState:
+        """The state behind lists that are equally long. Raises ValueError for an illegal element."""
+        self.check(prefix, self._before(prefix))
+        device, length = self.rank_of.device, prefix.ids.shape[1]
+        if length:
+            notes = prefix.ids[:, -1, :2].to(device, torch.int32)
+        else:
+            notes = torch.full((len(prefix), 2), -1, dtype=torch.int32, device=device)
+        # the rank up to which scales were closed
+        return GrammarState(notes, (notes[:, 0] != self.end).cpu(), inner=-1)
 
     def advance(self, state: GrammarState, element: Tensor) -> None:
         fine = self._follows(state.notes.long(), element.to(state.notes.device)).cpu() | ~state.going
@@ -89,17 +99,21 @@ class ListGrammar(Grammar):
         place = channel.clamp(0, self.end)
         inside = (position >= 0) & (position < self.size_of[place])
         ended = notes[..., 0] == self.end
-        before = torch.where(notes[..., 0] < 0, -1, self.rank_of[notes[..., 0].clamp(min=0)])
+        before = torch.where(notes[..., 0] < 0, -1, self.rank_of[notes[..., 0].clamp(0, self.end)])
         rank = self.rank_of[place]
         later = (rank > before) | ((rank == before) & (position > notes[..., 1]))
         real = (value >= 0) & (value <= 2 * self.largest) & ((value == self.largest) == (channel == self.end))
         return known & inside & later & real & ~ended
 
     def annotate(self, tokens: Tokens) -> Tensor:
-        notes = tokens.ids[..., :2].long().roll(1, dims=1)
-        notes[:, :1] = -1
+        notes = self._before(tokens)
         self.check(tokens, notes)
         return notes.masked_fill(~tokens.counted.unsqueeze(-1), 0).int()
+
+    def _before(self, tokens: Tokens) -> Tensor:
+        notes = tokens.ids[..., :2].long().roll(1, dims=1)
+        notes[:, :1] = -1
+        return notes
 
     def check(self, tokens: Tokens, notes: Tensor) -> None:
         """Raise InputError for the first element that cannot follow ``notes`` int64 [B, L, 2], those before it."""
@@ -173,7 +187,13 @@ class ListGrammar(Grammar):
 
         A stable sort: elements of one channel keep their order.
         """
-        ranks = self.rank_of.to(tokens.ids.device)[tokens.ids[..., 0].clamp(0, self.end)]
+        return self._sorted(tokens, self.rank_of.to(tokens.ids.device)[tokens.ids[..., 0].clamp(0, self.end)])
+
+    def sort_naturally(self, tokens: Tokens) -> Tokens:
+        """The same lists in natural order: channels are numbered in it."""
+        return self._sorted(tokens, tokens.ids[..., 0])[0]
+
+    def _sorted(self, tokens: Tokens, ranks: Tensor) -> tuple[Tokens, Tensor]:
         taken = ranks.masked_fill(~tokens.counted, self.end + 1).argsort(dim=1, stable=True)
         ids = tokens.ids.gather(1, taken.unsqueeze(-1).expand_as(tokens.ids))
         return Tokens(ids, tokens.lengths, tokens.header), taken

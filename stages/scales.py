@@ -32,4 +32,6 @@ def keep_scales(tokens: Tokens, layout: TokenLayout, scales: Sequence[int], gram
     order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
     lengths = kept.sum(1)
     ids = tokens.ids.gather(1, order.unsqueeze(-1).expand_as(tokens.ids))
-    return Tokens(ids[:, : int(lengths.max())], lengths, tokens.header)
+    made = Tokens(ids[:, : int(lengths.max()) if len(tokens) else 0], lengths, tokens.header)
+    made.ids = made.ids.masked_fill(~made.counted.unsqueeze(-1), 0)
+    return made

@@ -52,7 +52,7 @@ class Block:
     captions_cut: int = 0
     """How many captions were too long for the text encoder."""
     remarks: dict[str, int] = field(default_factory=dict)
-    """What the tokenizer remarked of these samples (``Tokens.remarks``), summed up over samples and views."""
+    """What the tokenizer remarked of these samples (``Tokens.remarks``) in their first view, summed up."""
 
 
 @dataclass(frozen=True)

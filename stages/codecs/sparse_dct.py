@@ -90,7 +90,7 @@ class SparseDCTCodec(Tokenizer):
         grid = (padded[0] // config.block, padded[1] // config.block)
         chroma = (grid[0] // 2, grid[1] // 2) if self.halved else grid
         self.grids = (grid, *[chroma] * (channels - 1))
-        self.rungs = {
+        self.block_sides = {
             (height * side // config.block, width * side // config.block): side
             for side in (2**octave for octave in range(config.block.bit_length()))
             for height, width in [image_size]
@@ -135,7 +135,7 @@ class SparseDCTCodec(Tokenizer):
         scales = []
         for (octave, chroma), length in zip(groups, lengths, strict=True):
             side = 2**octave
-            rung = next((size for size, block in self.rungs.items() if block == side), None)
+            rung = next((size for size, block in self.block_sides.items() if block == side), None)
             if self.channels == 3 and not chroma:
                 rung = None  # luma alone is no image
             name = f"{side}x{side}" + ("" if self.channels == 1 else " chroma" if chroma else " luma")
@@ -196,10 +196,10 @@ class SparseDCTCodec(Tokenizer):
     def _block_of(self, pixels: Tensor) -> int:
         """Side of the blocks into which images of that size are cut."""
         if pixels.shape[1] == self.channels:
-            for size, block in self.rungs.items():
+            for size, block in self.block_sides.items():
                 if tuple(pixels.shape[2:]) == size:
                     return block
-        sizes = ", ".join(f"{height}x{width}" for height, width in self.rungs)
+        sizes = ", ".join(f"{height}x{width}" for height, width in self.block_sides)
         raise InputError(f"images {tuple(pixels.shape[1:])}; allowed: {self.channels} channels of {sizes}")
 
     def to_pixels(self, coefficients: Tensor) -> Tensor:
@@ -325,6 +325,8 @@ class SparseDCTCodec(Tokenizer):
             values, steps = self.quantise(self.to_coefficients(pixels))
             largest = max(largest, int(values.abs().max()))
             lowered.append(steps.cpu())
+        if len(lowered) == 1:
+            raise InputError("there is no image whose values could be measured (tokenizer_training.fit_images)")
         self._starts = np.bincount(torch.cat(lowered).numpy(), minlength=self.lowerings + 1).astype(float)
         self._set_range(self.config.largest_value or max(1, largest))
 

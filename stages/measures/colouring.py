@@ -8,31 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.measures.reconstruction import Judge, measure_distortion
-from stages.spectral.colour import to_rgb, to_ycbcr
-
-
-def chroma_of(pixels: Tensor) -> Tensor:
-    """Cb and Cr float64 [N, 2, H, W], in 8-bit steps around 0, of uint8 images [N, 3, H, W]."""
-    return torch.from_numpy(to_ycbcr(pixels.double().numpy()))[:, 1:]
-
-
-def luma_of(pixels: Tensor) -> Tensor:
-    """Y uint8 [N, 1, H, W] of uint8 images [N, 3, H, W]."""
-    return torch.from_numpy(to_ycbcr(pixels.double().numpy()))[:, :1].round().clamp(0, 255).to(torch.uint8)
-
-
-def with_chroma(gray: Tensor, chroma: Tensor) -> Tensor:
-    """uint8 images [N, 3, H, W] of luma uint8 [N, 1, H, W] and Cb, Cr float64 [N, 2, H, W]."""
-    planes = torch.cat([gray.double(), chroma.expand(len(gray), -1, *gray.shape[-2:])], dim=1)
-    return torch.from_numpy(to_rgb(planes.numpy())).round().clamp(0, 255).to(torch.uint8)
-
-
-def with_luma(made: Tensor, gray: Tensor) -> Tensor:
-    """uint8 images with the chroma of ``made`` [N, 3, H, W] and the luma ``gray`` [N, 1, H, W].
-
-    Colours that the given luma cannot have are cut off at black and white.
-    """
-    return with_chroma(gray, chroma_of(made))
+from stages.spectral.colour import chroma_of
 
 
 def measure_coloured(made: Tensor, original: Tensor, judge: Judge | None) -> dict[str, Any]:
@@ -41,10 +17,15 @@ def measure_coloured(made: Tensor, original: Tensor, judge: Judge | None) -> dic
     ``chroma_error`` is the root of the mean squared error of Cb and Cr, in 8-bit steps; ``saturation`` the mean length
     of (Cb, Cr), ``chroma_spread`` the standard deviation, over images, of an image's mean (Cb, Cr).
     """
-    chroma, wanted = chroma_of(made), chroma_of(original)
+    errors, lengths, means = [], [], []
+    for some, true in zip(made.split(256), original.split(256), strict=True):
+        chroma = chroma_of(some)
+        errors.append((chroma - chroma_of(true)).square().mean((1, 2, 3)))
+        lengths.append(chroma.norm(dim=1).mean((1, 2)))
+        means.append(chroma.mean((2, 3)))
     return {
-        "chroma_error": float((chroma - wanted).square().mean().sqrt()),
-        "saturation": float(chroma.norm(dim=1).mean()),
-        "chroma_spread": float(chroma.mean((2, 3)).std(dim=0).square().sum().sqrt()),
+        "chroma_error": float(torch.cat(errors).mean().sqrt()),
+        "saturation": float(torch.cat(lengths).mean()),
+        "chroma_spread": float(torch.cat(means).var(dim=0, correction=0).sum().sqrt()),
         **measure_distortion(original, made, judge, "the originals of the gray images"),
     }

@@ -76,12 +76,17 @@ def measure_streams(
         "scales": scales,
     }
     if prior is not None:
-        whole = (sums["modelled"] == sums["tokens"]).cumprod(0).bool().tolist()
+        whole = (sums["modelled"] == sums["tokens"]).cumprod(0).bool()
+        alone = whole.clone()
+        if prior.order != "natural":
+            alone[:-1] = False  # what such a scale costs, given others that are finer, is no rate of the first scales
         for entry, scale, bits_, kept in zip(
-            measured["prefixes"], scales, means["prior"].cumsum(0).tolist(), whole, strict=True
+            measured["prefixes"], scales, means["prior"].cumsum(0).tolist(), whole.tolist(), strict=True
         ):
-            entry["prior_bits"] = header + bits_ if kept else None
             scale["prior"] = scale["prior"] if kept else None
+            entry["prior_bits"] = header + bits_ if kept else None
+        for entry, kept in zip(measured["prefixes"], alone.tolist(), strict=True):
+            entry["prior_bits"] = entry["prior_bits"] if kept else None
         measured |= {
             "cut_share": float((tokens.lengths > prior.max_length).double().mean()),
             "prior_bits": measured["prefixes"][-1]["prior_bits"],

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from stages.attention import attend
 
 
+def cache_dtype(weight: Tensor) -> torch.dtype:
+    """Type of the keys and values that layers with such a weight give, under autocast or without."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 class Attention(nn.Module):
     """Self-attention, causal or not, with an optional preallocated key-value cache."""
 

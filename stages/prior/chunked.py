@@ -28,7 +28,7 @@ from stages.contract import FORBIDDEN, Prior, PriorOutput, Prompts
 from stages.factory import build_condition, build_grammar
 from stages.grammar import GrammarState
 from stages.lists import ListGrammar
-from stages.prior.blocks import Block
+from stages.prior.blocks import Block, cache_dtype
 from stages.prior.config import PriorConfig
 from stages.prior.dense import DenseImage
 from stages.prior.judge import judge
@@ -164,8 +164,6 @@ class ChunkedPrior(Prior):
         self.class_names, self.text, self.order = list(class_names), text, config.order
         width = config.width
         self.condition = build_condition(condition, self.class_names, width, text)
-        self.natural = build_grammar(layout)
-        """Into whose order lists are brought back."""
         self.dense = DenseImage(grammar, config.patch)
         rows, columns = grammar.grids[0]
         # the last entry of each table is "before the list"
@@ -200,14 +198,18 @@ class ChunkedPrior(Prior):
         """In the order of the fields."""
         return self.channel_decoder, self.position_decoder, self.value_decoder
 
+    @property
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Its layers: those that see a chunk of a list, and those that see the whole image."""
+        return {"decoders": [*self.decoders], "encoder": [self.patches, *self.encoder, self.encoder_norm]}
+
     # ------------------------------------------------------------------ order
 
-    def arrange(self, tokens: Tokens) -> Tokens:
+    def to_own_order(self, tokens: Tokens) -> Tokens:
         return self.grammar.sort(tokens)[0]
 
-    def restore(self, tokens: Tokens) -> Tokens:
-        assert isinstance(self.natural, ListGrammar)
-        return self.natural.sort(tokens)[0]
+    def to_layout_order(self, tokens: Tokens) -> Tokens:
+        return self.grammar.sort_naturally(tokens)
 
     # ------------------------------------------------------------------ encoder
 
@@ -227,7 +229,11 @@ class ChunkedPrior(Prior):
             told, counts = torch.cat([told, states.memory], dim=1), torch.cat([counts, states.memory_mask], dim=1)
         summary = (told * counts.unsqueeze(-1)).sum(1) / counts.sum(1, keepdim=True).clamp(min=1)
         common = self.summary(summary)
-        for table, part in zip(self.header, past.header.unbind(1), strict=True):
+        for table, field, part in zip(self.header, self.layout.header, past.header.unbind(1), strict=True):
+            if not 0 <= int(part.min()) <= int(part.max()) < field.vocabulary_size:
+                raise InputError(
+                    f"a header with {field.name} {part.tolist()}; allowed: 0 to {field.vocabulary_size - 1}"
+                )
             common = common + table(part)
         x = self.embedding_dropout(torch.cat([x, told.to(x.dtype)], dim=1))
         mask = None
@@ -275,10 +281,20 @@ class ChunkedPrior(Prior):
         place = self._place(self.chosen_row, self.chosen_column, channel, position, there)
         return hidden + features * there.unsqueeze(-1) + place
 
-    def _decode(
-        self, field: int, x: Tensor, memory: _Memory, cache: Tensor | None = None, slots: Tensor | None = None
-    ) -> Tensor:
-        return self.decoders[field](x, memory.remembered[field], memory.mask, cache, slots)
+    def _run(
+        self, before: Tensor, elements: Tensor, there: Tensor, memory: _Memory, slots: Tensor, caches: list[Tensor]
+    ) -> list[Tensor]:
+        """Hidden states [B, n, D] of each decoder for windows of whole elements [B, n, 3].
+
+        ``before`` is what the first one sees, ``there`` bool [B, n] is false before the list. ``caches``, where there
+        are any, are filled at ``slots``.
+        """
+        found: list[Tensor] = []
+        for field, decoder in enumerate(self.decoders):
+            x = self._given(field, found[-1], elements, there, memory) if field else before
+            cache = (caches[field], slots) if caches else (None, None)
+            found.append(decoder(x, memory.remembered[field], memory.mask, *cache))
+        return found
 
     # ------------------------------------------------------------------ whole lists
 
@@ -332,17 +348,15 @@ class ChunkedPrior(Prior):
 
         elements = gathered(tokens.ids, inside)
         previous = gathered(tokens.ids, (inside - 1).clamp(min=0))
-        hidden = self._before(previous, slots, starts, at > 0, memory)
+        before = self._before(previous, slots, starts, at > 0, memory)
+        hidden = self._run(before, elements, at >= 0, memory, slots, [])
         places, mine = inside[:, overlap:], (at < ends[:, None])[:, overlap:]
         assert tokens.notes is not None
         notes, asked = gathered(tokens.notes, places), elements[:, overlap:]
         found: list[tuple[Tensor, ...]] = []
-        for field in range(3):
-            if field:
-                hidden = self._given(field, hidden, elements, at >= 0, memory)
-            hidden = self._decode(field, hidden, memory)
+        for field, decoder in enumerate(self.decoders):
             allowed, loosely = (self.grammar.allowed(notes, asked[..., :field], strict) for strict in (True, False))
-            logits = self.decoders[field].logits(hidden[:, overlap:])
+            logits = decoder.logits(hidden[field][:, overlap:])
             found.append(judge(logits, asked[..., field], allowed, loosely, mine))
         nll, legal, saved = (torch.stack(parts) for parts in zip(*found, strict=True))
         return places, mine, torch.cat([nll, legal.sum(0, keepdim=True), saved.sum(0, keepdim=True)])
@@ -355,9 +369,7 @@ class ChunkedPrior(Prior):
             if self.layout.header:
                 raise InputError("these lists begin with a header; give it as the prefix")
             prefix = Tokens.fixed(prompts.labels.new_zeros(batch, 0, 3))
-        stream = self.grammar.start(prefix.header)
-        for position in range(prefix.ids.shape[1]):
-            self.grammar.advance(stream, prefix.ids[:, position])
+        stream = self.grammar.follow(prefix)
         self.grammar.close(stream, whole)
         state = ListState(prefix.ids, prompts, prefix.header, stream, length)
         self._open_chunk(state)
@@ -370,9 +382,7 @@ class ChunkedPrior(Prior):
         lengths = torch.full((len(ids),), start, dtype=torch.int64, device=ids.device)
         memory = self._encode(Tokens(ids[:, :start], lengths, state.header), state.prompts)
         size = min(config.chunk, max(1, state.length - start)) + config.overlap
-        kind = ids.device.type
-        weight = self.encoder_norm.weight
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = cache_dtype(self.encoder_norm.weight)
         shape = (2, len(ids), config.heads, size, config.width // config.heads)
         state.memory = memory
         state.caches = [torch.zeros(len(each.blocks), *shape, device=ids.device, dtype=dtype) for each in self.decoders]
@@ -383,11 +393,8 @@ class ChunkedPrior(Prior):
             previous = ids[:, (at[0] - 1).clamp(min=0)]
         else:
             elements = previous = ids.new_zeros(*at.shape, 3)
-        hidden = self._before(previous, slots, lengths, at > 0, memory)
-        for field in range(3):
-            if field:
-                hidden = self._given(field, hidden, elements, at >= 0, memory)
-            hidden = self._decode(field, hidden, memory, state.caches[field], slots)
+        before = self._before(previous, slots, lengths, at > 0, memory)
+        self._run(before, elements, at >= 0, memory, slots, state.caches)
         self._step(state, ids[:, :0])
 
     def _step(self, state: ListState, partial: Tensor) -> None:
@@ -405,7 +412,8 @@ class ChunkedPrior(Prior):
         else:
             there = torch.ones(batch, 1, dtype=torch.bool, device=device)
             x = self._given(field, state.hidden[-1].unsqueeze(1), partial.unsqueeze(1), there, memory)
-        state.hidden.append(self._decode(field, x, memory, state.caches[field], slots)[:, 0])
+        hidden = self.decoders[field](x, memory.remembered[field], memory.mask, state.caches[field], slots)
+        state.hidden.append(hidden[:, 0])
 
     def logits(self, state: ListState, partial: Tensor) -> Tensor:
         field = partial.shape[1]

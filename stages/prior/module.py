@@ -68,7 +68,7 @@ class PriorModule(L.LightningModule):
         nll, count = output.nll, judged.sum().clamp(min=1)
         terms = {"nll": nll.sum() / (count * nll.shape[2])}
         if output.legal_nll is not None:
-            terms["illegal"] = output.legal_nll.sum() / count
+            terms["illegal"] = output.legal_nll.sum() / (count * nll.shape[2])
         check_finite(terms, self.step, batch["index"], self.names)
         self.batches_seen += 1
         bits_per_token = terms["nll"].detach() * nll.shape[2] / NATS_PER_BIT

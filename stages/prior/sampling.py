@@ -55,7 +55,7 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
         values = getattr(settings, name)
         # the streams of a batch are not in the same scale at the same time
         if len(values) != 1 and (len(values) != num_scales or layout.ends != "fixed"):
-            several = f", or {num_scales} (one per scale)" if layout.ends == "fixed" else " for streams"
+            several = f", or {num_scales} (one per scale)" if layout.ends == "fixed" else " for streams and lists"
             raise InputError(f"sampling.{name} has {len(values)} values; allowed: 1{several}")
         if not all(low <= value <= high for value in values):
             raise InputError(f"sampling.{name}={values}; allowed: {low} to {high}")
@@ -113,10 +113,10 @@ def sample(
         prefix = Tokens.fixed(torch.zeros(batch, 0, layout.num_fields, dtype=torch.int64, device=device))
     if prefix.ids.shape[1] > length or len(prefix) != batch:
         raise InputError(f"a prefix of {len(prefix)}x{prefix.ids.shape[1]} elements for {batch} sequences of {length}")
-    prefix = prior.arrange(prefix)
+    prefix = prior.to_own_order(prefix)
     start = int(prefix.lengths.min()) if batch else 0
     if start == length:
-        return prior.restore(prefix)
+        return prior.to_layout_order(prefix)
     forced = prefix.counted
     if (known is None) != (keep is None):
         raise InputError("known tokens and the places to keep are given together")
@@ -175,7 +175,7 @@ def sample(
     if settings.scales and not fixed:
         # of a list an element of the next scale says that these are complete
         made = keep_scales(made, layout, range(settings.scales), prior.grammar)
-    return prior.restore(made)
+    return prior.to_layout_order(made)
 
 
 def _uniform(generators: Sequence[torch.Generator], count: int, num_fields: int) -> Tensor:

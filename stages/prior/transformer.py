@@ -28,7 +28,7 @@ from stages.conditions.config import ConditionConfig
 from stages.contract import FORBIDDEN, ConditionStates, Prior, PriorOutput, Prompts
 from stages.factory import build_condition, build_grammar
 from stages.grammar import GrammarState, PlacedGrammar
-from stages.prior.blocks import Block
+from stages.prior.blocks import Block, cache_dtype
 from stages.prior.config import PriorConfig
 from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
 from stages.prior.judge import judge
@@ -259,8 +259,7 @@ class TransformerPrior(Prior):
     def _allocate(self, batch: int, size: int, filled: int) -> Tensor:
         """Room for keys and values of ``size`` slots; streams begin with less, for most end early."""
         weight = self.norm.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = cache_dtype(weight)
         compiled = self._step != self._prefill
         if self.grammar is not None and not compiled:
             size = min(size, max(FIRST_SLOTS, 2 * filled))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _RED, _BLUE = 0.299, 0.114
 _FORWARD = np.array(
@@ -23,3 +25,27 @@ def to_ycbcr(pixels: np.ndarray) -> np.ndarray:
 def to_rgb(planes: np.ndarray) -> np.ndarray:
     """The inverse of ``to_ycbcr``."""
     return np.einsum("ij,njhw->nihw", _INVERSE, planes)
+
+
+def chroma_of(pixels: Tensor) -> Tensor:
+    """Cb and Cr float64 [N, 2, H, W], in 8-bit steps around 0, of uint8 images [N, 3, H, W]."""
+    return torch.from_numpy(to_ycbcr(pixels.double().numpy()))[:, 1:]
+
+
+def luma_of(pixels: Tensor) -> Tensor:
+    """Y uint8 [N, 1, H, W] of uint8 images [N, 3, H, W]."""
+    return torch.from_numpy(to_ycbcr(pixels.double().numpy()))[:, :1].round().clamp(0, 255).to(torch.uint8)
+
+
+def with_chroma(gray: Tensor, chroma: Tensor) -> Tensor:
+    """uint8 images [N, 3, H, W] of luma uint8 [N, 1, H, W] and Cb, Cr float64 [N, 2, H, W]."""
+    planes = torch.cat([gray.double(), chroma.expand(len(gray), -1, *gray.shape[-2:])], dim=1)
+    return torch.from_numpy(to_rgb(planes.numpy())).round().clamp(0, 255).to(torch.uint8)
+
+
+def with_luma(made: Tensor, gray: Tensor) -> Tensor:
+    """uint8 images with the chroma of ``made`` [N, 3, H, W] and the luma ``gray`` [N, 1, H, W].
+
+    Colours that the given luma cannot have are cut off at black and white.
+    """
+    return with_chroma(gray, chroma_of(made))

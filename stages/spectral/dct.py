@@ -64,8 +64,8 @@ def frequencies_by_shell(block: int) -> tuple[int, ...]:
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Images [..., H, W] whose last row and column are repeated until ``multiple`` divides both sides, as JPEG does."""
+    """Images [B, C, H, W] whose last row and column are repeated until ``multiple`` divides both sides, as in JPEG."""
     down, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     if not (down or right):
         return x
-    return functional.pad(x.flatten(0, -4), (0, right, 0, down), mode="replicate").unflatten(0, x.shape[:-3])
+    return functional.pad(x, (0, right, 0, down), mode="replicate")

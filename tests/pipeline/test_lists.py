@@ -5,14 +5,20 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.tokens.manifest import Manifest
 from data.tokens.reader import TokenReader
 from pipeline.__main__ import main
+from pipeline.config import load_config
+from pipeline.evaluate_streams import show_finished
+from pipeline.evaluation_images import Images
+from pipeline.models import Models, load_models
 from stages.codecs.sparse_dct import SparseDCTCodec, SparseDCTConfig
 from stages.weights import load_prior, load_tokenizer, save_tokenizer
 from tests.conftest import TINY
+from tests.pipeline.test_streams import stop_after_two
 
 LISTS = (
     *("tokenizer.kind=sparse-dct", "tokenizer.quality=30", "tokenizer.block=4", "images.flip=true"),
@@ -79,7 +85,7 @@ def test_clipped_values_and_lower_quality_are_counted(lists, tmp_path, capsys):
     for name, split in manifest.splits.items():
         reader = TokenReader(tmp_path / "tokens", name)
         views = [reader.read(np.arange(len(reader)), view) for view in (0, 1)]
-        lowered = sum(int((view["header"] > 0).sum()) for view in views)
+        lowered = int((views[0]["header"] > 0).sum())  # images, not their mirrored views
         assert split.remarks["images_of_lower_quality"] == lowered > 0
         assert split.remarks["values_clipped"] > 0
         assert max(int(view["length"].max()) for view in views) <= 60
@@ -99,7 +105,10 @@ def test_a_list_beyond_the_cap_is_refused_by_name(lists, tmp_path, capsys):
         *("tokenizer.max_length=60", "tokenizer.largest_value=90"),
     )
     assert call("train-tokenizer") == 2
-    assert "elements at quality 30, but tokenizer.max_length=60; raise it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(
+        r"train image \w+/\d+.png: a list of \d+ elements at quality 30, but tokenizer.max_length=60", said
+    )
     # measured where all fit, met by a cap that came later: the cache names the image
     assert call("train-tokenizer", "tokenizer.max_length=0", f"tokenizer.path={tmp_path}/u/tokenizer.safetensors") == 0
     tokenizer, metadata = load_tokenizer(tmp_path / "u/tokenizer.safetensors")
@@ -126,6 +135,11 @@ def test_evaluation_of_lists(lists):
     own = next(entry for entry in found["tried"] if entry["side"] == 16 and entry["quality"] == 30)
     assert own["mean_length"] == pytest.approx(found["mean_length"])
     streams = metrics["streams"]
+    against_images = [entry["psnr_mean_of_images"] for entry in streams["prefixes"]]
+    assert against_images == sorted(against_images)  # not against the low-pass images that prefixes should look like
+    assert against_images[-1] == pytest.approx(metrics["rate"]["psnr_mean_of_images"])
+    assert found["planes"][0]["share"] > found["planes"][1]["share"] > 0
+    assert all("prior_bits" in entry and entry["prior_bits"] for entry in streams["prefixes"])
     assert streams["prior_bits"] == pytest.approx(
         sum(scale["prior"] for scale in streams["scales"]) + streams["header_bits"]
     )
@@ -162,6 +176,9 @@ def test_colouring_is_evaluated(lists, luma):
     assert rows["original"]["chroma_error"] == 0 and rows["gray"]["saturation"] < 1
     assert rows["bound"]["chroma_error"] < 0.5 * min(rows[name]["chroma_error"] for name in ("mean_chroma", "gray"))
     assert rows["mean_chroma"]["chroma_spread"] < 1 < rows["original"]["chroma_spread"]
+    prefixes = json.loads((folder / "metrics.json").read_text())["streams"]["prefixes"]
+    assert [entry["prior_bits"] is None for entry in prefixes] == [True] * 5 + [False]
+    assert not (folder / "finished.png").exists()
     assert (folder / "colouring.png").exists() and "Colouring" in (folder / "report.html").read_text()
 
 
@@ -172,6 +189,11 @@ def test_colouring_is_evaluated(lists, luma):
         ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colouring"),
         ("edit", ("input={image}", "frozen=9"), "frozen=9; allowed: 1 to 5 of the 6 scales"),
         ("upsample", ("input={image}", "to=8"), "that is no larger"),
+        ("sample", ("eval.num_colorized=-1",), "eval.num_colorized=-1; allowed: 0, or 2 and more"),
+        ("sample", ("prior.value_depth=0",), "prior.value_depth=0; allowed: 1 or more"),
+        ("sample", ("prior.early_bias=nan",), "prior.early_bias=nan; allowed: 0 or more"),
+        ("sample", ("sampling.compile=true",), "it has nothing to compile"),
+        ("eval", ("eval.edit_frozen=[1]",), "the scales of these tokens have no image of their own"),
         ("sample", ("prior.patch=3",), "prior.patch=3 with tokenizer.chroma=4:2:0"),
         ("eval", ("prior.order=luma_first", "eval.upsample_from=8"), "with prior.order=luma_first: a small image"),
         ("sample", ("sampling.top_k=[1,2]",), "allowed: 1 for streams"),
@@ -211,6 +233,52 @@ def test_colour_may_be_dropped_on_request(luma, image_folder, tmp_path):
 def test_other_tokenizers_cannot_colour(finished, gray, capsys):
     assert main(["colorize", str(finished / "tiny.yaml"), f"run={finished}/run", f"input={gray}"]) == 2
     assert "colouring needs tokens that hold luma and chroma apart" in capsys.readouterr().err
+
+
+def test_given_scales_are_whole_in_what_eval_finishes(lists, monkeypatch):
+    """What is shown as given is all that the finished images have of those scales."""
+    config = load_config(lists / "tiny.yaml", [f"run={lists}/run", *LISTS])
+    models, asked = load_models(config), []
+    monkeypatch.setattr(Models, "draw", lambda self, *a, **k: asked.append(k["whole"]) or a[3])
+    val = Images(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 1]), [0, 1], ["", ""])
+    show_finished(config, lists, models, val, models.encode(val.pixels))
+    assert [list(each) for each in asked] == [[0, 1, 2, 3]] * 3 + [[0, 1, 2, 3, 4]] * 3
+
+
+def test_memory_is_measured_by_bench(lists, capsys):
+    call = made_with(lists)
+    out = lists / "bench.json"
+    assert call("bench", "memory=16,32", "repeats=1", f"out={out}", "prior.chunk=20") == 0
+    found = json.loads(out.read_text())["memory"]
+    assert [entry["side"] for entry in found] == [16, 32]
+    for entry in found:
+        for kind in ("by_chunks", "whole"):
+            assert entry[kind]["total"] == sum(entry[kind][part] for part in ("decoders", "encoder", "rest"))
+        assert entry["whole"]["decoders"] > entry["by_chunks"]["decoders"]
+    out.unlink()
+    for wrong, message in (
+        (("memory=16,x",), "memory=16,x: allowed are numbers"),
+        (("memory=0",), "memory=0; allowed: sides of 1 px or more"),
+        (("memory=16", "prior.chunk=5000"), "less than prior.chunk=5000"),
+    ):
+        assert call("bench", "repeats=1", f"out={out}", *wrong) == 2
+        assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_the_prior_resumes_exactly(lists, tmp_path):
+    """Which chunk is drawn depends on the step alone: stopped after two of four steps, the weights are the same."""
+    call, settings = made_with(lists), ("prior_training.checkpoint_every=2", "prior_training.max_steps=4")
+    weights = []
+    for name in ("whole", "halves"):
+        path = tmp_path / name / "prior.safetensors"
+        if name == "halves":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("stages.prior.module.PriorModule.on_train_batch_end", stop_after_two, raising=False)
+                with pytest.raises(SystemExit):
+                    call("train-prior", f"prior.path={path}", *settings)
+        assert call("train-prior", f"prior.path={path}", *settings) == 0
+        weights.append(load_prior(path)[0].state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_upsampling_and_editing_of_lists(lists, image_folder, tmp_path):

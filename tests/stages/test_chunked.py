@@ -8,6 +8,7 @@ from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
 from stages.conditions.text import TextConditionConfig
 from stages.contract import FORBIDDEN, Prompts
 from stages.factory import build_grammar, build_prior
+from stages.measures.memory import saved_bytes
 from stages.prior.chunked import ChunkedPriorConfig
 from stages.prior.dense import DenseImage
 from stages.prior.sampling import SamplingConfig, sample
@@ -65,6 +66,43 @@ def test_a_step_may_skip_the_logits():
         assert torch.allclose(prior.logits(asked, nothing), prior.logits(silent, nothing), atol=1e-5)
 
 
+def test_the_decoders_keep_as_much_whatever_the_size_of_the_image():
+    """Full chunks, long enough for the fused kernel, which keeps no matrix of all pairs."""
+    kept = []
+    for side in (32, 64):
+        coder = codec((side, side), quality=90)
+        tokens = coder.encode(noise(2, (side, side))[1:])
+        assert tokens.ids.shape[1] > 500
+        found = {}
+        for chunk in (400, 100_000):
+            sizes = {**SMALL, "chunk": min(chunk, tokens.ids.shape[1]), "overlap": 8, "early_bias": 1e3}
+            prior = build_prior(ChunkedPriorConfig(**sizes), NoConditionConfig(), coder.layout, [])
+            found[chunk] = saved_bytes(prior, tokens, PROMPTS[:1].without(), prior.parts, {"decoders": "encoder"})
+        kept.append(found)
+    small, large = kept
+    assert small[400]["decoders"] == large[400]["decoders"] > 0
+    assert large[400]["encoder"] > 3 * small[400]["encoder"]
+    assert large[100_000]["decoders"] > 2 * small[100_000]["decoders"] > small[400]["decoders"]
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_once():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, tokens, prompts):
+            return self.second(self.first(tokens).exp())
+
+    module, x = Two(), torch.randn(5, 8)
+    found = saved_bytes(module, x, None, {"first": [module.first], "second": [module.second]}, {})
+    assert found == {
+        "first": 5 * 8 * 4,
+        "second": 0,
+        "rest": 5 * 8 * 4,
+    }  # exp keeps its result, which second needs, too
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("patch", [2, 4])
 def test_a_chunk_and_its_past_are_the_whole_list(channels, patch):
@@ -101,7 +139,7 @@ def test_illegal_continuations_have_no_probability(order, channels):
     """At random places of real lists: every id that the masks forbid breaks the list, every other continues it."""
     coder, tokens = made(channels)
     prior = chunked(coder.layout, order=order)
-    arranged, generator = prior.arrange(tokens), torch.Generator().manual_seed(0)
+    arranged, generator = prior.to_own_order(tokens), torch.Generator().manual_seed(0)
     grammar = prior.grammar
 
     def legal(past, element):
@@ -180,6 +218,21 @@ def test_luma_first_writes_chroma_to_a_given_luma():
         sample(chunked(coder.layout), PROMPTS, SamplingConfig(), range(4), prefix=prefix, whole=luma)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_prefixes_of_other_lengths_in_a_batch_change_nothing(guidance):
+    coder, tokens = made(3)
+    prior = chunked(coder.layout, order="luma_first")
+    luma = [number for number, scale in enumerate(coder.layout.scales) if scale.planes == "luma"]
+    prefix = keep_scales(tokens, coder.layout, luma)
+    assert prefix.lengths[0] == 0 and len(set(prefix.lengths.tolist())) == 4
+    settings = SamplingConfig(guidance=guidance)
+    drawn = sample(prior, PROMPTS, settings, range(4), prefix=prefix, whole=luma)
+    for row in range(4):
+        mine = prefix[row : row + 1].prefix(int(prefix.lengths[row]))
+        alone = sample(prior, PROMPTS[row : row + 1], settings, [row], prefix=mine, whole=luma)
+        assert torch.equal(alone.ids[0], drawn.ids[row, : int(drawn.lengths[row])])
+
+
 def test_sampling_stops_after_the_scales_asked_for():
     coder, _ = made(1)
     prior = chunked(coder.layout)
@@ -222,6 +275,9 @@ def test_a_header_is_seen():
     before = prior.nll(tokens, PROMPTS)
     tokens.header += 1
     assert not torch.allclose(before, prior.nll(tokens, PROMPTS))
+    tokens.header[1] = 9
+    with pytest.raises(ValueError, match=r"lowered \[.*9.*\]; allowed: 0 to 5"):
+        prior.nll(tokens, PROMPTS)
     with pytest.raises(ValueError, match="needs a prefix"):
         sample(prior, PROMPTS, SamplingConfig(), range(4))
 

@@ -206,6 +206,8 @@ def test_lists_beyond_the_cap():
     assert (shares - wanted).abs().max() < 0.1
     bits = lowering.header_bits(tokens, torch.zeros(6))
     assert (bits > 0).all() and bits.mean() < 3
+    with pytest.raises(ValueError, match="no image whose values could be measured"):
+        lowering.fit([])
     with pytest.raises(RefusedImage, match="at quality 1"):
         codec((32, 32), 1, max_length=2, overflow="lower").encode(images)
 
@@ -254,9 +256,9 @@ ILLEGAL = {
 def test_lists_that_cannot_be_are_refused_at_the_first_offence(name):
     elements, place = ILLEGAL[name]
     coder = codec(channels=1)
-    good = coder.encode(noise(1, channels=1, seed=3))
-    ids = torch.tensor(elements)[None] + torch.tensor([0, 0, coder.largest])
-    tokens = Tokens.cat([good, Tokens(ids, torch.tensor([len(elements)]), good.header)])
+    good = coder.encode(noise(4, channels=1)[3:])  # a longer one: the other is padded
+    ids = torch.tensor([*elements, (20, 0, 1)])[None] + torch.tensor([0, 0, coder.largest])
+    tokens = Tokens.cat([good, Tokens(ids, torch.tensor([len(elements) + 1]), good.header)])
     with pytest.raises(ValueError, match=rf"list 1: element {place} .* cannot stand there"):
         coder.decode(tokens)
 
