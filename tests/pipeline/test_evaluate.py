@@ -304,7 +304,7 @@ def test_a_text_prior_edits_with_captions_and_reads_them_for_upsampling(
     save_prior(Path(config.prior.path), prior, config.prior, config.condition, extra)
     config.eval.upsample_from, config.eval.edit_frozen, config.eval.num_edited = 8, [1], 4
     shown: list[list[str]] = []
-    monkeypatch.setattr("pipeline.evaluate_scales.show_editing", lambda *args: shown.append(list(args[2])))
+    monkeypatch.setattr("pipeline.evaluate_scales.show_columns", lambda *args: shown.append(list(args[2])))
     metrics = read(evaluate(config))
     assert len(shown[0]) == 4 and set(shown[0]) <= {"a bright picture", "a dark picture"}
     assert metrics["editing"]["num_images"] == 4 and metrics["upsampling"]["prompts"] == "each image's own"
@@ -322,7 +322,7 @@ def test_without_a_classifier_or_prior_editing_is_named_as_skipped(tmp_path: Pat
     Path(config.prior.path).unlink()
     metrics = read(evaluate(config))
     assert len(metrics["ladder"]["rungs"]) == 2
-    assert any(line.startswith("upsampling and editing") for line in metrics["skipped"])
+    assert any(line.startswith("upsampling, editing and colouring") for line in metrics["skipped"])
 
 
 def test_samples_are_bytes_with_labels_in_equal_shares(evaluated: Path) -> None:
