@@ -1,7 +1,10 @@
 """Lists of DCT coefficients through all commands: cache, prior, evaluation, samples, colouring and upsampling."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -297,3 +300,16 @@ def test_the_prior_keeps_its_order(lists):
     other, metadata = load_prior(lists / "luma/prior.safetensors")
     assert natural.order == "natural" and other.order == "luma_first" and metadata["config"]["order"] == "luma_first"
     assert natural.layout == other.layout
+
+
+def test_two_processes_train_one_prior(lists, tmp_path):
+    """Plain DDP: every step uses every weight, whatever chunks the ranks draw, and the ranks end with one result."""
+    path = tmp_path / "prior.safetensors"
+    command = [sys.executable, "-m", "pipeline", "train-prior", str(lists / "tiny.yaml"), f"run={lists}/run", *LISTS]
+    settings = [f"prior.path={path}", "trainer.devices=2", "prior_training.precision=bf16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    prior, metadata = load_prior(path)
+    assert metadata["world_size"] == 2 and metadata["steps"] == 6
+    assert all(bool(value.isfinite().all()) for value in prior.state_dict().values())
