@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,18 @@ class SparseDCTConfig(TokenizerConfig):
     fits, which the manifest counts."""
 
 
+class Channel(NamedTuple):
+    """One frequency of one plane. The order of these numbers is the order of lists."""
+
+    octave: int
+    chroma: bool
+    plane: int
+    rank: int
+    """Place of the frequency among those of a plane."""
+    frequency: int
+    """u · block + v"""
+
+
 class SparseDCTCodec(Tokenizer):
     """Images of any sides, in gray or RGB; sides are padded to whole blocks, and restored.
 
@@ -97,12 +109,10 @@ class SparseDCTCodec(Tokenizer):
             if not (height * side % config.block or width * side % config.block)
         } | {image_size: config.block}
         """Sizes of images that can be encoded, and the side of their blocks."""
-        # (octave, luma or chroma, plane, rank in zig-zag): the order of channels
-        order = frequencies_by_shell(config.block)
         self.channel_table = sorted(
-            (shell(frequency, config.block), plane > 0, plane, rank, frequency)
+            Channel(shell(frequency, config.block), plane > 0, plane, rank, frequency)
             for plane in range(channels)
-            for rank, frequency in enumerate(order)
+            for rank, frequency in enumerate(frequencies_by_shell(config.block))
         )
         # quality is halved at most so often, down to 1
         self.lowerings = config.quality.bit_length() - 1 if config.overflow == "lower" else 0
@@ -114,9 +124,9 @@ class SparseDCTCodec(Tokenizer):
         config = self.config
         # samples lie in -128 … 127, and the transform keeps the norm of a block
         self.largest = largest or int(128 * config.block / float(self.tables(0).min())) + 1
-        groups = list(dict.fromkeys((octave, chroma) for octave, chroma, *_ in self.channel_table))
-        scale_of = [groups.index((octave, chroma)) for octave, chroma, *_ in self.channel_table]
-        planes = [plane for _, _, plane, *_ in self.channel_table]
+        groups = list(dict.fromkeys((channel.octave, channel.chroma) for channel in self.channel_table))
+        scale_of = [groups.index((channel.octave, channel.chroma)) for channel in self.channel_table]
+        planes = [channel.plane for channel in self.channel_table]
         grammar: dict[str, Any] = {
             "planes": planes,
             "scales": scale_of,
@@ -161,7 +171,7 @@ class SparseDCTCodec(Tokenizer):
         """Steps float64 [channels of all planes], in the order of channels, at quality / 2^lowered."""
         quality, block = max(1, self.config.quality >> lowered), self.config.block
         steps = [quantization_table(quality, chroma, block) for chroma in (False, True)]
-        return torch.stack([steps[chroma][frequency] for _, chroma, _, _, frequency in self.channel_table])
+        return torch.stack([steps[channel.chroma][channel.frequency] for channel in self.channel_table])
 
     # ------------------------------------------------------------------ pixels and coefficients
 
@@ -187,9 +197,9 @@ class SparseDCTCodec(Tokenizer):
         parts = [block_dct(plane, block).flatten(-2) * grown for plane in self.to_planes(pixels, block)]
         by_plane = [part[:, index] for part in parts for index in range(part.shape[1])]
         found = []
-        for _, _, plane, _, frequency in self.channel_table:
-            u, v = divmod(frequency, self.config.block)
-            mine = by_plane[plane]
+        for channel in self.channel_table:
+            u, v = divmod(channel.frequency, self.config.block)
+            mine = by_plane[channel.plane]
             found.append(mine[:, u * block + v] if max(u, v) < block else torch.zeros_like(mine[:, 0]))
         return torch.cat(found, dim=1)
 
@@ -206,9 +216,10 @@ class SparseDCTCodec(Tokenizer):
         """Pixels float32 [B, C, H, W] in [-1, 1] of coefficients [B, n] in list order."""
         count = len(coefficients)
         planes = [coefficients.new_zeros(count, self.config.block**2, *grid) for grid in self.grids]
-        for channel, (_, _, plane, _, frequency) in enumerate(self.channel_table):
-            start, size = int(self.first_of[channel]), int(self.grammar.size_of[channel])
-            planes[plane][:, frequency] = coefficients[:, start : start + size].view(count, *self.grids[plane])
+        for number, channel in enumerate(self.channel_table):
+            start, size = int(self.first_of[number]), int(self.grammar.size_of[number])
+            mine = coefficients[:, start : start + size].view(count, *self.grids[channel.plane])
+            planes[channel.plane][:, channel.frequency] = mine
         samples = [_nearest(block_idct(plane, self.config.block)).clamp(-128, 127).unsqueeze(1) for plane in planes]
         height, width = self.image_size
         if self.channels == 1:

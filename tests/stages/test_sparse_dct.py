@@ -138,7 +138,7 @@ def test_bands_hold_luma_then_chroma():
     names = [scale.name for scale in coder.layout.scales]
     assert names[:4] == ["1x1 luma", "1x1 chroma", "2x2 luma", "2x2 chroma"] and names[-1] == "8x8 chroma"
     assert [scale.length for scale in coder.layout.scales] == [16, 8, 48, 24, 192, 96, 768, 385]
-    planes = [coder.channel_table[c][2] for c in range(3)]
+    planes = [coder.channel_table[c].plane for c in range(3)]
     assert planes == [0, 1, 2] and coder.layout.length == 32 * 32 * 3 // 2 + 1
     assert TokenLayout.from_dict(coder.layout.to_dict()) == coder.layout
 
