@@ -278,6 +278,10 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: f"prior.early_bias={get(c, 'prior.early_bias')}; allowed: 0 or more",
     ),
     (
+        lambda c: c.sampling.compile and get(c, "prior.averaging") not in (None, "none"),
+        lambda c: "sampling.compile=true with prior.averaging: moving averages are not compiled; leave one of them out",
+    ),
+    (
         lambda c: c.sampling.compile and c.prior.kind == "chunked",
         lambda c: "sampling.compile=true with prior.kind=chunked: it has nothing to compile; leave it out",
     ),

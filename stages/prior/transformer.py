@@ -8,6 +8,7 @@ What is notable here:
 - the slot that predicts element t holds element t-1 and the position (scale, row, column) of element t: the model is
   told what it is asked for;
 - a field is predicted given the earlier fields of its element, so codes of two fields need no joint softmax;
+- between layers half of the coordinates may become moving averages (``stages/prior/averaging.py``);
 - one code path for training's full pass, prefill and single steps: ``_blocks`` with or without a preallocated cache.
 """
 
@@ -28,6 +29,7 @@ from stages.conditions.config import ConditionConfig
 from stages.contract import FORBIDDEN, ConditionStates, Prior, PriorOutput, Prompts
 from stages.factory import build_condition, build_grammar
 from stages.grammar import GrammarState, PlacedGrammar
+from stages.prior.averaging import MovingAverages, segments_of
 from stages.prior.blocks import Block, cache_dtype
 from stages.prior.config import PriorConfig
 from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
@@ -58,6 +60,13 @@ class TransformerPriorConfig(PriorConfig):
     """Elements of a stream that are modelled, a beginning where it is longer; a fixed length is always whole."""
     context: bool = True
     """Streams: tell each slot what the grammar knows of the next place, beside the place itself."""
+    averaging: str = "none"
+    """WaveletGPT: between layers half of the coordinates become moving averages over 2, 4, … slots. none; replace (the
+    paper's); mix (a fifth of the average, as replications did); learned (weighted windows, one for each length)."""
+    averaging_borders: str = "sample"
+    """Where windows stop: sample (beginning of the sequence), scale (of each scale), or grid (squares of its grid)."""
+    averaging_longest: int = 0
+    """Longest window, in slots or along a grid's side; 0: as long as the longest run of slots between borders."""
 
 
 Memory = tuple[Tensor, Tensor]
@@ -75,7 +84,10 @@ class DecodingState:
         memory: Memory | None,
         common: Tensor | None = None,
         stream: GrammarState | None = None,
+        averaged: list[Tensor] | None = None,
     ) -> None:
+        self.averaged = averaged
+        """What the moving averages keep, for each layer [B, 1 + T, D / 2]; None without them."""
         self.cache = cache
         """[depth, 2, B, H, T, D/H]; T grows in streams"""
         self.memory = memory
@@ -131,6 +143,11 @@ class TransformerPrior(Prior):
         self.embedding_dropout = nn.Dropout(config.dropout)
         sizes = (config.width, config.heads, config.hidden_ratio, config.dropout, self.condition.cross)
         self.blocks = nn.ModuleList([Block(*sizes) for _ in range(config.depth)])
+        self.averages: nn.ModuleList | None = None
+        if config.averaging != "none":
+            segments = segments_of(layout, self.condition.num_states, self.max_length, config.averaging_borders)
+            averages = (config.averaging, config.width, segments, config.averaging_longest)
+            self.averages = nn.ModuleList([MovingAverages(*averages) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
         self._step = self._prefill
         self._compiled_cache: Tensor | None = None
@@ -174,6 +191,7 @@ class TransformerPrior(Prior):
         cache: Tensor | None = None,
         slots: Tensor | None = None,
         memory: Memory | None = None,
+        averaged: list[Tensor] | None = None,
     ) -> Tensor:
         x = self.embedding_dropout(x)
         for index, block in enumerate(self.blocks):
@@ -182,6 +200,8 @@ class TransformerPrior(Prior):
                 x = checkpoint(block, x, mask, None, None, *seen, use_reentrant=False)
             else:
                 x = block(x, mask, None if cache is None else cache[index], slots, *seen)
+            if self.averages is not None:
+                x = self.averages[index](x, None if averaged is None else averaged[index], slots)
         return self.norm(x)
 
     def _field_logits(self, hidden: Tensor, codebook: int, first: int, chosen: Tensor) -> Tensor:
@@ -253,8 +273,11 @@ class TransformerPrior(Prior):
         memory = self._remember(states)
         x = self._slots(states.prefix, ids, notes, common)
         cache = self._allocate(batch, self.condition.num_states + length - 1, x.shape[1])
-        hidden = self._prefill(x, torch.arange(x.shape[1], device=x.device), cache, memory)
-        return DecodingState(cache, ids.shape[1], hidden, memory, common, stream)
+        averaged = None
+        if self.averages is not None:
+            averaged = [each.room(batch, cache.shape[4], x.device) for each in self.averages]  # type: ignore[operator]
+        hidden = self._prefill(x, torch.arange(x.shape[1], device=x.device), cache, memory, averaged)
+        return DecodingState(cache, ids.shape[1], hidden, memory, common, stream, averaged)
 
     def _allocate(self, batch: int, size: int, filled: int) -> Tensor:
         """Room for keys and values of ``size`` slots; streams begin with less, for most end early."""
@@ -274,10 +297,12 @@ class TransformerPrior(Prior):
                 self._compiled_cache = cache
         return cache
 
-    def _prefill(self, x: Tensor, slots: Tensor, cache: Tensor, memory: Memory | None) -> Tensor:
+    def _prefill(
+        self, x: Tensor, slots: Tensor, cache: Tensor, memory: Memory | None, averaged: list[Tensor] | None = None
+    ) -> Tensor:
         """Last hidden state [B, D] of new slots x [B, n, D], whose keys and values go into the cache."""
         mask = torch.arange(cache.shape[4], device=x.device) <= slots[:, None]
-        return self._blocks(x, mask, cache, slots, memory)[:, -1]
+        return self._blocks(x, mask, cache, slots, memory, averaged)[:, -1]
 
     def compile_step(self) -> None:
         """Compile the step of one element: its shapes never change (CUDA graphs on a GPU)."""
@@ -308,7 +333,10 @@ class TransformerPrior(Prior):
             if state.position >= self.max_length or not state.stream.going.any():
                 return
             if slot >= state.cache.shape[4]:
-                state.cache = functional.pad(state.cache, (0, 0, 0, state.cache.shape[4]))
+                grown = state.cache.shape[4]
+                state.cache = functional.pad(state.cache, (0, 0, 0, grown))
+                if state.averaged is not None:
+                    state.averaged = [functional.pad(each, (0, 0, 0, grown)) for each in state.averaged]
         elif slot >= state.cache.shape[4]:
             return  # the last element of the sequence predicts nothing
         x = self.inputs.elements(element.unsqueeze(1), position, before)
@@ -316,7 +344,7 @@ class TransformerPrior(Prior):
         x = x if state.common is None else x + state.common
         # a CUDA graph writes its next result to the same place
         slots = torch.tensor([slot], device=element.device)
-        state.hidden = self._step(x, slots, state.cache, state.memory).clone()
+        state.hidden = self._step(x, slots, state.cache, state.memory, state.averaged).clone()
 
 
 def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:
