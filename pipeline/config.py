@@ -21,7 +21,7 @@ from data.tokens.config import TokensConfig
 from stages.conditions.config import ConditionConfig
 from stages.factory import condition_kind, prior_kind, quantizer_kind, tokenizer_kind
 from stages.measures.config import EvalConfig
-from stages.prior.config import PriorConfig, PriorTrainingConfig
+from stages.prior.config import AVERAGING, AVERAGING_BORDERS, PriorConfig, PriorTrainingConfig
 from stages.prior.sampling import SamplingConfig
 from stages.tokenizer.config import TokenizerConfig, TokenizerTrainingConfig
 
@@ -276,6 +276,23 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
     (
         lambda c: not 0 <= (get(c, "prior.early_bias") or 0) < math.inf,
         lambda c: f"prior.early_bias={get(c, 'prior.early_bias')}; allowed: 0 or more",
+    ),
+    (
+        lambda c: get(c, "prior.averaging") not in (None, *AVERAGING),
+        lambda c: f"prior.averaging={get(c, 'prior.averaging')!r}; allowed: {', '.join(AVERAGING)}",
+    ),
+    (
+        lambda c: get(c, "prior.averaging_borders") not in (None, *AVERAGING_BORDERS),
+        lambda c: (
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')!r}; allowed: {', '.join(AVERAGING_BORDERS)}"
+        ),
+    ),
+    (
+        lambda c: get(c, "prior.averaging") == "learned" and get(c, "prior.averaging_borders") == "grid",
+        lambda c: (
+            "prior.averaging=learned with prior.averaging_borders=grid: learned windows have one dimension; set "
+            "prior.averaging_borders=scale or sample"
+        ),
     ),
     (
         lambda c: c.sampling.compile and get(c, "prior.averaging") not in (None, "none"),

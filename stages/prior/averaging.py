@@ -22,9 +22,8 @@ from torch.nn import functional
 
 from data.errors import InputError
 from data.layout import TokenLayout
+from stages.prior.config import AVERAGING, AVERAGING_BORDERS
 
-KINDS = ("none", "replace", "mix", "learned")
-BORDERS = ("sample", "scale", "grid")
 MIXED = 0.2
 """Share of the average where it is mixed in, as replications did."""
 
@@ -48,8 +47,8 @@ def segments_of(layout: TokenLayout, num_states: int, length: int, borders: str)
 
     Raises ValueError for borders that the layout does not have.
     """
-    if borders not in BORDERS:
-        raise InputError(f"prior.averaging_borders={borders!r}; allowed: {', '.join(BORDERS)}")
+    if borders not in AVERAGING_BORDERS:
+        raise InputError(f"prior.averaging_borders={borders!r}; allowed: {', '.join(AVERAGING_BORDERS)}")
     if borders == "sample":
         return [Segment(0, 1, num_states + length - 1)]
     if layout.ends != "fixed":
@@ -78,8 +77,8 @@ class MovingAverages(nn.Module):
 
     def __init__(self, kind: str, width: int, segments: list[Segment], longest: int = 0) -> None:
         super().__init__()
-        if kind not in KINDS[1:]:
-            raise InputError(f"prior.averaging={kind!r}; allowed: {', '.join(KINDS)}")
+        if kind not in AVERAGING[1:]:
+            raise InputError(f"prior.averaging={kind!r}; allowed: {', '.join(AVERAGING)}")
         reach = max(max(segment.rows, segment.columns) for segment in segments)
         if longest > reach or longest < 0 or longest == 1:
             raise InputError(

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+AVERAGING = ("none", "replace", "mix", "learned")
+"""What may happen to half of the coordinates between a transformer's layers."""
+AVERAGING_BORDERS = ("sample", "scale", "grid")
+"""Where the windows of moving averages may stop."""
+
 
 @dataclass
 class PriorConfig:

@@ -99,6 +99,8 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
             "lists need a prior that writes lists, and no other tokens do; set prior.kind=chun",
         ),
         ("prior.kind=chunked", "set prior.kind=transformer"),
+        ("prior.averaging=ema", "prior.averaging='ema'; allowed: none, replace, mix, learned"),
+        ("prior.averaging_borders=row", "prior.averaging_borders='row'; allowed: sample, scale, grid"),
         ("eval.num_colorized=8", "eval.num_colorized=8 with prior.order=natural: colouring needs a prior that writes"),
         ("tokenizer.encoder.heads=0", "tokenizer.encoder.heads=0; allowed: 1 or more"),
         ("prior_training.log_every=0", "prior_training.log_every=0; allowed: 1 or more"),
