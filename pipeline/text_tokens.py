@@ -1,0 +1,90 @@
+"""text-tokens: the bytes of a text as a token cache, for studies of priors whose claims are about text.
+
+What is notable here: nothing is tokenized, a byte is an element, and a sample is a piece of so many bytes; the last
+pieces are held out. A prior is trained on such a cache as on any other (condition.kind=none), without a tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.layout import Field, Scale, TokenLayout
+from data.tokens import order
+from data.tokens.files import CacheError
+from data.tokens.manifest import FILE, Manifest, SplitInfo
+from data.tokens.shards import NO_LABEL, Block, ShardInfo, ShardWriter
+from pipeline.config import Config
+from pipeline.run import RunError
+
+
+@dataclass
+class TextTokensRequest:
+    """What to cut, and into how long pieces."""
+
+    file: str = ""
+    """A text of any encoding."""
+    length: int = 256
+    """Bytes of a sample."""
+    held_out: float = 0.05
+    """Share of the pieces, the last ones, that validate."""
+
+
+def text_layout(length: int) -> TokenLayout:
+    """One scale of ``length`` bytes."""
+    return TokenLayout((Scale("text", length, None, 0, (Field("byte", 256),), (1, length)),))
+
+
+def cache_text(config: Config, request: TextTokensRequest) -> Path:
+    """Write ``config.tokens.path``; returns it. Raises RunError for a text too short, CacheError for a cache there."""
+    path, folder = Path(request.file).expanduser(), Path(config.tokens.path)
+    if not request.file or not path.is_file():
+        raise RunError(f"file={request.file}: no such file; give the text whose bytes are to be modelled")
+    if request.length < 2 or not 0 < request.held_out < 1:
+        raise RunError(
+            f"length={request.length}, held_out={request.held_out:g}; allowed: 2 bytes or more, a share between 0 and 1"
+        )
+    if (folder / FILE).exists():
+        raise CacheError(f"{folder} holds a token cache already; choose another RUN=, or delete the folder")
+    content = path.read_bytes()
+    count = len(content) // request.length
+    val = int(count * request.held_out)
+    if not val or val == count:
+        raise RunError(f"{path} has {len(content)} bytes: too few for training and held-out pieces of {request.length}")
+    pieces = np.frombuffer(content[: count * request.length], np.uint8).reshape(count, request.length)
+    layout, identity = text_layout(request.length), hashlib.sha256(content).hexdigest()
+    splits = {"train": pieces[: count - val], "val": pieces[count - val :]}
+    manifest = Manifest(
+        tokenizer_sha256=identity,
+        tokenizer_kind="bytes",
+        tokenizer_config={},
+        layout=layout,
+        image_size=layout.image_size,
+        channels=1,
+        views=("identity",),
+        permutation_seed=config.tokens.permutation_seed,
+        encode_batch_size=1,
+        precision="32",
+        class_names=(),
+        splits={name: write_split(folder / name, part, layout, config, identity) for name, part in splits.items()},
+    )
+    manifest.save(folder)
+    print(f"{folder}: {count - val} train, {val} val pieces of {request.length} bytes")
+    return folder
+
+
+def write_split(folder: Path, pieces: np.ndarray, layout: TokenLayout, config: Config, identity: str) -> SplitInfo:
+    """One shard of all pieces uint8 [n, length], in the cache's permutation."""
+    places, size = order.source_order(len(pieces), config.tokens.permutation_seed), order.block_size(len(pieces))
+    with ShardWriter(folder, 0, layout) as writer:
+        for number, start in enumerate(range(0, len(places), size)):
+            some = places[start : start + size]
+            ids = pieces[some][:, None, :, None].astype(np.int64)
+            lengths, header = np.full(ids.shape[:2], ids.shape[2]), np.zeros((*ids.shape[:2], 0), np.int64)
+            labels = np.full(len(some), NO_LABEL)
+            writer.write(Block(number, ids, lengths, header, labels, some, [f"piece {place}" for place in some]))
+        shard: ShardInfo = writer.commit([])
+    return SplitInfo(len(pieces), 0, 0, size, identity, (shard,))
