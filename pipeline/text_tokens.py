@@ -18,7 +18,7 @@ from data.tokens.files import CacheError
 from data.tokens.manifest import FILE, Manifest, SplitInfo
 from data.tokens.shards import NO_LABEL, Block, ShardInfo, ShardWriter
 from pipeline.config import Config
-from pipeline.run import RunError
+from pipeline.run import RunError, stage_folder
 
 
 @dataclass
@@ -47,33 +47,34 @@ def cache_text(config: Config, request: TextTokensRequest) -> Path:
         raise RunError(
             f"length={request.length}, held_out={request.held_out:g}; allowed: 2 bytes or more, a share between 0 and 1"
         )
-    if (folder / FILE).exists():
-        raise CacheError(f"{folder} holds a token cache already; choose another RUN=, or delete the folder")
     content = path.read_bytes()
     count = len(content) // request.length
     val = int(count * request.held_out)
     if not val or val == count:
         raise RunError(f"{path} has {len(content)} bytes: too few for training and held-out pieces of {request.length}")
-    pieces = np.frombuffer(content[: count * request.length], np.uint8).reshape(count, request.length)
-    layout, identity = text_layout(request.length), hashlib.sha256(content).hexdigest()
-    splits = {"train": pieces[: count - val], "val": pieces[count - val :]}
-    manifest = Manifest(
-        tokenizer_sha256=identity,
-        tokenizer_kind="bytes",
-        tokenizer_config={},
-        layout=layout,
-        image_size=layout.image_size,
-        channels=1,
-        views=("identity",),
-        permutation_seed=config.tokens.permutation_seed,
-        encode_batch_size=1,
-        precision="32",
-        class_names=(),
-        splits={name: write_split(folder / name, part, layout, config, identity) for name, part in splits.items()},
-    )
-    manifest.save(folder)
-    print(f"{folder}: {count - val} train, {val} val pieces of {request.length} bytes")
-    return folder
+    with stage_folder(folder, config, "tokens"):
+        if (folder / FILE).exists():
+            raise CacheError(f"{folder} holds a token cache already; choose another RUN=, or delete the folder")
+        pieces = np.frombuffer(content[: count * request.length], np.uint8).reshape(count, request.length)
+        layout, identity = text_layout(request.length), hashlib.sha256(content).hexdigest()
+        splits = {"train": pieces[: count - val], "val": pieces[count - val :]}
+        manifest = Manifest(
+            tokenizer_sha256=identity,
+            tokenizer_kind="bytes",
+            tokenizer_config={},
+            layout=layout,
+            image_size=layout.image_size,
+            channels=1,
+            views=("identity",),
+            permutation_seed=config.tokens.permutation_seed,
+            encode_batch_size=1,
+            precision="32",
+            class_names=(),
+            splits={name: write_split(folder / name, part, layout, config, identity) for name, part in splits.items()},
+        )
+        manifest.save(folder)
+        print(f"{folder}: {count - val} train, {val} val pieces of {request.length} bytes")
+        return folder
 
 
 def write_split(folder: Path, pieces: np.ndarray, layout: TokenLayout, config: Config, identity: str) -> SplitInfo:

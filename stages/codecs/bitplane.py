@@ -213,8 +213,8 @@ class BitplaneCodec(Tokenizer):
             ids[row] = base + np.where(np.abs(first) >= threshold, found, kernels.INSIGNIFICANT)
             # where the group is empty, the prior decides what else the block holds
             lengths[row] = SCALING if planes[row] and (np.abs(first) >= threshold).any() else 0
-        tokens = (torch.from_numpy(part) for part in (ids[..., None], lengths, planes[:, None]))
-        return Tokens(next(tokens), next(tokens), next(tokens))
+        header = torch.from_numpy(planes[:, None])
+        return Tokens(torch.from_numpy(ids[..., None]), torch.from_numpy(lengths), header)
 
     def header_bits(self, tokens: Tokens, labels: Tensor) -> Tensor:
         return self._starts.bits(self.grammar.check_header(tokens.header), labels.cpu().numpy())

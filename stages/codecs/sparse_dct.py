@@ -117,7 +117,7 @@ class SparseDCTCodec(Tokenizer):
         # quality is halved at most so often, down to 1
         self.lowerings = config.quality.bit_length() - 1 if config.overflow == "lower" else 0
         self._starts = np.ones(self.lowerings + 1)
-        self._set_range(config.largest_value or 0)
+        self._set_range(config.largest_value)
 
     def _set_range(self, largest: int) -> None:
         """Build the layout for values up to ``largest``; 0 for the largest that there can be."""

@@ -1,4 +1,4 @@
-"""The priors' layers: self-attention with a cache, cross-attention to a memory, and the block of both."""
+"""The priors' layers: self-attention with a cache, cross-attention to a memory, blocks of both, stacks of blocks."""
 
 from __future__ import annotations
 
@@ -108,3 +108,38 @@ class Block(nn.Module):
 
     def _branch(self, number: int, x: Tensor) -> Tensor:
         return self.dropout(x) if self.gates is None else self.gates[number].to(x.dtype) * self.dropout(x)
+
+
+class Decoder(nn.Module):
+    """Causal layers that look at what the encoder knows, and the logits of one field."""
+
+    def __init__(self, depth: int, sizes: tuple[int, int, float, float], vocabulary: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(*sizes, cross=True, gated=True) for _ in range(depth)])
+        self.norm = nn.RMSNorm(sizes[0])
+        self.head = nn.Linear(sizes[0], vocabulary, bias=False)
+
+    def remember(self, memory: Tensor) -> Tensor:
+        """Keys and values of all layers [depth, 2, B, H, M, D/H] of a memory [B, M, D]."""
+        return torch.stack([block.cross.remember(memory) for block in self.blocks])  # type: ignore[union-attr, operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        remembered: Tensor,
+        memory_mask: Tensor | None,
+        cache: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, n, D] of inputs [B, n, D]; with a cache [depth, 2, B, H, T, D/H] those of its ``slots``."""
+        mask = None
+        if cache is not None and slots is not None:
+            mask = torch.arange(cache.shape[4], device=x.device) <= slots[:, None]
+        for index, block in enumerate(self.blocks):
+            mine = None if cache is None else cache[index]
+            x = block(x, mask, mine, slots, remembered[index], memory_mask)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [..., V] of hidden states [..., D]."""
+        return self.head(self.norm(hidden)).float()
