@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -143,10 +144,10 @@ class TokenLayout:
 
     def num_scales_in(self, length: int) -> int:
         """Number of whole scales in the first ``length`` elements. Raises ValueError when a scale is cut."""
-        for num_scales in range(len(self.scales) + 1):
-            if self.prefix_length(num_scales) == length:
-                return num_scales
-        raise ValueError(f"{length} elements end inside a scale; whole scales end at {self.ends_of_scales}")
+        ends = (0, *self.ends_of_scales)
+        if length not in ends:
+            raise ValueError(f"{length} elements end inside a scale; whole scales end at {self.ends_of_scales}")
+        return ends.index(length)
 
     def scale_at(self, position: int) -> int:
         """The scale of an element in a layout of fixed length."""
@@ -155,7 +156,7 @@ class TokenLayout:
     @property
     def ends_of_scales(self) -> tuple[int, ...]:
         """Number of elements up to and with each scale."""
-        return tuple(self.prefix_length(k + 1) for k in range(len(self.scales)))
+        return tuple(accumulate(scale.length for scale in self.scales))
 
     @property
     def prefixes(self) -> tuple[int, ...]:

@@ -47,6 +47,8 @@ class TokenizerOutput:
     """int64 [B, L, F]"""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalar loss terms of the quantiser by name; their weights stand in the training config."""
+    target: Tensor | None = None
+    """What the reconstruction should be, like it; None for the pixels themselves."""
 
 
 class Tokenizer(nn.Module, ABC):

@@ -18,6 +18,7 @@ Registry = dict[str, tuple[str, str, str]]
 TOKENIZERS: Registry = {
     "sit": ("stages.tokenizer.sit", "SITConfig", "SIT"),
     "vit-vqgan": ("stages.tokenizer.sit", "ViTVQGANConfig", "SIT"),
+    "nested": ("stages.tokenizer.nested", "NestedConfig", "NestedTokenizer"),
     "bitplane": ("stages.codecs.bitplane", "BitplaneConfig", "BitplaneCodec"),
     "sparse-dct": ("stages.codecs.sparse_dct", "SparseDCTConfig", "SparseDCTCodec"),
 }

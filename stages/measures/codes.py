@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,15 +44,18 @@ def perplexity(counts: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def code_use(tokens: Tokens, layout: TokenLayout) -> list[CodeUse]:
+def code_use(tokens: Tokens, layout: TokenLayout, numbers: Sequence[int] = ()) -> list[CodeUse]:
     """One entry per scale and field of tokens with ids [N, L, F]; elements beyond a sample's length do not count.
 
-    Scales in which no sample has an element are left out.
+    Of the scales with these ``numbers`` (the first is 1), or of all; those in which no sample has an element are left
+    out.
     """
     # part by part: the notes by which streams find their scales take many times the room of the tokens
     scales = torch.cat([scale_ids(part, layout) for part in tokens.split(256)]).masked_fill(~tokens.counted, -1)
     uses: list[CodeUse] = []
     for number, scale in enumerate(layout.scales):
+        if numbers and number + 1 not in numbers:
+            continue
         ids = tokens.ids[scales == number]
         if not len(ids):
             continue

@@ -45,8 +45,8 @@ class PriorModule(L.LightningModule):
         """Names samples for error messages; the command knows where they come from."""
         self.batches_seen = 0
         """Micro-batches this process has trained on; the data stream resumes there."""
-        names = ["all", *(scale.name for scale in prior.layout.scales)]
-        self.validation = torch.nn.ModuleList([MeanMetric() for _ in names])
+        # one for all scales together, and one for each worth reporting
+        self.validation = torch.nn.ModuleList([MeanMetric() for _ in (0, *prior.layout.prefixes)])
 
     @property
     def step(self) -> int:
@@ -84,14 +84,18 @@ class PriorModule(L.LightningModule):
         return torch.stack(list(terms.values())).sum()
 
     def _by_scale(self, nll: Tensor, tokens: Tokens, counted: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, mean bits of an element, elements) of all scales and of each; ``counted`` [B, L] weighs elements."""
+        """(name, mean bits of an element, elements) of all scales together and of each worth reporting.
+
+        ``counted`` [B, L] weighs elements.
+        """
         counted = counted.float()
         bits = nll.sum(2) / NATS_PER_BIT * counted
         yield "all", bits.sum() / counted.sum().clamp(min=1), counted.sum()
         scales = scale_ids(tokens, self.prior.layout, self.prior.grammar)
-        for number, scale in enumerate(self.prior.layout.scales):
-            here = counted * (scales == number)
-            yield scale.name, (bits * (scales == number)).sum() / here.sum().clamp(min=1), here.sum()
+        for number in self.prior.layout.prefixes:
+            here = counted * (scales == number - 1)
+            name = self.prior.layout.scales[number - 1].name
+            yield name, (bits * (scales == number - 1)).sum() / here.sum().clamp(min=1), here.sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         step = self.trainer.global_step
@@ -119,7 +123,8 @@ class PriorModule(L.LightningModule):
             metric.update(mean, elements)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
-        names = ["all", *(scale.name for scale in self.prior.layout.scales)]
+        layout = self.prior.layout
+        names = ["all", *(layout.scales[number - 1].name for number in layout.prefixes)]
         values = {}
         for name, metric in zip(names, self.validation, strict=True):
             values[f"validation/bits_per_token/{name}"] = metric.compute()  # type: ignore[operator]

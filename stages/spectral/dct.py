@@ -1,4 +1,4 @@
-"""The discrete cosine transform of square blocks (DCT-II, orthonormal), and the orders of its frequencies."""
+"""The discrete cosine transform (DCT-II, orthonormal) of square blocks and whole images, and orders of frequencies."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def block_idct(coefficients: Tensor, block: int) -> Tensor:
     matrix = dct_matrix(block).to(coefficients.device)
     blocks = matrix.T @ coefficients.movedim(-3, -1).unflatten(-1, (block, block)) @ matrix
     return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def lowpass(pixels: Tensor, widths: Tensor) -> Tensor:
+    """Images [B, C, H, W] without all but the ``widths`` int64 [B] lowest frequencies of each axis of their DCT.
+
+    float32. A width of the longer side or more gives the image itself, bit for bit (SpectralAR, arXiv 2506.10962).
+    """
+    pixels = pixels.float()
+    height, width = pixels.shape[-2:]
+    rows, columns = (dct_matrix(side).to(pixels) for side in (height, width))
+    widths = widths.to(pixels.device)
+    kept = [(torch.arange(side, device=pixels.device) < widths[:, None]).to(pixels) for side in (height, width)]
+    found = rows @ pixels @ columns.T * (kept[0][:, None, :, None] * kept[1][:, None, None, :])
+    return torch.where((widths >= max(height, width))[:, None, None, None], pixels, rows.T @ found @ columns)
 
 
 @lru_cache

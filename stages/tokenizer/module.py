@@ -90,6 +90,9 @@ class TokenizerModule(L.LightningModule):
         config = self.config
         output = self.tokenizer(pixels)
         reconstruction = output.reconstruction.float()
+        if output.target is not None:
+            # distances and the discriminator alike: what is asked for must not be told apart by its missing details
+            pixels = output.target
         raw = {"pixel": functional.mse_loss(reconstruction, pixels), **output.losses}
         weights = {
             "pixel": config.pixel_weight,
@@ -195,9 +198,9 @@ class TokenizerModule(L.LightningModule):
         return self.trainer.strategy.block_backward_sync()
 
     def _code_use(self, prefix: str, ids: list[Tensor]) -> dict[str, Tensor]:
-        """Usage and perplexity per scale of this rank's ids [n, L, F], which are then forgotten."""
+        """Usage and perplexity of each scale worth reporting, of this rank's ids [n, L, F], which are then forgotten."""
         values: dict[str, Tensor] = {}
-        for use in code_use(Tokens.fixed(torch.cat(ids)), self.tokenizer.layout):
+        for use in code_use(Tokens.fixed(torch.cat(ids)), self.tokenizer.layout, self.tokenizer.layout.prefixes):
             name = f"{use.scale}/{use.field}" if self.tokenizer.layout.num_fields > 1 else use.scale
             values[f"{prefix}/usage/{name}"] = torch.tensor(use.share)
             values[f"{prefix}/perplexity/{name}"] = torch.tensor(use.perplexity)

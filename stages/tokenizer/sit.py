@@ -28,7 +28,7 @@ from stages.spectral.haar import haar_dwt, haar_idwt
 from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
-from stages.tokenizer.transformer import Transformer, TransformerConfig
+from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
 
 CAUSAL = {  # attention: (encoder, decoder)
     "sit": (False, False),
@@ -123,8 +123,9 @@ class SIT(Tokenizer):
         separate = config.specialised and config.scales > 1
         groups = [tokens, tokens * self.levels] if separate else [tokens * config.scales]
         self.embed = nn.ModuleList([nn.Linear(width, config.encoder.width) for width in widths])
-        self.encoder = Transformer(config.encoder, groups, scale_lengths, causal_encoder)
-        self.decoder = Transformer(config.decoder, groups, scale_lengths, causal_decoder)
+        mask = scale_causal(scale_lengths)
+        self.encoder = Transformer(config.encoder, groups, mask if causal_encoder else None)
+        self.decoder = Transformer(config.decoder, groups, mask if causal_decoder else None)
         self.heads = nn.ModuleList([nn.Linear(config.decoder.width, width) for width in widths])
         for index, head in enumerate(self.heads):
             nn.init.normal_(head.weight, std=0.02 * (1 if index == 0 else config.detail_head_gain))  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""The transformer of stage 1: ADTransformer blocks with joint attention, dense or scale-causal.
+"""The transformer of stage 1: ADTransformer blocks with joint attention, dense or as a mask says.
 
 SIT (arXiv 2412.09607): tokens of the approximation and of the details form one sequence with one joint attention, but
 queries, keys, values, norms and MLP of every layer are separate. The attention's output projection is not mentioned
-there; it is separate here, like all other weights. With one group the same code is ViT-VQGAN's plain transformer.
+there; it is separate here, like all other weights. With one group the same code is the plain transformer of ViT-VQGAN
+and of nested tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, lengths: Sequence[int], mask: Tensor | None) -> Tensor:
-        """[B, L, D] → [B, L, D]; ``mask`` [L, L] is True where a row may look."""
+        """[B, L, D] → [B, L, D]; ``mask`` [L, L] or [B, 1, L, L] is True where a row may look."""
         batch, length, width = x.shape
         qkv = self.query_key_value(self.attention_norm(x, lengths), lengths)
         query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
@@ -68,30 +69,28 @@ class Block(nn.Module):
         return x + self.mlp(x, lengths)
 
 
+def scale_causal(lengths: Sequence[int]) -> Tensor:
+    """bool [L, L] for scales of these ``lengths``: True where a row may look, at its own and at earlier scales."""
+    scale = torch.tensor([index for index, length in enumerate(lengths) for _ in range(length)])
+    return scale[:, None] >= scale[None, :]
+
+
 class Transformer(nn.Module):
     """Blocks and a last norm over a sequence of at most ``sum(group_lengths)`` tokens.
 
-    ``scale_lengths`` are the scales' token numbers; with ``scale_causal`` a token sees its own and coarser scales only.
+    ``mask`` bool [L, L] is True where a row may look; None: everywhere.
     """
 
     mask: Tensor | None
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        group_lengths: Sequence[int],
-        scale_lengths: Sequence[int],
-        scale_causal: bool,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, group_lengths: Sequence[int], mask: Tensor | None = None) -> None:
         super().__init__()
         if config.width % config.heads:
             raise InputError(f"width={config.width} is no multiple of heads={config.heads}")
         self.group_lengths = tuple(group_lengths)
-        self.position = nn.Parameter(torch.randn(1, sum(scale_lengths), config.width) * 0.02)
+        self.position = nn.Parameter(torch.randn(1, sum(group_lengths), config.width) * 0.02)
         self.blocks = nn.ModuleList([Block(config, len(group_lengths)) for _ in range(config.depth)])
         self.norm = Grouped([nn.LayerNorm(config.width) for _ in group_lengths])
-        scale = torch.tensor([index for index, length in enumerate(scale_lengths) for _ in range(length)])
-        mask = scale[:, None] >= scale[None, :] if scale_causal else None
         self.register_buffer("mask", mask, persistent=False)
         self.apply(_initialise)
         for block in self.blocks:
@@ -100,8 +99,8 @@ class Transformer(nn.Module):
                 for layer in layers:
                     nn.init.normal_(layer.weight, std=0.02 / (2 * config.depth) ** 0.5)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]; L may be a prefix of whole scales."""
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D]; L may be a beginning. What ``present`` bool [B, L] denies nobody looks at."""
         length = x.shape[1]
         x = x + self.position[:, :length]
         lengths, rest = [], length
@@ -110,6 +109,9 @@ class Transformer(nn.Module):
                 lengths.append(min(group, rest))
                 rest -= lengths[-1]
         mask = None if self.mask is None else self.mask[:length, :length]
+        if present is not None:
+            seen = present[:, None, None, :]
+            mask = seen if mask is None else mask & seen
         for block in self.blocks:
             x = block(x, lengths, mask)
         return self.norm(x, lengths)

@@ -55,7 +55,7 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
     torch.manual_seed(0)
     config = load_config(name)
     small = TransformerConfig(depth=1, width=32, heads=4)
-    side = 2 ** (config.tokenizer.scales - 1) * config.tokenizer.patch * 2
+    side = 2 ** (getattr(config.tokenizer, "scales", 1) - 1) * config.tokenizer.patch * 2
     tokenizer_config = dataclasses.replace(config.tokenizer, encoder=small, decoder=small)
     training = dataclasses.replace(config.tokenizer_training, perceptual="none", discriminator_width=8)
     tokenizer = build_tokenizer(tokenizer_config, (side, side), config.images.channels)
@@ -77,7 +77,7 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
     [
         ("tokenizer.scalse=4", "scalse"),
         ("prior_training.max_steps=many", "many"),
-        ("tokenizer.kind=vqgan", "tokenizer.kind='vqgan'; allowed: bitplane, sit, sparse-dct, vit-vqgan"),
+        ("tokenizer.kind=vqgan", "tokenizer.kind='vqgan'; allowed: bitplane, nested, sit, sparse-dct, vit-vqgan"),
         ("tokenizer.quantizer.kind=ema", "tokenizer.quantizer.kind='ema'; allowed: cosine, fsq"),
         ("prior.kind=rnn", "prior.kind='rnn'; allowed: chunked, transformer"),
         ("images.kind=cifar", "images.kind='cifar'; allowed: folder, webdataset, fashion, demo, photos"),

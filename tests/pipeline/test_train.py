@@ -40,9 +40,14 @@ def close(a, b):
     return all(torch.allclose(a[name].float(), b[name].float(), atol=1e-5) for name in a)
 
 
-def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny):
+# prefixes are drawn by each process: with all tokens for every image there is one result
+NESTED = [f"tokenizer.{key}" for key in ("kind=nested", "num_tokens=5", "patch=4", "full_share=1")]
+
+
+@pytest.mark.parametrize("kind", [[], NESTED], ids=["sit", "nested"])
+def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny, kind):
     without_codebook(tiny)
-    common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_start=0"]
+    common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_start=0", *kind]
     (one,) = run_ddp(tmp_path, tiny, "one", *common, "tokenizer_training.batch_size_per_device=8")
     two = run_ddp(tmp_path, tiny, "two", *common, "trainer.devices=2")
     assert len(two) == 2
@@ -50,6 +55,11 @@ def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny):
     assert close(one, two[0])
     untrained = TokenizerModule(*fresh(tiny)).state_dict()
     assert not close(one, untrained)
+
+
+def test_nested_tokens_stay_equal_on_both_ranks_though_each_draws_its_prefixes(tmp_path, tiny):
+    two = run_ddp(tmp_path, tiny, "two", "trainer.devices=2", *NESTED[:3])
+    assert len(two) == 2 and all(torch.equal(two[0][name], two[1][name]) for name in two[0])
 
 
 def test_codebooks_stay_bit_equal_on_both_ranks_while_codes_are_started_and_revived(tmp_path, tiny):

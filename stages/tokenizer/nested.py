@@ -1,0 +1,244 @@
+"""Nested spectral tokens (SpectralAR; Huang et al., arXiv 2506.10962): the first i tokens are a low-passed image.
+
+image patches and N learned queries → transformer → one codebook → transformer over mask tokens and the first i tokens →
+the image, cut to the w_i lowest frequencies of each axis. What is notable here:
+
+- the encoder's queries see all patches and earlier queries. As drawn in the paper patches see the queries too; then a
+  later query would reach an earlier one through them, so here patches see patches only;
+- the decoder is causal: a token sees earlier tokens, a mask token sees all mask tokens and the tokens of the prefix;
+- training draws a prefix for every image (``prefix_law``). Plain nested dropout starves the last tokens, which then are
+  rarely there; ``full_share`` of the images keep all tokens, so the last one is trained on more than that share;
+- the paper does not say how many frequencies a prefix has: power laws both ways, equal energy, or a list of widths;
+- for the layout this is N scales of one token each, with one codebook and without a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+from data.layout import Scale, TokenLayout, Tokens
+from stages.contract import Tokenizer, TokenizerOutput
+from stages.factory import build_quantizer
+from stages.spectral.dct import dct_matrix, lowpass
+from stages.spectral.patches import from_patches, to_patches
+from stages.tokenizer.config import TokenizerConfig
+from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
+from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
+
+FREQUENCY_MAPS = ("power", "mirrored", "energy")
+PREFIX_LAWS = ("uniform", "log_uniform")
+
+
+@dataclass
+class NestedConfig(TokenizerConfig):
+    """Nested spectral tokens."""
+
+    kind: str = "nested"
+    num_tokens: int = 64
+    """N: tokens of an image."""
+    patch: int = 8
+    """Side of the patches that the encoder sees and the decoder's mask tokens make."""
+    frequency_map: str = "power"
+    """How wide the square of frequencies is that the first i of N tokens make, of R: power, R (i/N)^e; mirrored,
+    R - (R - 1) ((N - i)/(N - 1))^e; energy, measured: every token the same share of the images' energy."""
+    frequency_exponent: float = 1.5
+    """e. Above 1 power spends more tokens on low frequencies, as the paper wants it, and mirrored fewer."""
+    widths: list[int] = field(default_factory=list)
+    """The N widths themselves in place of a law: never falling, the last one the image's longer side."""
+    prefix_law: str = "uniform"
+    """Law of the training prefix: uniform over 1 … N, or log_uniform, which favours short ones."""
+    full_share: float = 0.5
+    """Share of training images that keep all tokens; 0 is plain nested dropout, which starves the last tokens."""
+    project: bool = True
+    """Cut what the decoder makes to the prefix's frequencies; never farther from what it should be, which lies there."""
+    encoder: TransformerConfig = field(default_factory=TransformerConfig)
+    decoder: TransformerConfig = field(default_factory=TransformerConfig)
+    quantizer: QuantizerConfig = field(default_factory=FSQConfig)
+
+
+class NestedTokenizer(Tokenizer):
+    """Nested spectral tokens. Raises ValueError for a config without geometry, or a map that is none."""
+
+    widths: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: NestedConfig, image_size: tuple[int, int], channels: int) -> None:
+        super().__init__()
+        check_config(config, image_size)
+        self.config, self.channels = config, channels
+        self.grid = (image_size[0] // config.patch, image_size[1] // config.patch)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.quantizer = build_quantizer(config.quantizer, config.encoder.width, config.decoder.width)
+        self.layout = TokenLayout(
+            scales=tuple(
+                Scale(f"token{number}", 1, None, 0, self.quantizer.fields, image_size)
+                for number in range(1, config.num_tokens + 1)
+            ),
+            decodes_prefixes=True,
+            report_prefixes=doubling(config.num_tokens),
+        )
+        width = channels * config.patch**2
+        self.embed = nn.Linear(width, config.encoder.width)
+        self.queries = nn.Parameter(torch.randn(1, config.num_tokens, config.encoder.width) * 0.02)
+        self.masks = nn.Parameter(torch.randn(1, 1, config.decoder.width) * 0.02)
+        one_by_one = [1] * config.num_tokens
+        length = self.num_patches + config.num_tokens
+        # patches first: what they see ends before the queries, which see them and one another in order
+        self.encoder = Transformer(config.encoder, [length], scale_causal([self.num_patches, *one_by_one]))
+        seen = torch.ones(length, length, dtype=torch.bool)
+        seen[self.num_patches :, : self.num_patches] = False
+        seen[self.num_patches :, self.num_patches :] = scale_causal(one_by_one)
+        self.decoder = Transformer(config.decoder, [length], seen)
+        self.head = nn.Linear(config.decoder.width, width)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("widths", torch.tensor(widths_of(config, max(image_size))))
+        self.register_buffer("pixel_mean", torch.zeros(()))
+        self.register_buffer("pixel_std", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Measure mean and standard deviation of pixels, and the widths where every token has the same energy."""
+        size = self.layout.image_size
+        rows, columns = (dct_matrix(side) for side in size)
+        spectrum = torch.zeros(size, dtype=torch.float64)
+        total = squares = count = 0.0
+        for pixels, _ in batches:
+            pixels = pixels.double().cpu()
+            count += pixels.numel()
+            total += float(pixels.sum())
+            squares += float(pixels.square().sum())
+            spectrum += (rows @ pixels @ columns.T).square().sum((0, 1))
+        if count == 0:
+            raise InputError("no images to measure pixel statistics from")
+        mean = total / count
+        self.pixel_mean.fill_(mean)
+        self.pixel_std.fill_(max(1e-3, math.sqrt(max(0.0, squares / count - mean**2))))  # constant images have none
+        if self.config.frequency_map == "energy" and not self.config.widths:
+            # the mean brightness of all images is known without a token
+            spectrum[0, 0] -= count * mean**2
+            self.widths.copy_(torch.tensor(equal_energy(spectrum, self.config.num_tokens)))
+
+    # ------------------------------------------------------------------ the four arrows
+
+    def _encode_features(self, pixels: Tensor) -> Tensor:
+        """[B, N, encoder width] of pixels [B, C, H, W]."""
+        size = tuple(pixels.shape[-2:])
+        if size != self.layout.image_size:
+            height, width = self.layout.image_size
+            raise InputError(f"an image of {size[0]}x{size[1]}; this tokenizer takes {height}x{width}")
+        with torch.autocast(pixels.device.type, enabled=False):
+            patches = (to_patches(pixels.float(), self.config.patch) - self.pixel_mean) / self.pixel_std
+        embedded = self.embed(patches)
+        queries = self.queries.expand(len(pixels), -1, -1).to(embedded.dtype)
+        return self.encoder(torch.cat([embedded, queries], dim=1))[:, self.num_patches :]
+
+    def _decode_features(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Images [B, C, H, W] of the first ``lengths`` int64 [B] of n tokens, features [B, n, decoder width]."""
+        masks = self.masks.expand(len(features), self.num_patches, -1).to(features.dtype)
+        there = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+        present = torch.cat([there.new_ones(len(features), self.num_patches), there], dim=1)
+        hidden = self.decoder(torch.cat([masks, features], dim=1), present)[:, : self.num_patches]
+        patches = self.head(hidden)
+        with torch.autocast(features.device.type, enabled=False):
+            pixels = from_patches(patches.float() * self.pixel_std + self.pixel_mean, self.config.patch, self.grid)
+            return lowpass(pixels, self.widths[lengths - 1]) if self.config.project else pixels
+
+    def draw_lengths(self, count: int) -> Tensor:
+        """Prefix lengths int64 [count] for training images, by ``prefix_law`` and ``full_share``."""
+        number, device = self.config.num_tokens, self.widths.device
+        share = torch.rand(count, device=device)
+        drawn = share * number if self.config.prefix_law == "uniform" else (number + 1) ** share - 1
+        lengths = drawn.long().clamp(max=number - 1) + 1
+        return lengths.masked_fill(torch.rand(count, device=device) < self.config.full_share, number)
+
+    def forward(self, pixels: Tensor) -> TokenizerOutput:
+        result = self.quantizer(self._encode_features(pixels))
+        if not self.training:
+            reconstruction = self._decode_features(result.features, self._all(len(pixels)))
+            return TokenizerOutput(reconstruction, result.ids, result.losses)
+        lengths = self.draw_lengths(len(pixels))
+        reconstruction = self._decode_features(result.features, lengths)
+        with torch.autocast(pixels.device.type, enabled=False):
+            target = lowpass(pixels, self.widths[lengths - 1])
+        return TokenizerOutput(reconstruction, result.ids, result.losses, target)
+
+    def _all(self, count: int, number: int | None = None) -> Tensor:
+        return torch.full((count,), number or self.config.num_tokens, device=self.widths.device)
+
+    def encode(self, pixels: Tensor) -> Tokens:
+        return Tokens.fixed(self.quantizer(self._encode_features(pixels)).ids)
+
+    def decode(self, tokens: Tokens) -> Tensor:
+        number = self.layout.num_scales_in(tokens.ids.shape[1])
+        if number == 0:
+            raise InputError("no tokens to decode")
+        features = self.quantizer.lookup(tokens.ids)
+        return self._decode_features(features, self._all(len(tokens), number)).clamp(-1, 1)
+
+    def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
+        """The image with the frequencies of the first ``num_scales`` tokens only; values may leave [-1, 1]."""
+        return lowpass(pixels, self.widths[num_scales - 1].expand(len(pixels)))
+
+
+def doubling(number: int) -> tuple[int, ...]:
+    """1, 2, 4, … below ``number``, and it."""
+    return (*(2**power for power in range((number - 1).bit_length())), number)
+
+
+def widths_of(config: NestedConfig, side: int) -> list[int]:
+    """The width of every prefix, 1 … side, never falling. Raises ValueError for a list that is no map.
+
+    Where the map is measured this is power's, until ``fit`` has seen images.
+    """
+    number, exponent = config.num_tokens, config.frequency_exponent
+    if config.widths:
+        check_widths(config.widths, number, side)
+        return list(config.widths)
+    if config.frequency_map == "mirrored" and number > 1:
+        left = [((number - i) / (number - 1)) ** exponent for i in range(1, number + 1)]
+        return [round(side - (side - 1) * share) for share in left]
+    return [max(1, math.ceil(side * (i / number) ** exponent - 1e-9)) for i in range(1, number + 1)]
+
+
+def equal_energy(spectrum: Tensor, number: int) -> list[int]:
+    """Widths at which squares of a ``spectrum`` [H, W] of energies reach the shares 1/number, 2/number, … of it."""
+    side = max(spectrum.shape)
+    inside = torch.stack([spectrum[:width, :width].sum() for width in range(1, side + 1)]).clamp_min(0)
+    shares = torch.arange(1, number + 1, dtype=inside.dtype) / number * inside[-1]
+    found = (torch.searchsorted(inside, shares * (1 - 1e-9)) + 1).clamp(max=side).tolist()
+    return [*found[:-1], side]
+
+
+def check_widths(widths: Sequence[int], number: int, side: int) -> None:
+    """Raise ValueError for widths that fall, or are not ``number`` from 1 or more up to ``side``."""
+    if len(widths) != number:
+        raise InputError(f"tokenizer.widths has {len(widths)} widths for tokenizer.num_tokens={number}; give one each")
+    for place, (before, width) in enumerate(zip([1, *widths], widths, strict=False), 1):
+        if width < before:
+            raise InputError(f"tokenizer.widths falls from {before} to {width} at token {place}; it must never fall")
+    if widths[-1] != side:
+        raise InputError(f"tokenizer.widths ends at {widths[-1]}; it must end at the full square, {side}")
+
+
+def check_config(config: NestedConfig, image_size: tuple[int, int]) -> None:
+    """Raise ValueError for a config that has no geometry, naming what is allowed."""
+    for key, allowed in (("frequency_map", FREQUENCY_MAPS), ("prefix_law", PREFIX_LAWS)):
+        if getattr(config, key) not in allowed:
+            raise InputError(f"tokenizer.{key}={getattr(config, key)!r}; allowed: {', '.join(allowed)}")
+    if config.num_tokens < 1 or config.patch < 1:
+        raise InputError(f"tokenizer.num_tokens={config.num_tokens}, patch={config.patch}; allowed: 1 or more")
+    if not 0 < config.frequency_exponent < math.inf:
+        raise InputError(f"tokenizer.frequency_exponent={config.frequency_exponent}; allowed: above 0")
+    if not 0 <= config.full_share <= 1:
+        raise InputError(f"tokenizer.full_share={config.full_share}; allowed: 0 to 1")
+    for side in image_size:
+        if side % config.patch:
+            raise InputError(f"images.size={side}: patches of {config.patch} need a multiple of that")
