@@ -21,7 +21,8 @@ from data.tokens.config import TokensConfig
 from stages.conditions.config import ConditionConfig
 from stages.factory import condition_kind, prior_kind, quantizer_kind, tokenizer_kind
 from stages.measures.config import EvalConfig
-from stages.prior.config import AVERAGING, AVERAGING_BORDERS, PriorConfig, PriorTrainingConfig
+from stages.lists import ORDERS
+from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS, PriorConfig, PriorTrainingConfig
 from stages.prior.sampling import SamplingConfig
 from stages.tokenizer.config import TokenizerConfig, TokenizerTrainingConfig
 
@@ -267,10 +268,34 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
-        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") == "luma_first",
+        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") not in (None, "natural"),
         lambda c: (
-            f"eval.upsample_from={c.eval.upsample_from} with prior.order=luma_first: a small image begins an image in "
-            "natural order only; set eval.upsample_from=0"
+            f"eval.upsample_from={c.eval.upsample_from} with prior.order={get(c, 'prior.order')}: a small image begins "
+            "an image in natural order only; set eval.upsample_from=0"
+        ),
+    ),
+    (
+        lambda c: bool(c.eval.edit_frozen) and get(c, "prior.order") not in (None, "natural"),
+        lambda c: (
+            f"eval.edit_frozen={c.eval.edit_frozen} with prior.order={get(c, 'prior.order')}: the scales that stay "
+            "begin an image in natural order only; set eval.edit_frozen=[]"
+        ),
+    ),
+    (
+        lambda c: c.prior.kind == "transformer" and get(c, "prior.order") not in FIXED_ORDERS,
+        lambda c: (
+            f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=transformer: {', '.join(FIXED_ORDERS)}"
+        ),
+    ),
+    (
+        lambda c: c.prior.kind == "chunked" and get(c, "prior.order") not in ORDERS,
+        lambda c: f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=chunked: {', '.join(ORDERS)}",
+    ),
+    (
+        lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") == "reversed",
+        lambda c: (
+            "prior.order=reversed with tokenizer.kind=bitplane: a stream has no last element to begin with; set "
+            "prior.order=natural"
         ),
     ),
     (

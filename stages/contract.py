@@ -248,7 +248,7 @@ class Prior(nn.Module, ABC):
     grammar: Grammar | None
     """What may come next, where the layout has a grammar."""
     order: str = "natural"
-    """The order of the scales in which it models them; natural is the layout's own."""
+    """The order in which it models the elements; natural is the layout's own."""
 
     @property
     def max_length(self) -> int:
@@ -263,6 +263,10 @@ class Prior(nn.Module, ABC):
         """Negative log-likelihood in nats of every field: float32 [B, L, F]."""
         output: PriorOutput = self(tokens, prompts)
         return output.nll
+
+    def scale_at(self, position: int) -> int:
+        """The scale of the element that it models at ``position``, in a layout of fixed length."""
+        return self.layout.scale_at(position)
 
     def to_own_order(self, tokens: Tokens) -> Tokens:
         """Tokens in the order in which this prior models them; default: the layout's own."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+FIXED_ORDERS = ("natural", "reversed")
+"""Orders of layouts of fixed length."""
 AVERAGING = ("none", "replace", "mix", "learned")
 """What may happen to half of the coordinates between a transformer's layers."""
 AVERAGING_BORDERS = ("sample", "scale", "grid")

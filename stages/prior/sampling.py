@@ -127,6 +127,8 @@ def sample(
                 f"known tokens {tuple(known.ids.shape[:2])}, places {tuple(keep.shape)}; allowed: {wanted}, "
                 "in layouts of fixed length"
             )
+        known = prior.to_own_order(known)
+        keep = prior.to_own_order(Tokens.fixed(keep.long().unsqueeze(-1))).ids[..., 0].bool()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     guided = settings.guidance != 1.0
     rows = Prompts.cat([prompts, prompts.without()]) if guided else prompts
@@ -150,7 +152,7 @@ def sample(
                     break
             if not (position - start) % NOISE_CHUNK:
                 noise = _uniform(generators, min(NOISE_CHUNK, length - position), layout.num_fields).to(device)
-            scale = layout.scale_at(position) if fixed else 0
+            scale = prior.scale_at(position) if fixed else 0
             element = torch.zeros(batch, 0, dtype=torch.int64, device=device)
             for index in range(layout.num_fields):
                 logits = prior.logits(state, torch.cat([element] * 2) if guided else element).double()

@@ -15,7 +15,7 @@ What is notable here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from stages.factory import build_condition, build_grammar
 from stages.grammar import GrammarState, PlacedGrammar
 from stages.prior.averaging import MovingAverages, segments_of
 from stages.prior.blocks import Block, cache_dtype
-from stages.prior.config import PriorConfig
+from stages.prior.config import FIXED_ORDERS, PriorConfig
 from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
 from stages.prior.judge import judge
 
@@ -60,6 +60,8 @@ class TransformerPriorConfig(PriorConfig):
     """Elements of a stream that are modelled, a beginning where it is longer; a fixed length is always whole."""
     context: bool = True
     """Streams: tell each slot what the grammar knows of the next place, beside the place itself."""
+    order: str = "natural"
+    """natural, or reversed: from the layout's last element to the first; layouts of fixed length only."""
     averaging: str = "none"
     """WaveletGPT: between layers half of the coordinates become moving averages over 2, 4, … slots. none; replace (the
     paper's); mix (a fifth of the average, as replications did); learned (weighted windows, one for each length)."""
@@ -122,13 +124,18 @@ class TransformerPrior(Prior):
         self.text = text
         self.condition = build_condition(condition, self.class_names, config.width, text)
         self.grammar = build_grammar(layout)
+        self.order = config.order
+        if self.order not in FIXED_ORDERS or (self.grammar is not None and self.order != "natural"):
+            allowed = ", ".join(FIXED_ORDERS) if self.grammar is None else "natural, for streams"
+            raise InputError(f"prior.order={self.order!r}; allowed: {allowed}")
+        own = layout if self.order == "natural" else layout.reversed()
         if not (self.grammar is None or isinstance(self.grammar, PlacedGrammar)):
             raise InputError(
                 "prior.kind=transformer must know where an element belongs before it comes, and lists do "
                 "not tell; set prior.kind=chunked"
             )
         self.inputs: InputEmbedding = (
-            GridEmbedding(layout, config.width)
+            GridEmbedding(own, config.width)
             if self.grammar is None
             else StreamEmbedding(layout, self.grammar, config.width, config.context)
         )
@@ -139,13 +146,13 @@ class TransformerPrior(Prior):
                 for index, part in enumerate(layout.fields_of(codebook))
             }
         )
-        self.runs = _runs_of_codebooks(layout)
+        self.runs = _runs_of_codebooks(own)
         self.embedding_dropout = nn.Dropout(config.dropout)
         sizes = (config.width, config.heads, config.hidden_ratio, config.dropout, self.condition.cross)
         self.blocks = nn.ModuleList([Block(*sizes) for _ in range(config.depth)])
         self.averages: nn.ModuleList | None = None
         if config.averaging != "none":
-            segments = segments_of(layout, self.condition.num_states, self.max_length, config.averaging_borders)
+            segments = segments_of(own, self.condition.num_states, self.max_length, config.averaging_borders)
             averages = (config.averaging, config.width, segments, config.averaging_longest)
             self.averages = nn.ModuleList([MovingAverages(*averages) for _ in range(config.depth)])
         self.norm = nn.RMSNorm(config.width)
@@ -212,8 +219,25 @@ class TransformerPrior(Prior):
     def max_length(self) -> int:
         return self.layout.length if self.grammar is None else min(self.layout.length, self.config.max_length)
 
+    def scale_at(self, position: int) -> int:
+        return self.layout.scale_at(position if self.order == "natural" else self.layout.length - 1 - position)
+
+    def to_own_order(self, tokens: Tokens) -> Tokens:
+        if self.order == "natural" or not tokens.ids.shape[1]:
+            return tokens
+        if tokens.ids.shape[1] < self.layout.length:
+            raise InputError("prior.order=reversed writes the last elements first; a beginning cannot be given to it")
+        return replace(tokens, ids=tokens.ids.flip(1))
+
+    def to_layout_order(self, tokens: Tokens) -> Tokens:
+        return self.to_own_order(tokens)
+
     def forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
-        tokens = tokens.prefix(self.max_length)
+        output = self._forward(self.to_own_order(tokens.prefix(self.max_length)), prompts)
+        return output if self.order == "natural" else replace(output, nll=output.nll.flip(1))
+
+    def _forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
+        """What it says of tokens in its own order."""
         notes = tokens.notes
         if self.grammar is not None and notes is None:
             notes = self.grammar.annotate(tokens).to(tokens.ids.device)

@@ -9,6 +9,7 @@ from stages.contract import Prompts
 from stages.factory import build_prior
 from stages.prior.transformer import TransformerPriorConfig
 from stages.weights import WeightsError, check_pair, load_prior, load_tokenizer, save_prior, save_weights
+from tests.stages.bitplanes import codec
 from tests.stages.toys import layout, prior
 
 LABELS = Prompts.of_labels(torch.tensor([0, 2, -1]))
@@ -27,9 +28,12 @@ def tokens(layout, batch=3, seed=1):
 
 @pytest.mark.parametrize("num_fields", [1, 2])
 @pytest.mark.parametrize("forced", [0, 3, 4])
-def test_cached_logits_equal_the_full_pass(num_fields, forced):
-    model, sample = prior(layout(num_fields=num_fields)), tokens(layout(num_fields=num_fields))
+@pytest.mark.parametrize("order", ["natural", "reversed"])
+def test_cached_logits_equal_the_full_pass(num_fields, forced, order):
+    model, sample = prior(layout(num_fields=num_fields), order=order), tokens(layout(num_fields=num_fields))
     full = model.nll(sample, LABELS)
+    if order == "reversed":
+        sample, full = model.to_own_order(sample), full.flip(1)
     state = model.begin(LABELS, sample.prefix(forced) if forced else None, sample.ids.shape[1])
     for position in range(forced, sample.ids.shape[1]):
         element = sample.ids[:, position]
@@ -58,6 +62,25 @@ def test_later_tokens_do_not_matter():
     changed.ids[:, 7:] = tokens(layout(), seed=2).ids[:, 7:]
     a, b = model.nll(sample, LABELS), model.nll(changed, LABELS)
     assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 8:], b[:, 8:])
+
+
+def test_in_reversed_order_earlier_tokens_do_not_matter_and_a_beginning_is_refused():
+    model, sample = prior(layout(), order="reversed"), tokens(layout())
+    changed = Tokens.fixed(sample.ids.clone())
+    changed.ids[:, :7] = tokens(layout(), seed=2).ids[:, :7]
+    a, b = model.nll(sample, LABELS), model.nll(changed, LABELS)
+    assert torch.equal(a[:, 7:], b[:, 7:]) and not torch.equal(a[:, :6], b[:, :6])
+    assert torch.equal(model.to_layout_order(model.to_own_order(sample)).ids, sample.ids)
+    with pytest.raises(ValueError, match="a beginning cannot be given"):
+        model.nll(sample.prefix(8), LABELS)
+    assert [model.scale_at(position) for position in (0, 3, 4, 11)] == [2, 2, 1, 0]
+
+
+def test_orders_that_a_prior_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="prior.order='luma_first'; allowed: natural, reversed"):
+        prior(layout(), order="luma_first")
+    with pytest.raises(ValueError, match="prior.order='reversed'; allowed: natural, for streams"):
+        prior(codec().layout, order="reversed")
 
 
 def test_a_prefix_of_scales_has_the_same_likelihood():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data.layout import Tokens
 from stages.contract import Prompts
 from stages.prior.sampling import SamplingConfig, draw, guidance_at, sample
 from tests.stages.test_prior import tokens
@@ -90,6 +91,26 @@ def test_kept_elements_stay_and_the_others_follow_what_stands_before_them():
     assert torch.equal(some[keep], known.ids[keep]) and torch.equal(some[:, :7], without[:, :7])
     assert not torch.equal(some[:, 8:], without[:, 8:])
     assert torch.equal(sample(model, LABELS, SamplingConfig(), range(5), known=known, keep=keep | True).ids, known.ids)
+
+
+def test_the_reversed_order_draws_with_each_scales_settings_and_keeps_what_it_should():
+    model = prior(layout(), order="reversed")
+    prompts = Prompts.of_labels(torch.tensor([0, 1]))
+    greedy = SamplingConfig(guidance=1.0, temperature=[0.0, 1.0, 1.0])  # the coarsest scale, which comes last
+    first, second = (sample(model, prompts, greedy, seeds).ids for seeds in ([0, 1], [0, 1]))
+    assert torch.equal(first, second)
+    nll = model.nll(Tokens.fixed(first), prompts)[:, :4, 0].detach()
+    for row in range(2):  # no other choice of one of its elements is likelier
+        for place in range(4):
+            others = first[row : row + 1].repeat(11, 1, 1)
+            others[:, place, 0] = torch.arange(11)
+            likely = model.nll(Tokens.fixed(others), Prompts.of_labels(prompts.labels[row].repeat(11)))[:, place, 0].detach()
+            assert float(nll[row, place]) == pytest.approx(float(likely.min()), abs=1e-4)
+    known = Tokens.fixed(torch.zeros_like(first))
+    keep = torch.zeros(first.shape[:2], dtype=torch.bool)
+    keep[:, 2:6] = True
+    made = sample(model, prompts, SamplingConfig(guidance=1.0), [0, 1], known=known, keep=keep).ids
+    assert (made[:, 2:6] == 0).all() and (made[:, 6:] != 0).any()
 
 
 def test_what_is_kept_must_fit():
