@@ -10,6 +10,7 @@ colorize          give a gray image colours: input=… and the keys of sample (p
 edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
 studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
 rates             bits beside PSNR of evaluations and of image formats: runs=folder,folder out=…
+orders            whose tokens follow best from those before them: runs=folder,folder out=…
 bench             how fast the tokenizer is: repeats=… memory=64,128 (of a prior over lists) out=…
 text-tokens       the bytes of a text as a token cache: file=… length=… (then train-prior condition.kind=none)
 photos            gather colour photos from installed packages: size=64
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "edit": ("pipeline.edit", "edit_images", "EditRequest"),
     "studio": ("pipeline.studio", "run_studio", "StudioRequest"),
     "rates": ("pipeline.rates", "compare_rates", "RatesRequest"),
+    "orders": ("pipeline.orders", "compare_orders", "OrdersRequest"),
     "bench": ("pipeline.bench", "run_bench", "BenchRequest"),
     "text-tokens": ("pipeline.text_tokens", "cache_text", "TextTokensRequest"),
     "photos": ("pipeline.photos", "run_photos", None),

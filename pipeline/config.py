@@ -20,8 +20,8 @@ from data.images.config import ImagesConfig
 from data.tokens.config import TokensConfig
 from stages.conditions.config import ConditionConfig
 from stages.factory import condition_kind, prior_kind, quantizer_kind, tokenizer_kind
-from stages.measures.config import EvalConfig
 from stages.lists import ORDERS
+from stages.measures.config import EvalConfig
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS, PriorConfig, PriorTrainingConfig
 from stages.prior.sampling import SamplingConfig
 from stages.tokenizer.config import TokenizerConfig, TokenizerTrainingConfig

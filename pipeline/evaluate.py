@@ -30,6 +30,7 @@ from pipeline.config import Config, to_plain
 from pipeline.evaluate_colours import check_order, measure_colouring
 from pipeline.evaluate_grids import show_grids, show_growing, shown_settings
 from pipeline.evaluate_lists import measure_lists
+from pipeline.evaluate_order import measure_order
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
 from pipeline.evaluate_streams import bits_of_scales, measure_rates, show_finished
 from pipeline.evaluation_images import Images, prompts_of, read_images
@@ -48,6 +49,7 @@ from stages.measures.backbones import BackboneError
 from stages.measures.classifier import Classifier, accuracy, thumbnails, train_classifier
 from stages.measures.ladder import Contender
 from stages.measures.perceptual import Lite0Perceptual
+from stages.measures.rate import sums_of_scales
 from stages.measures.reconstruction import (
     Judge,
     measure_nll,
@@ -94,6 +96,7 @@ def evaluate(config: Config) -> Path:
     streams = metrics["streams"] = measure_rates(config, tokenizer, models, val, made, measured)
     metrics["lists"] = measure_lists(config, tokenizer, val, made)
     bits, header_bits = (None, 0.0) if streams is None else (bits_of_scales(streams), streams["header_bits"])
+    bits_by_position: list[float] | None = None
     if models is None:
         skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
         if config.eval.upsample_from or config.eval.edit_frozen or config.eval.num_colorized:
@@ -101,7 +104,8 @@ def evaluate(config: Config) -> Path:
     else:
         asked = prompts_of(models, val.labels, val.texts)
         if streams is None:
-            bits = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
+            bits_by_position = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
+            bits = sums_of_scales(bits_by_position, tokenizer.layout)
         train_source = open_source(config.images, "train")
         train = read_images(train_source, config.images, config.eval.num_train_reference, small=True)
         classifier = fit_classifier(config, train, len(source.class_names), device, skipped)
@@ -118,6 +122,9 @@ def evaluate(config: Config) -> Path:
             )
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured, header_bits)
     metrics["codes"] = [use.to_dict() for use in uses]
+    metrics["order"] = measure_order(
+        folder, tokenizer, models, val, made, bits_by_position, uses, config.eval.batch_size, device
+    )
     metrics["skipped"] = skipped
     metrics = {key: value for key, value in metrics.items() if value is not None}
     write_report(folder, metrics, Path(config.run))

@@ -78,12 +78,12 @@ def compare_rates(config: Config, request: RatesRequest) -> Path:
     return out / "rates.png"
 
 
-def curves_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """Curves of an evaluation: under its prior where it has one; streams one point for each of their scales."""
+def read_metrics(folder: Path, config: Config) -> dict[str, Any]:
+    """An evaluation's metrics. Raises RunError where they are missing, or of other images than this config's."""
     path = folder / "metrics.json"
     if not path.is_file():
         raise RunError(f"{path} is missing: give folders of evaluations, e.g. runs/fashion/eval/default")
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     plain = metrics["settings"]["config"]
     own = to_plain(config)
     for section, keys in SAME.items():
@@ -91,9 +91,15 @@ def curves_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
             if plain[section][key] != own[section][key]:
                 raise RunError(
                     f"{path} has {section}.{key}={plain[section][key]}, this CONFIG {own[section][key]}: "
-                    "rates are compared on the same held-out images"
+                    "evaluations are compared on the same held-out images"
                 )
-    rate, name = metrics["rate"], plain["name"]
+    return metrics
+
+
+def curves_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
+    """Curves of an evaluation: under its prior where it has one; streams one point for each of their scales."""
+    metrics = read_metrics(folder, config)
+    rate, name = metrics["rate"], metrics["settings"]["config"]["name"]
     streams = metrics.get("streams")
     curves = []
     for kind, words in (("prior", "under its prior"), ("uniform", "without a prior")):

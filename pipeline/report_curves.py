@@ -61,12 +61,17 @@ def draw_curves(run: Path, path: Path) -> None:
                     values = smoothed(values)
                 marker = "o" if len(values) == 1 else ""
                 axis.plot(steps, values, "--" if held_out else "-", marker=marker, color=colour, linewidth=1.4)
-            axis.patch.set_alpha(0)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.spines[["left", "bottom"]].set_color(INK)
-            axis.tick_params(labelsize=7)
-            axis.set_xlabel("step", fontsize=7)
+            plain_axis(axis, "step")
         figure.savefig(path, transparent=True)
+
+
+def plain_axis(axis: Any, below: str) -> None:
+    """No frame and no paper: two thin lines, small numbers, and what stands ``below``."""
+    axis.patch.set_alpha(0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(INK)
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel(below, fontsize=7)
 
 
 def smoothed(values: list[float], decay: float = 0.9) -> list[float]:

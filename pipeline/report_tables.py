@@ -7,6 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+PLOTS = ("curves.png", "tokens.png")
+"""Pictures that may shrink with the page; sheets of images keep their pixels."""
+MOST_ROWS = 16
+"""Rows of the table of codes; of more scales only those are shown whose prefixes are."""
+
 
 def same_backbone(entry: dict[str, Any]) -> str:
     """A warning where the judge also was the teacher."""
@@ -23,7 +28,7 @@ def section(title: str, words: str, picture: Path) -> str:
     if not picture.exists():
         return ""
     data = base64.b64encode(picture.read_bytes()).decode("ascii")
-    kind = "plot" if picture.name == "curves.png" else "sheet"
+    kind = "plot" if picture.name in PLOTS else "sheet"
     image = f'<img class="{kind}" alt="{escape(title)}" src="data:image/png;base64,{data}">'
     return f'{heading(title, words)}<div class="wide">{image}</div>'
 
@@ -42,13 +47,18 @@ def table(head: list[str], rows: list[list[str]], share_last: bool = False) -> s
 
 
 def prefix_table(metrics: dict[str, Any]) -> str:
-    """PSNR of every prefix of scales."""
+    """PSNR of every prefix of scales, and of those as large as the image against it."""
     found = metrics["tokenizer"]["prefixes"]
-    rows = [
-        [str(entry["num_scales"]), "x".join(map(str, entry["image_size"])), f"{entry['psnr_mean_of_images']:.2f}"]
-        for entry in found
-    ]
-    return table(["Scales", "Image", "PSNR, dB"], rows) if rows else ""
+    if not found:
+        return ""
+    head, rows = ["Scales", "Image", "PSNR, dB"], []
+    several = sum("psnr_against_images" in entry for entry in found) > 1  # of one alone it is the same figure
+    for entry in found:
+        size = "x".join(map(str, entry["image_size"]))
+        row = [str(entry["num_scales"]), size, f"{entry['psnr_mean_of_images']:.2f}"]
+        whole = entry.get("psnr_against_images")
+        rows.append(row + ["–" if whole is None else f"{whole:.2f}"] * several)
+    return table(head + ["Against the original, dB"] * several, rows)
 
 
 def class_table(metrics: dict[str, Any]) -> str:
@@ -73,7 +83,12 @@ def code_table(metrics: dict[str, Any]) -> str:
     """Use of codes and rate per scale."""
     prior = {scale["scale"]: scale for scale in metrics["rate"]["scales"]}
     rows = []
-    for use in metrics["codes"]:
+    uses = metrics["codes"]
+    shown = {entry["num_scales"] for entry in metrics["tokenizer"]["prefixes"]}
+    if len(prior) > MOST_ROWS:
+        kept = {scale for number, scale in enumerate(prior, 1) if number in shown}
+        uses = [use for use in uses if use["scale"] in kept]
+    for use in uses:
         bits = prior[use["scale"]]["prior_bits"]
         rows.append(
             [

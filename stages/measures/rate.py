@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
-from data.layout import TokenLayout, Tokens
+from data.layout import TokenLayout
 from stages.measures.codes import CodeUse
-from stages.scales import scale_ids
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,10 @@ class ScaleRate:
         return asdict(self)
 
 
-def prior_bits(nll: Tensor, tokens: Tokens, layout: TokenLayout) -> list[float]:
-    """Mean bits per image of each scale from nll [B, L, F] in nats; elements beyond a sample's length are free."""
-    tokens = tokens.prefix(nll.shape[1])
-    scales = scale_ids(tokens, layout).masked_fill(~tokens.counted, -1).to(nll.device)
-    bits = nll.double().sum(dim=-1) / math.log(2)
-    return [float((bits * (scales == number)).sum() / len(bits)) for number in range(len(layout.scales))]
+def sums_of_scales(values: Sequence[float], layout: TokenLayout) -> list[float]:
+    """One sum a scale of ``values``, one an element, in a layout of fixed length."""
+    ends = layout.ends_of_scales
+    return [sum(values[start:end]) for start, end in zip((0, *ends), ends, strict=False)]
 
 
 def rates(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from stages.measures.codes import CodeUse, code_use
 from stages.measures.distortion import SMALLEST_SSIM, decibels, mean_squared_error, psnr, ssim
 from stages.measures.frechet import frechet
 from stages.measures.perceptual import SMALLEST_PERCEPTUAL, Lite0Perceptual
-from stages.measures.rate import prior_bits, rates, total_rate
+from stages.measures.rate import rates, total_rate
 
 FRECHET_MINIMUM = 2048
 """Below this many images a Fréchet distance is mostly the bias of its covariance; such values are marked."""
@@ -142,14 +143,13 @@ def measure_prefixes(
 
 @torch.inference_mode()
 def measure_nll(prior: Prior, tokens: Tokens, prompts: Prompts, batch_size: int, device: torch.device) -> list[float]:
-    """Mean bits per image of each scale of held-out tokens with their prompts under the prior."""
+    """Mean bits of each token of a layout of fixed length, for held-out tokens with their prompts under the prior."""
     starts = range(0, len(prompts), batch_size)
     some = (prompts[start : start + batch_size].to(device) for start in starts)
-    total = [0.0] * len(prior.layout.scales)
+    total = torch.zeros(prior.layout.length, dtype=torch.float64)
     for part, asked in zip(tokens.split(batch_size), some, strict=True):
-        bits = prior_bits(prior.nll(part.to(device), asked).cpu(), part, prior.layout)
-        total = [sum(pair) for pair in zip(total, (one * len(part) for one in bits), strict=True)]
-    return [one / len(tokens) for one in total]
+        total += prior.nll(part.to(device), asked).cpu().double().sum((0, 2)) / math.log(2)
+    return (total / len(tokens)).tolist()
 
 
 def measure_rate(

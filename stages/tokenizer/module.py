@@ -198,7 +198,7 @@ class TokenizerModule(L.LightningModule):
         return self.trainer.strategy.block_backward_sync()
 
     def _code_use(self, prefix: str, ids: list[Tensor]) -> dict[str, Tensor]:
-        """Usage and perplexity of each scale worth reporting, of this rank's ids [n, L, F], which are then forgotten."""
+        """Usage and perplexity of each scale worth reporting, of this rank's ids [n, L, F], then forgotten."""
         values: dict[str, Tensor] = {}
         for use in code_use(Tokens.fixed(torch.cat(ids)), self.tokenizer.layout, self.tokenizer.layout.prefixes):
             name = f"{use.scale}/{use.field}" if self.tokenizer.layout.num_fields > 1 else use.scale

@@ -56,7 +56,7 @@ class NestedConfig(TokenizerConfig):
     full_share: float = 0.5
     """Share of training images that keep all tokens; 0 is plain nested dropout, which starves the last tokens."""
     project: bool = True
-    """Cut what the decoder makes to the prefix's frequencies; never farther from what it should be, which lies there."""
+    """Cut what the decoder makes to the prefix's frequencies: never farther from what it should be."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
     decoder: TransformerConfig = field(default_factory=TransformerConfig)
     quantizer: QuantizerConfig = field(default_factory=FSQConfig)
@@ -175,6 +175,10 @@ class NestedTokenizer(Tokenizer):
 
     def encode(self, pixels: Tensor) -> Tokens:
         return Tokens.fixed(self.quantizer(self._encode_features(pixels)).ids)
+
+    def codes(self, tokens: Tokens) -> Tensor:
+        """The code of each token: float32 [B, L, D]."""
+        return self.quantizer.codes(tokens.ids)
 
     def decode(self, tokens: Tokens) -> Tensor:
         number = self.layout.num_scales_in(tokens.ids.shape[1])

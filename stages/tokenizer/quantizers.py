@@ -70,18 +70,24 @@ class Quantizer(nn.Module, ABC):
     """Features [B, N, width_in] → ids [B, N, F] and features [B, N, width_out]."""
 
     fields: tuple[Field, ...]
+    project_out: nn.Linear
 
     @abstractmethod
     def forward(self, features: Tensor) -> Quantized:
         """Quantise; in training mode this may also start and revive the codebook."""
 
     @abstractmethod
-    def lookup(self, ids: Tensor) -> Tensor:
-        """Features [B, N, width_out] of ids [B, N, F]. Raises ValueError for ids out of range."""
-
-    @abstractmethod
     def margins(self, features: Tensor) -> Tensor:
         """How far each choice is from another one: float32 [B, N], 0 for a tie; the unit is the quantiser's own."""
+
+    @abstractmethod
+    def codes(self, ids: Tensor) -> Tensor:
+        """The codes float32 [B, N, D] that ids [B, N, F] stand for. Raises ValueError for ids out of range."""
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Features [B, N, width_out] of ids [B, N, F]. Raises ValueError for ids out of range."""
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.project_out(self.codes(ids))
 
     def check_ids(self, ids: Tensor) -> None:
         """Raise ValueError when an id lies outside its vocabulary."""
@@ -133,11 +139,10 @@ class FSQ(Quantizer):
             bounded = self._bounded(features)
             return (0.5 - (bounded - bounded.round()).abs()).amin(-1)
 
-    def lookup(self, ids: Tensor) -> Tensor:
+    def codes(self, ids: Tensor) -> Tensor:
         self.check_ids(ids)
-        with torch.autocast(ids.device.type, enabled=False):
-            digits = (ids // self.strides) % self.levels - self.levels // 2
-            return self.project_out(digits.float() / (self.levels // 2))
+        digits = (ids // self.strides) % self.levels - self.levels // 2
+        return digits.float() / (self.levels // 2)
 
 
 class CosineVQ(Quantizer):
@@ -190,10 +195,9 @@ class CosineVQ(Quantizer):
             best = (encodings @ functional.normalize(self.codebook, dim=-1).T).topk(2, dim=-1).values
             return best[..., 0] - best[..., 1]
 
-    def lookup(self, ids: Tensor) -> Tensor:
+    def codes(self, ids: Tensor) -> Tensor:
         self.check_ids(ids)
-        with torch.autocast(ids.device.type, enabled=False):
-            return self.project_out(functional.normalize(functional.embedding(ids[..., 0], self.codebook), dim=-1))
+        return functional.normalize(functional.embedding(ids[..., 0], self.codebook), dim=-1)
 
     @torch.no_grad()
     def _start_or_revive(self, encodings: Tensor) -> None:

@@ -213,6 +213,12 @@ class SIT(Tokenizer):
         margins = [quantizer.margins(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
         return torch.cat(margins, dim=1)
 
+    def codes(self, tokens: Tokens) -> Tensor:
+        """The code of each token: float32 [B, L, D]."""
+        parts = self._by_codebook(tokens.ids)
+        codes = [quantizer.codes(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
+        return torch.cat(codes, dim=1)
+
     def encode(self, pixels: Tensor) -> Tokens:
         if tuple(pixels.shape[-2:]) != self.layout.image_size and not self.layout.encodes_prefixes:
             raise PrefixUnsupported(

@@ -14,7 +14,7 @@ from stages.measures.distortion import HIGHEST_PSNR, psnr, ssim
 from stages.measures.frechet import Gaussian, fit_gaussian, frechet, frechet_distance
 from stages.measures.neighbours import coverage, memorised_share, nearest
 from stages.measures.pictures import error_picture, sheet
-from stages.measures.rate import prior_bits, rates
+from stages.measures.rate import rates, sums_of_scales
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -119,8 +119,8 @@ def test_code_use_and_rate_per_scale() -> None:
     coarse, fine = code_use(tokens, layout)
     assert (coarse.used, coarse.perplexity, coarse.num_tokens) == (1, pytest.approx(1), 8)
     assert (fine.used, fine.perplexity, fine.share) == (8, pytest.approx(8), 1)
-    bits = prior_bits(torch.full((8, 5, 1), torch.tensor(2.0).log()), tokens, layout)
-    assert bits == pytest.approx([1, 4])
+    bits = sums_of_scales([1.0, 0.5, 0.5, 1.0, 2.0], layout)
+    assert bits == [1, 4]
     cheap, full = rates([coarse, fine], 8, layout, bits)
     assert (cheap.fixed_length_bits, cheap.entropy_bits) == (pytest.approx(3), pytest.approx(0, abs=1e-12))
     assert (full.fixed_length_bits, full.entropy_bits, full.prior_bits) == (12, pytest.approx(12), pytest.approx(4))

@@ -104,7 +104,9 @@ def test_the_reversed_order_draws_with_each_scales_settings_and_keeps_what_it_sh
         for place in range(4):
             others = first[row : row + 1].repeat(11, 1, 1)
             others[:, place, 0] = torch.arange(11)
-            likely = model.nll(Tokens.fixed(others), Prompts.of_labels(prompts.labels[row].repeat(11)))[:, place, 0].detach()
+            likely = model.nll(Tokens.fixed(others), Prompts.of_labels(prompts.labels[row].repeat(11)))[
+                :, place, 0
+            ].detach()
             assert float(nll[row, place]) == pytest.approx(float(likely.min()), abs=1e-4)
     known = Tokens.fixed(torch.zeros_like(first))
     keep = torch.zeros(first.shape[:2], dtype=torch.bool)

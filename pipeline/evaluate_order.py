@@ -1,0 +1,52 @@
+"""What eval finds out about the order of tokens: what each adds, how far it follows from earlier ones, its cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.evaluation_images import Images
+from pipeline.models import Models
+from pipeline.report_order import draw_order
+from stages.contract import Tokenizer
+from stages.measures.causality import measure_causality
+from stages.measures.codes import CodeUse
+from stages.measures.gains import measure_gains
+from stages.measures.reconstruction import Reconstructed
+
+GAINED_IMAGES = 256
+"""Images of which every prefix is decoded."""
+
+
+def measure_order(
+    folder: Path,
+    tokenizer: Tokenizer,
+    models: Models | None,
+    val: Images,
+    made: Reconstructed,
+    bits: list[float] | None,
+    uses: list[CodeUse],
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any] | None:
+    """R² of tokens from earlier ones, the prior's ``bits`` by position, and for nested tokens gain and ``uses``.
+
+    Draws ``tokens.png``. None for streams, lists and ids that stand for no vectors.
+    """
+    layout = tokenizer.layout
+    causality = None if layout.ends != "fixed" else measure_causality(tokenizer, made.tokens)
+    if causality is None:
+        return None
+    found: dict[str, Any] = {
+        "causality": causality,
+        "prior_order": None if models is None else models.prior.order,
+        "bits_by_position": bits,
+    }
+    if layout.decodes_prefixes and all(scale.length == 1 for scale in layout.scales):
+        some = slice(GAINED_IMAGES)
+        found["gains"] = measure_gains(tokenizer, val.pixels[some], made.tokens[some], batch_size, device)
+        found["perplexity_by_position"] = [use.perplexity for use in uses]
+    draw_order(found, folder / "tokens.png")
+    return found

@@ -1,0 +1,112 @@
+"""orders: whose tokens follow best from those before them, over several evaluations of the same images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pipeline.config import Config
+from pipeline.rates import COLOURS, read_metrics
+from pipeline.run import RunError
+
+
+@dataclass
+class OrdersRequest:
+    """What to compare."""
+
+    runs: str = ""
+    """Folders of evaluations (with metrics.json), comma-separated, of the same held-out images."""
+    out: str = "${run}/orders"
+    """Folder for orders.json and orders.png."""
+
+
+def compare_orders(config: Config, request: OrdersRequest) -> Path:
+    """Write ``orders.json`` and ``orders.png``: R² and prior bits over the place in the sequence. Returns the picture.
+
+    Every evaluation gives its tokens' natural order and, by R² alone, the reversed one; an evaluation whose prior has
+    prior.order=reversed gives its bits to that. Raises RunError for an evaluation that is missing, of other images, or
+    without measured order.
+    """
+    names = list(filter(None, (part.strip() for part in request.runs.split(","))))
+    if not names:
+        raise RunError("runs= is empty; give folders of evaluations, comma-separated")
+    rows = ranked([row for name in names for row in rows_of_run(Path(name), config)])
+    out = Path(request.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "orders.json").write_text(json.dumps({"orders": rows}, indent=1) + "\n", encoding="utf-8")
+    draw_orders(rows, out / "orders.png")
+    print(f"{'order':44s} {'mean R²':>8s} {'shuffled':>9s} {'bits a token':>13s} {'bits/px':>8s} {'PSNR':>7s}")
+    for row in rows:
+        bits, rate = ("–" if row[key] is None else f"{row[key]:.3f}" for key in ("bits_per_token", "bits_per_pixel"))
+        print(
+            f"{row['name']:44s} {row['mean_r2']:8.3f} {row['mean_r2_shuffled']:9.3f} {bits:>13s} {rate:>8s} "
+            f"{row['psnr']:7.2f}"
+        )
+    print(f"wrote {out / 'orders.json'} and {out / 'orders.png'}")
+    return out / "orders.png"
+
+
+def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By mean R², the best first; of an order of the same tokenizer's tokens, the row with a prior's bits."""
+    kept: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["tokenizer_sha256"], row["order"]
+        if key not in kept or kept[key]["bits_per_token"] is None:
+            kept[key] = row
+    return sorted(kept.values(), key=lambda row: -float(row["mean_r2"]))
+
+
+def rows_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
+    """One row an order of a run's tokens. Raises RunError as ``compare_orders`` says."""
+    metrics = read_metrics(folder, config)
+    found = metrics.get("order")
+    if found is None:
+        raise RunError(f"{folder}: its tokens' order was not measured; streams, lists and few images have none")
+    settings, causality, rows = metrics["settings"], found["causality"], []
+    for order in ("natural", "reversed"):
+        bits = found["bits_by_position"] if found["prior_order"] == order else None
+        if bits is not None and order == "reversed":
+            bits = bits[::-1]
+        rows.append(
+            {
+                "name": f"{settings['config']['name']}, {order}",
+                "order": order,
+                "tokenizer_sha256": settings["tokenizer"]["sha256"],
+                "num_images": causality["num_images"],
+                "tokens": causality["tokens"],
+                **causality[order],
+                "bits_by_position": bits,
+                "bits_per_token": None if bits is None else sum(bits) / len(bits),
+                "bits_per_pixel": None if bits is None else sum(bits) / settings["config"]["images"]["size"] ** 2,
+                "psnr": metrics["tokenizer"]["psnr_mean_of_images"],
+            }
+        )
+    return rows
+
+
+def draw_orders(rows: list[dict[str, Any]], path: Path) -> None:
+    """Both curves of every order over the share of the sequence that came before."""
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, row in enumerate(rows):
+        colour = COLOURS(index % 20)
+        count = row["tokens"]
+        places = [position / count for position in range(1, count)]
+        left.plot(places, row["r2"], color=colour, label=f"{row['name']}: {row['mean_r2']:.3f}")
+        left.plot(places, row["r2_shuffled"], ":", color=colour, linewidth=0.8)
+        if row["bits_by_position"] is not None:
+            places = [position / count for position in range(count)]
+            label = f"{row['name']}: {row['bits_per_token']:.2f} a token"
+            right.plot(places, row["bits_by_position"], color=colour, label=label)
+    left.set_title("R² of a token's code from the codes before it (dotted: shuffled)", fontsize=9)
+    right.set_title("the prior's bits", fontsize=9)
+    for axis in (left, right):
+        axis.set_xlabel("share of the tokens before")
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, frameon=False)
+    figure.savefig(path)
