@@ -5,6 +5,7 @@ cache-tokens      write the tokens of all images to disk
 train-prior       learn to write such tokens                    (stage 2)
 eval              measure both, write metrics.json and report.html
 sample            draw new images: classes=… text=… count=… seed=… out=…
+reconstruct       images through the tokenizer and back: input=… size=300x517 crop=top,left,height,width
 upsample          make a small image large: input=… to=… and the keys of sample
 colorize          give a gray image colours: input=… and the keys of sample (prior.order=luma_first)
 edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "train-prior": ("pipeline.train", "train_prior", None),
     "eval": ("pipeline.evaluate", "evaluate", None),
     "sample": ("pipeline.sample", "sample_images", "SampleRequest"),
+    "reconstruct": ("pipeline.reconstruct", "reconstruct_images", "ReconstructRequest"),
     "upsample": ("pipeline.upsample", "upsample_images", "UpsampleRequest"),
     "colorize": ("pipeline.colorize", "colorize_images", "ColorizeRequest"),
     "edit": ("pipeline.edit", "edit_images", "EditRequest"),

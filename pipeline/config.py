@@ -19,7 +19,7 @@ from data.errors import OctavesError
 from data.images.config import ImagesConfig
 from data.tokens.config import TokensConfig
 from stages.conditions.config import ConditionConfig
-from stages.factory import condition_kind, prior_kind, quantizer_kind, tokenizer_kind
+from stages.factory import condition_kind, head_kind, prior_kind, quantizer_kind, tokenizer_kind
 from stages.lists import ORDERS
 from stages.measures.config import EvalConfig
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS, PriorConfig, PriorTrainingConfig
@@ -75,6 +75,7 @@ class Config:
 KINDS: dict[str, tuple[str, Callable[[str], tuple[type[Any], Any]]]] = {
     "tokenizer": ("sit", tokenizer_kind),
     "tokenizer.quantizer": ("fsq", quantizer_kind),
+    "tokenizer.head": ("none", head_kind),
     "condition": ("class", condition_kind),
     "prior": ("transformer", prior_kind),
 }
@@ -121,6 +122,7 @@ POSITIVE = (
     "tokenizer_training.validation_images",
     "tokenizer_training.fit_images",
     "tokenizer_training.r1_every",
+    "tokenizer_training.oversampling",
     "prior_training.log_every",
     "prior_training.checkpoint_every",
     "prior_training.validate_every",
@@ -296,6 +298,34 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: (
             "prior.order=reversed with tokenizer.kind=bitplane: a stream has no last element to begin with; set "
             "prior.order=natural"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.oversampling > 1 and get(c, "tokenizer.head.kind") in (None, "none"),
+        lambda c: (
+            f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} without a head: nothing learns from "
+            "larger images; set tokenizer.head.kind=wavelet, or oversampling=1"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.oversampling > 1 and c.images.train_view in ("pad", "random_crop"),
+        lambda c: (
+            f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} with images.train_view="
+            f"{c.images.train_view}, which never resizes; set images.train_view=center or random_resized_crop"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.start_from is not None and get(c, "tokenizer.head.kind") in (None, "none"),
+        lambda c: (
+            f"tokenizer_training.start_from={c.tokenizer_training.start_from} without a head: nothing is left to "
+            "train; set tokenizer.head.kind=wavelet"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.start_from is not None and c.tokenizer_training.adversarial_weight > 0,
+        lambda c: (
+            f"tokenizer_training.start_from with adversarial_weight={c.tokenizer_training.adversarial_weight}: what "
+            "the adversary judges is frozen; set tokenizer_training.adversarial_weight=0"
         ),
     ),
     (

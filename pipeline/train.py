@@ -30,7 +30,7 @@ from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
 from pipeline.run import RunError, need, stage_folder
 from stages.conditions.text import TextCondition
-from stages.contract import Prior, Prompts, RefusedImage
+from stages.contract import Prior, Prompts, RefusedImage, Tokenizer
 from stages.factory import build_grammar, build_prior, build_tokenizer, condition_kind
 from stages.grammar import PlacedGrammar
 from stages.prior.config import PriorTrainingConfig
@@ -39,7 +39,7 @@ from stages.prior.sampling import check_sampling
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
-from stages.weights import load_tokenizer, save_prior, save_tokenizer
+from stages.weights import WeightsError, load_tokenizer, read_weights, save_prior, save_tokenizer
 
 CHECKPOINT_PATTERN = "step????????.ckpt"
 
@@ -61,12 +61,12 @@ def train_tokenizer(config: Config) -> Path:
             config.trainer.num_workers,
             config.seed,
             validation_images=training.validation_images,
+            oversampling=training.oversampling,
         )
-        keys: list[str] = []
-        try:
-            tokenizer.fit(first_images(config, training.fit_images, keys))
-        except RefusedImage as refused:
-            raise InputError(f"the train image {keys[refused.row]}: {refused.reason}") from refused
+        if training.start_from is None:
+            fit_statistics(config, tokenizer)
+        else:
+            take_over(tokenizer, Path(training.start_from))
         if tokenizer.trainable:
             module = TokenizerModule(tokenizer, training, config.seed)
             module.names = lambda indices: [images.source("train").key(index) for index in indices]
@@ -80,6 +80,33 @@ def train_tokenizer(config: Config) -> Path:
             save_tokenizer(path, tokenizer, config.tokenizer, extra)
             print(f"wrote {path}")
     return path
+
+
+def fit_statistics(config: Config, tokenizer: Tokenizer) -> None:
+    """Measure what a tokenizer wants to know of the training images. Raises InputError for one that it refuses."""
+    keys: list[str] = []
+    try:
+        tokenizer.fit(first_images(config, config.tokenizer_training.fit_images, keys))
+    except RefusedImage as refused:
+        raise InputError(f"the train image {keys[refused.row]}: {refused.reason}") from refused
+
+
+def take_over(tokenizer: Tokenizer, path: Path) -> None:
+    """Weights and statistics of a finished tokenizer, frozen; the head alone is left to train.
+
+    Raises WeightsError for a file of another config.
+    """
+    metadata, tensors = read_weights(path)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    wanted = {name: tensor.shape for name, tensor in tokenizer.state_dict().items() if not name.startswith("head.")}
+    if {name: tensor.shape for name, tensor in own.items()} != wanted:
+        raise WeightsError(
+            f"tokenizer_training.start_from={path} is a tokenizer of another config; only tokenizer.head may differ"
+        )
+    tokenizer.load_state_dict(own, strict=False)
+    tokenizer.restore(metadata.get("statistics", {}))
+    for name, parameter in tokenizer.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
 
 
 def train_prior(config: Config) -> Path:

@@ -75,8 +75,9 @@ class Tokenizer(nn.Module, ABC):
     def restore(self, statistics: dict[str, Any]) -> None:
         """The inverse of ``statistics``. Raises KeyError or ValueError on foreign data."""
 
-    def forward(self, pixels: Tensor) -> TokenizerOutput:
-        """One training pass of a learned tokenizer."""
+    def forward(self, pixels: Tensor, large: Tensor | None = None) -> TokenizerOutput:
+        """One training pass of a learned tokenizer; ``large`` [B, C, kH, kW] are the same images, where they are known
+        at a multiple of the size."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to train")
 
     @abstractmethod
@@ -92,6 +93,14 @@ class Tokenizer(nn.Module, ABC):
 
         Raises PrefixUnsupported when scales are missing that the decoder needs, ValueError for ids out of range.
         """
+
+    def render(self, tokens: Tokens, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Tensor:
+        """Pixels [B, C, height, width] at any ``size`` (height, width), or their part ``crop`` (top, left, height,
+        width), in [-1, 1], clamped.
+
+        Raises ValueError for a tokenizer without a head, a size or crop that is none; otherwise like ``decode``.
+        """
+        raise InputError(f"{type(self).__name__} decodes at its own size only; a codec has no head for others")
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
         """What the first ``num_scales`` scales should look like: pixels [B, C, h, w]."""

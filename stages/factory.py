@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from data.layout import TokenLayout
     from stages.contract import Condition, Prior, Tokenizer
     from stages.grammar import Grammar
+    from stages.tokenizer.heads import Head
     from stages.tokenizer.quantizers import Quantizer
 
 Registry = dict[str, tuple[str, str, str]]
@@ -29,6 +30,10 @@ GRAMMARS: dict[str, tuple[str, str]] = {
 QUANTIZERS: Registry = {
     "fsq": ("stages.tokenizer.quantizers", "FSQConfig", "FSQ"),
     "cosine": ("stages.tokenizer.quantizers", "CosineVQConfig", "CosineVQ"),
+}
+HEADS: Registry = {
+    "none": ("stages.tokenizer.heads", "HeadConfig", "NoHead"),
+    "wavelet": ("stages.tokenizer.heads", "WaveletHeadConfig", "WaveletHead"),
 }
 CONDITIONS: Registry = {
     "none": ("stages.conditions.labels", "NoConditionConfig", "NoCondition"),
@@ -51,13 +56,18 @@ def _look_up(registry: Registry, section: str, kind: str) -> tuple[Any, Any]:
 
 
 def tokenizer_kind(kind: str) -> tuple[type[Any], type[Tokenizer]]:
-    """(config dataclass, class) of a tokenizer kind. Raises ValueError that lists the kinds; so do the three below."""
+    """(config dataclass, class) of a tokenizer kind. Raises ValueError that lists the kinds; so do the others."""
     return _look_up(TOKENIZERS, "tokenizer", kind)
 
 
 def quantizer_kind(kind: str) -> tuple[type[Any], type[Quantizer]]:
     """(config dataclass, class) of a quantiser kind."""
     return _look_up(QUANTIZERS, "tokenizer.quantizer", kind)
+
+
+def head_kind(kind: str) -> tuple[type[Any], type[Head]]:
+    """(config dataclass, class) of the kind of a decoder for any resolution."""
+    return _look_up(HEADS, "tokenizer.head", kind)
 
 
 def condition_kind(kind: str) -> tuple[type[Any], type[Condition]]:
@@ -95,6 +105,11 @@ def build_grammar(layout: TokenLayout, **more: Any) -> Grammar | None:
 def build_quantizer(config: Any, width_in: int, width_out: int) -> Quantizer:
     """A quantiser of ``config.kind`` for features [B, N, width_in] → [B, N, width_out]."""
     return quantizer_kind(config.kind)[1](config, width_in, width_out)
+
+
+def build_head(config: Any, width_in: int, patch: int, grid: tuple[int, int], channels: int) -> Head:
+    """A decoder of ``config.kind`` for any resolution, from features of a ``grid`` of places of ``patch`` pixels."""
+    return head_kind(config.kind)[1](config, width_in, patch, grid, channels)
 
 
 def build_condition(config: Any, class_names: list[str], width: int, text: dict[str, Any] | None = None) -> Condition:

@@ -16,9 +16,19 @@ from data.errors import OctavesError
 from data.layout import TokenLayout
 from data.tokens.files import file_sha256
 from stages.contract import Prior, Tokenizer
-from stages.factory import build_prior, build_tokenizer, condition_kind, prior_kind, quantizer_kind, tokenizer_kind
+from stages.factory import (
+    build_prior,
+    build_tokenizer,
+    condition_kind,
+    head_kind,
+    prior_kind,
+    quantizer_kind,
+    tokenizer_kind,
+)
 
 FORMAT = "octaves/1"
+PARTS_WITH_KINDS = {"quantizer": quantizer_kind, "head": head_kind}
+"""Parts of a tokenizer's config whose dataclass their ``kind`` chooses."""
 
 
 class WeightsError(OctavesError, ValueError):
@@ -144,15 +154,15 @@ def check_pair(prior: dict[str, Any], prior_path: str | Path, tokenizer_path: st
 
 
 def from_plain(config_class: type[Any], plain: dict[str, Any]) -> Any:
-    """A config dataclass from plain data, nested ones too; a quantiser's class is chosen by its ``kind``.
+    """A config dataclass from plain data, nested ones too.
 
     Raises TypeError or ValueError for keys that the dataclass does not have.
     """
     values = dict(plain)
     hints = get_type_hints(config_class)
     for name, value in plain.items():
-        if name == "quantizer":
-            values[name] = from_plain(quantizer_kind(value["kind"])[0], value)
+        if name in PARTS_WITH_KINDS:
+            values[name] = from_plain(PARTS_WITH_KINDS[name](value["kind"])[0], value)
         elif is_dataclass(hints.get(name)):
             values[name] = from_plain(hints[name], value)
     return config_class(**values)

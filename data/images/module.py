@@ -12,6 +12,7 @@ What is notable here:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -42,6 +43,8 @@ class ImageDataModule(L.LightningDataModule):
     Validation: the same, and ``"weight": float32 [B]``, which is 0 for rows that only pad (all ranks take the same
     number of batches) or stand for a corrupt image under ``skip_corrupt``. The images are the first
     ``validation_images`` of a fixed permutation of the held-out side, so that they show every class.
+
+    ``oversampling`` is the multiple of ``config.size`` at which training images are read.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         validation_images: int = 256,
+        oversampling: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
+        self.train_config = replace(config, size=config.size * oversampling)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -78,8 +83,8 @@ class ImageDataModule(L.LightningDataModule):
         start_batch = int(getattr(module, "batches_seen", 0))
         stream = IndexStream(len(source), self.batch_size, rank, world_size, self.seed, start_batch)
         if self._fits_in_memory(source):
-            return self._loader(PreloadedDataset(source, self.config, self.seed), stream, num_workers=0)
-        dataset = TrainDataset(source, self.config, self.seed, self.num_workers)
+            return self._loader(PreloadedDataset(source, self.train_config, self.seed), stream, num_workers=0)
+        dataset = TrainDataset(source, self.train_config, self.seed, self.num_workers)
         return self._loader(dataset, stream, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -103,7 +108,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _fits_in_memory(self, source: ImageSource) -> bool:
         """True where all training views can be made once: a small source and a view without chance but for the flip."""
-        num_bytes = len(source) * self.config.channels * self.config.size**2
+        num_bytes = len(source) * self.config.channels * self.train_config.size**2
         return source.small and self.config.train_view in DETERMINISTIC_VIEWS and num_bytes <= MAX_PRELOADED_BYTES
 
     def _loader(self, dataset: Dataset[Any], batches: Sampler[Any], num_workers: int) -> DataLoader[Batch]:

@@ -61,6 +61,12 @@ class TokenizerTrainingConfig:
     """Pull of the encoder to its code (cosine VQ)."""
     codebook_weight: float = 1.0
     """Pull of the code to the encoder (cosine VQ)."""
+    head_weight: float = 1.0
+    """Weight of the head's mean squared error; nothing of it reaches the tokens."""
+    oversampling: int = 1
+    """Training images are read at this multiple of images.size and reduced; a head learns from the large ones."""
+    start_from: str | None = None
+    """A finished tokenizer whose weights are taken and stay as they are: its tokens remain, a head is trained."""
     discriminator: str = "patch"
     """patch: a PatchGAN, one logit a patch; style: StyleGAN2's, one logit an image (sides of 8, 16, 32, 64, ...)."""
     discriminator_width: int = 64

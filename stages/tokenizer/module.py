@@ -85,10 +85,15 @@ class TokenizerModule(L.LightningModule):
         since = self.step - self.config.adversarial_start
         return min(1.0, max(0.0, (since + 1) / max(1, self.config.adversarial_ramp_steps)))
 
-    def loss_terms(self, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """(terms of the total loss with their weights, what else to log, ids) of pixels [B, C, H, W]."""
+    def loss_terms(
+        self, pixels: Tensor, large: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """(terms of the total loss with their weights, what else to log, ids) of pixels [B, C, H, W].
+
+        ``large`` are the same images at a multiple of the size, for a head.
+        """
         config = self.config
-        output = self.tokenizer(pixels)
+        output = self.tokenizer(pixels, large)
         reconstruction = output.reconstruction.float()
         if output.target is not None:
             # distances and the discriminator alike: what is asked for must not be told apart by its missing details
@@ -98,6 +103,7 @@ class TokenizerModule(L.LightningModule):
             "pixel": config.pixel_weight,
             "commitment": config.commitment_weight,
             "codebook": config.codebook_weight,
+            "head": config.head_weight,
         }
         if self.perceptual is not None:
             raw["perceptual"] = self.perceptual(reconstruction, pixels).mean()
@@ -156,7 +162,12 @@ class TokenizerModule(L.LightningModule):
         last = (self.batches_seen + 1) % config.accumulate_batches == 0
         step = self.step
         with self._synchronised(last):
-            terms, logs, ids = self.loss_terms(batch["pixels"])
+            pixels, large = batch["pixels"], None
+            if config.oversampling > 1:
+                large = pixels
+                size = self.tokenizer.layout.image_size
+                pixels = functional.interpolate(large, size, mode="bicubic", antialias=True).clamp(-1, 1)
+            terms, logs, ids = self.loss_terms(pixels, large)
             check_finite(terms, step, batch["index"], self.names)
             self.manual_backward(torch.stack(list(terms.values())).sum() / config.accumulate_batches)
         self.recent_ids.append(ids)

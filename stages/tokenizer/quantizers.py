@@ -174,11 +174,11 @@ class CosineVQ(Quantizer):
     def forward(self, features: Tensor) -> Quantized:
         with torch.autocast(features.device.type, enabled=False):
             encodings = functional.normalize(self.project_in(features.float()), dim=-1)
-            if self.training:
+            if self.training and self.codebook.requires_grad:
                 self._start_or_revive(encodings.detach().flatten(0, 1))
             codes = functional.normalize(self.codebook, dim=-1)
             ids = (encodings.detach() @ codes.detach().T).argmax(-1)
-            if self.training:
+            if self.training and self.codebook.requires_grad:
                 self._count(ids)
             chosen = functional.embedding(ids, codes)
             losses = {

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from data.errors import InputError
 from data.layout import Scale, TokenLayout, Tokens
 from stages.contract import PrefixUnsupported, Tokenizer, TokenizerOutput
-from stages.factory import build_quantizer
+from stages.factory import build_head, build_quantizer
 from stages.spectral.haar import haar_dwt, haar_idwt
 from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
+from stages.tokenizer.heads import HeadConfig
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
 
@@ -56,6 +57,7 @@ class SITConfig(TokenizerConfig):
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
     decoder: TransformerConfig = field(default_factory=TransformerConfig)
     quantizer: QuantizerConfig = field(default_factory=FSQConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     detail_head_gain: float = 0.1
     """Factor on the detail heads' first weights: the model starts as a blurred image."""
 
@@ -130,6 +132,8 @@ class SIT(Tokenizer):
         for index, head in enumerate(self.heads):
             nn.init.normal_(head.weight, std=0.02 * (1 if index == 0 else config.detail_head_gain))  # type: ignore[arg-type]
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+        place = config.scales * config.decoder.width, config.patch * 2**self.levels
+        self.head = build_head(config.head, *place, self.grid, channels)
         self.register_buffer("scale_mean", torch.zeros(config.scales))
         self.register_buffer("scale_std", torch.ones(config.scales))
 
@@ -180,19 +184,20 @@ class SIT(Tokenizer):
             parts = [(part - self.scale_mean[index]) / self.scale_std[index] for index, part in enumerate(parts)]
         return self.encoder(torch.cat([embed(part) for embed, part in zip(self.embed, parts, strict=False)], dim=1))
 
-    def _decode_features(self, features: Tensor) -> Tensor:
+    def _decode_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(image [B, C, h, w], what is known of each place of the grid [B, N, scales · decoder width])."""
         hidden = self.decoder(features).split(self.grid[0] * self.grid[1], dim=1)
         parts = [head(part) for head, part in zip(self.heads, hidden, strict=False)]
         with torch.autocast(features.device.type, enabled=False):
             parts = [part.float() * self.scale_std[index] + self.scale_mean[index] for index, part in enumerate(parts)]
-            return self.synthesise(parts)
+            return self.synthesise(parts), torch.cat(hidden, dim=-1)
 
     def _by_codebook(self, x: Tensor) -> list[Tensor]:
         """The sequence cut where the codebook changes."""
         tokens = self.grid[0] * self.grid[1]
         return [x[:, :tokens], x[:, tokens:]] if x.shape[1] > tokens else [x]
 
-    def forward(self, pixels: Tensor) -> TokenizerOutput:
+    def forward(self, pixels: Tensor, large: Tensor | None = None) -> TokenizerOutput:
         features = self._encode_features(pixels)
         parts = self._by_codebook(features)
         results = [quantizer(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]
@@ -201,7 +206,8 @@ class SIT(Tokenizer):
             / features.shape[1]
             for name in results[0].losses
         }
-        reconstruction = self._decode_features(torch.cat([result.features for result in results], dim=1))
+        reconstruction, places = self._decode_features(torch.cat([result.features for result in results], dim=1))
+        losses |= self.head.losses(places, reconstruction, pixels if large is None else large)
         return TokenizerOutput(reconstruction, torch.cat([result.ids for result in results], dim=1), losses)
 
     def margins(self, pixels: Tensor) -> Tensor:
@@ -231,6 +237,18 @@ class SIT(Tokenizer):
         return Tokens.fixed(torch.cat(ids, dim=1))
 
     def decode(self, tokens: Tokens) -> Tensor:
+        return self._decode(tokens)[0]
+
+    def render(self, tokens: Tokens, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Tensor:
+        if tokens.ids.shape[1] != self.layout.length:
+            raise PrefixUnsupported(
+                f"{tokens.ids.shape[1]} of {self.layout.length} tokens: another size needs all scales"
+            )
+        pixels, places = self._decode(tokens)
+        return self.head.render(places, pixels, size, crop).clamp(-1, 1)
+
+    def _decode(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The image in [-1, 1], and what is known of each place."""
         num_scales = self.layout.num_scales_in(tokens.ids.shape[1])
         if num_scales == 0:
             raise InputError("no tokens to decode")
@@ -241,7 +259,8 @@ class SIT(Tokenizer):
             )
         parts = self._by_codebook(tokens.ids)
         features = [quantizer.lookup(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
-        return self._decode_features(torch.cat(features, dim=1)).clamp(-1, 1)
+        pixels, places = self._decode_features(torch.cat(features, dim=1))
+        return pixels.clamp(-1, 1), places
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
         """The image reduced by averaging to the size of ``num_scales`` scales."""

@@ -78,26 +78,37 @@ def scale_causal(lengths: Sequence[int]) -> Tensor:
 class Transformer(nn.Module):
     """Blocks and a last norm over a sequence of at most ``sum(group_lengths)`` tokens.
 
-    ``mask`` bool [L, L] is True where a row may look; None: everywhere.
+    ``mask`` bool [L, L] is True where a row may look; None: everywhere. ``std`` and ``position_std`` are the standard
+    deviations of fresh weights and positions.
     """
 
     mask: Tensor | None
 
-    def __init__(self, config: TransformerConfig, group_lengths: Sequence[int], mask: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        group_lengths: Sequence[int],
+        mask: Tensor | None = None,
+        std: float = 0.02,
+        position_std: float = 0.02,
+    ) -> None:
         super().__init__()
         if config.width % config.heads:
             raise InputError(f"width={config.width} is no multiple of heads={config.heads}")
         self.group_lengths = tuple(group_lengths)
-        self.position = nn.Parameter(torch.randn(1, sum(group_lengths), config.width) * 0.02)
+        self.position = nn.Parameter(torch.randn(1, sum(group_lengths), config.width) * position_std)
         self.blocks = nn.ModuleList([Block(config, len(group_lengths)) for _ in range(config.depth)])
         self.norm = Grouped([nn.LayerNorm(config.width) for _ in group_lengths])
         self.register_buffer("mask", mask, persistent=False)
-        self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
         for block in self.blocks:
             assert isinstance(block, Block)
             for layers in (block.project, [mlp[-1] for mlp in block.mlp]):  # type: ignore[index]
                 for layer in layers:
-                    nn.init.normal_(layer.weight, std=0.02 / (2 * config.depth) ** 0.5)  # type: ignore[arg-type]
+                    nn.init.normal_(layer.weight, std=std / (2 * config.depth) ** 0.5)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """[B, L, D] → [B, L, D]; L may be a beginning. What ``present`` bool [B, L] denies nobody looks at."""
@@ -115,9 +126,3 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, lengths, mask)
         return self.norm(x, lengths)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

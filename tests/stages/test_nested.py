@@ -130,16 +130,16 @@ def test_a_prefix_ignores_what_comes_later(length):
     alone = tokenizer.decode(tokens.prefix(length))
     features = tokenizer.quantizer.lookup(tokens.ids)
     lengths = torch.full((4,), length)
-    masked = tokenizer._decode_features(features, lengths)
+    masked = tokenizer._decode_features(features, lengths)[0]
     torch.testing.assert_close(masked.clamp(-1, 1), alone, atol=1e-5, rtol=0)
     changed = features.clone()
     changed[:, length:] += torch.randn_like(changed[:, length:])
-    assert torch.equal(tokenizer._decode_features(changed, lengths), masked)
-    mixed = tokenizer._decode_features(features, torch.tensor([1, length, N, 2]))  # as in training
+    assert torch.equal(tokenizer._decode_features(changed, lengths)[0], masked)
+    mixed = tokenizer._decode_features(features, torch.tensor([1, length, N, 2]))[0]  # as in training
     torch.testing.assert_close(mixed[1], masked[1], atol=1e-5, rtol=0)
     changed = features.clone()
     changed[:, length - 1] += torch.randn(4, 32)
-    assert not torch.allclose(tokenizer._decode_features(changed, lengths), masked)
+    assert not torch.allclose(tokenizer._decode_features(changed, lengths)[0], masked)
 
 
 def test_what_a_prefix_makes_has_its_frequencies_only_and_is_nearer_to_what_it_should_be():
@@ -148,7 +148,7 @@ def test_what_a_prefix_makes_has_its_frequencies_only_and_is_nearer_to_what_it_s
     for length in (1, 6, N):
         features = cut.quantizer.lookup(tokens.ids[:, :length])
         lengths, wanted = torch.full((4,), length), cut.reference(pixels(), length)
-        made, raw = cut._decode_features(features, lengths), free._decode_features(features, lengths)
+        made, raw = (each._decode_features(features, lengths)[0] for each in (cut, free))
         width = cut.widths[length - 1].expand(4)
         torch.testing.assert_close(lowpass(made, width), made, atol=1e-4, rtol=0)
         errors = [(each - wanted).square().sum((1, 2, 3)) for each in (made, raw)]

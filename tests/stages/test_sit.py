@@ -90,7 +90,7 @@ def test_a_prefix_decodes_to_the_reduced_full_decode(num_scales):
     tokens = tokenizer.encode(pixels())
     parts = zip(tokenizer.quantizers, tokenizer._by_codebook(tokens.ids), strict=True)
     features = torch.cat([quantizer.lookup(part) for quantizer, part in parts], 1)
-    full = tokenizer._decode_features(features)
+    full = tokenizer._decode_features(features)[0]
     prefix = tokenizer.decode(tokens.prefix(tokenizer.layout.prefix_length(num_scales)))
     assert prefix.shape[-2:] == tokenizer.layout.scales[num_scales - 1].image_size
     torch.testing.assert_close(prefix, tokenizer.reference(full, num_scales).clamp(-1, 1), atol=1e-4, rtol=0)
