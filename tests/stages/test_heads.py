@@ -1,0 +1,252 @@
+"""The decoder for any resolution: one-sided spectra, one function at all sizes, tiles that meet, tokens untouched."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from stages.factory import build_head, build_tokenizer
+from stages.tokenizer import heads
+from stages.tokenizer.heads import SHARPNESS, WaveletHeadConfig, carriers, complex_mixture
+from stages.tokenizer.nested import NestedConfig
+from stages.tokenizer.quantizers import CosineVQConfig
+from stages.tokenizer.sit import SITConfig
+from stages.tokenizer.transformer import TransformerConfig
+from tests.stages.bitplanes import codec
+
+SMALL = TransformerConfig(depth=1, width=32, heads=4)
+
+
+def pixels(batch=2, side=32):
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(batch, 3, side // 4, side // 4, generator=generator) * 2 - 1
+    return functional.interpolate(coarse, (side, side), mode="bicubic").clamp(-1, 1)
+
+
+def make(kind="sit", **keys):
+    torch.manual_seed(0)
+    part = {"encoder": SMALL, "decoder": SMALL, "head": WaveletHeadConfig(**keys)}
+    config = SITConfig(scales=3, patch=2, **part) if kind == "sit" else NestedConfig(num_tokens=6, patch=8, **part)
+    tokenizer = build_tokenizer(config, (32, 32), 3)
+    with torch.no_grad():
+        for parameter in tokenizer.head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer.fit([(pixels(), None)])
+    return tokenizer.eval()
+
+
+# ---------------------------------------------------------------------- the wavelets
+
+
+def spectrum_of(head, family, extent=16.0, points=256):
+    """(frequencies in radians a cell, energies [points, points]) of one cell's complex band-pass part."""
+    axis = (torch.arange(points) - points / 2) * (2 * extent / points)
+    y, x = axis[:, None].expand(points, points), axis.expand(points, points)
+    shape = (1, 2, 2, head.carriers.shape[1], points, points)
+    generator = torch.Generator().manual_seed(0)
+    place = torch.tanh(torch.randn(*shape[:4], 1, 1, generator=generator)).expand(shape)
+    strength = torch.randn(*shape[:4], 1, 1, generator=generator).expand(shape)
+    out = head.out.detach().clone()
+    out[1 - family] = 0
+    values = []
+    # the real part of -i z is the imaginary part of z
+    for weights in (out, torch.stack([out[:, 1], -out[:, 0]], dim=1)):
+        head.out.data = weights
+        values.append(head.band_pass(place, strength, y, x, [0.0, 0.0])[0, 0])
+    whole = torch.complex(*values).detach()
+    energy = torch.fft.fft2(whole).abs().square()
+    return torch.fft.fftfreq(points, 2 * extent / points) * 2 * torch.pi, energy
+
+
+@pytest.mark.parametrize("family", [0, 1])
+@pytest.mark.parametrize("square", [0.0, 1.0])
+def test_the_band_pass_part_is_one_sided_and_squares_stay_there(family, square):
+    head = make().head
+    head.square.data.fill_(square)
+    frequencies, energy = spectrum_of(head, family)
+    total = energy.sum()
+    along = frequencies[:, None].expand_as(energy) if family == 0 else frequencies.expand_as(energy)
+    across = frequencies.expand_as(energy) if family == 0 else frequencies[:, None].expand_as(energy)
+    assert energy[along <= 0].sum() / total < 1e-4
+    # nearly all lies within the quarter of the plane of its carriers, widened by two deviations of an atom's energy
+    inside = across.abs() <= along * (1 + 4 * SHARPNESS)
+    assert energy[inside].sum() / total > 0.98
+    lowest = head.carriers.norm(dim=-1).min()
+    assert energy[(along**2 + across**2).sqrt() < lowest * 0.1].sum() / total < 1e-4
+
+
+def test_a_real_wave_would_make_low_frequencies_where_the_one_sided_makes_none():
+    """Why it is complex: the square of a real atom has a mean, that of a progressive one has not."""
+    wave = torch.linspace(-40, 40, 4001, dtype=torch.float64)
+    envelope = (-(wave**2) / 50).exp()
+    real, one_sided = envelope * wave.cos(), envelope * torch.polar(torch.ones_like(wave), wave)
+    assert (real**2).mean() > 1e3 * (one_sided**2).mean().abs()
+
+
+def test_carriers_are_octaves_in_two_quarters_of_the_plane():
+    found = carriers(3, 2)
+    assert found.shape == (2, 12, 2)
+    lengths = sorted({round(float(length), 4) for length in found.norm(dim=-1).flatten()})
+    assert lengths == pytest.approx([torch.pi / 2, torch.pi, 2 * torch.pi], abs=1e-3)
+    assert (found[0, :, 0] > found[0, :, 1].abs()).all() and (found[1, :, 1] > found[1, :, 0].abs()).all()
+
+
+def test_pairs_multiply_like_complex_numbers():
+    weights, x = torch.randn(2, 2, 5, 3), torch.randn(4, 2, 2, 3, 6, 7)
+    wanted = torch.einsum(
+        "fkt,bfthw->bfkhw", torch.complex(weights[:, 0], weights[:, 1]), torch.complex(x[:, :, 0], x[:, :, 1])
+    )
+    found = complex_mixture(weights, x)
+    torch.testing.assert_close(torch.complex(found[:, :, 0], found[:, :, 1]), wanted)
+
+
+# ---------------------------------------------------------------------- one function
+
+
+@pytest.mark.parametrize("kind", ["sit", "nested"])
+@pytest.mark.parametrize("times", [3, 5])
+def test_two_resolutions_agree_on_the_common_grid(kind, times):
+    tokenizer = make(kind)
+    tokens = tokenizer.encode(pixels())
+    small, large = (tokenizer.render(tokens, (32 * n, 32 * n)) for n in (1, times))
+    middle = times // 2
+    torch.testing.assert_close(large[..., middle::times, middle::times], small, atol=1e-4, rtol=0)
+    assert small.std() > 0.01
+
+
+@pytest.mark.parametrize("size", [(32, 32), (45, 70), (7, 5), (300, 517)])
+def test_a_crop_is_the_part_of_the_whole_and_tiles_meet(size, monkeypatch):
+    tokenizer = make()
+    tokens = tokenizer.encode(pixels())
+    whole = tokenizer.render(tokens, size)
+    assert whole.shape == (2, 3, *size) and whole.abs().max() <= 1
+    top, left, height, width = 2, 1, size[0] - 4, size[1] - 3
+    part = tokenizer.render(tokens, size, (top, left, height, width))
+    torch.testing.assert_close(part, whole[:, :, top : top + height, left : left + width], atol=1e-5, rtol=0)
+    monkeypatch.setattr(heads, "TILE_POINTS", 37)
+    if size != (300, 517):
+        torch.testing.assert_close(tokenizer.render(tokens, size), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", [24, 8, 4, 1])
+def test_a_smaller_output_is_nearer_to_the_mean_of_its_pixels_than_single_points_are(side):
+    tokenizer = make()
+    tokens = tokenizer.encode(pixels(4))
+    fine = tokenizer.render(tokens, (192, 192))
+    wanted = functional.interpolate(fine, (side, side), mode="area")
+    made = tokenizer.render(tokens, (side, side))
+    step = 192 // side
+    points = fine[..., step // 2 :: step, step // 2 :: step]
+    assert (made - wanted).square().mean() < 0.7 * (points - wanted).square().mean()
+
+
+def test_a_blur_damps_each_atom_as_the_gaussian_of_that_width_would():
+    head = make().head
+    y = torch.zeros(1, 401)
+    x = torch.linspace(-10, 10, 401)[None]
+    variance = 0.3
+    strength = torch.zeros(1, 3 * 16, 1, 401)
+    strength[:, 5] = 1
+    sharp, blurred = (head.low_pass(strength, y, x, [0.0, v])[0, 0, 0] for v in (0.0, variance))
+    kernel = (-(x[0] ** 2) / (2 * variance)).exp()
+    wanted = functional.conv1d(sharp[None, None], (kernel / kernel.sum())[None, None], padding=200)[0, 0]
+    torch.testing.assert_close(blurred, wanted, atol=1e-3, rtol=0)
+
+
+# ---------------------------------------------------------------------- training and refusals
+
+
+@pytest.mark.parametrize("kind", ["sit", "nested"])
+def test_its_loss_reaches_the_head_alone_and_all_of_it(kind):
+    tokenizer = make(kind).train()
+    output = tokenizer(pixels(), pixels(side=64))
+    output.losses["head"].backward()
+    for name, parameter in tokenizer.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("head."), name
+
+
+def test_without_a_head_there_is_no_loss_and_the_same_tokens():
+    torch.manual_seed(0)
+    bare = build_tokenizer(SITConfig(scales=3, patch=2, encoder=SMALL, decoder=SMALL), (32, 32), 3)
+    headed = make()
+    missing = headed.load_state_dict(bare.state_dict(), strict=False).missing_keys
+    assert missing and all(name.startswith("head.") for name in missing)
+    assert "head" not in bare.train()(pixels()).losses
+    bare.eval()
+    assert torch.equal(bare.encode(pixels()).ids, headed.encode(pixels()).ids)
+    assert torch.equal(bare.decode(bare.encode(pixels())), headed.decode(headed.encode(pixels())))
+
+
+def test_a_head_learns_to_give_the_pixels_back_that_it_sees():
+    tokenizer = make()
+    places = torch.zeros(2, 16, 96)
+    optimizer = torch.optim.Adam(tokenizer.head.parameters(), 3e-3)
+    torch.manual_seed(0)
+    for _ in range(80):
+        optimizer.zero_grad()
+        tokenizer.head.losses(places, pixels(), pixels())["head"].backward()
+        optimizer.step()
+    error = (tokenizer.head.render(places, pixels(), (32, 32)) - pixels()).square().mean()
+    assert error < 0.06 * pixels().var()
+
+
+def test_bfloat16_and_a_compiled_graph():
+    tokenizer = make()
+    tokens = tokenizer.encode(pixels())
+    wanted = tokenizer.render(tokens, (40, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(tokenizer.render(tokens, (40, 40)).float(), wanted, atol=0.1, rtol=0)
+    plain, places = tokenizer._decode(tokens)
+    found = tokenizer.head.surroundings(places, plain)
+    traced = torch.compile(tokenizer.head.tile, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(traced(found, (40, 40), (0, 0, 40, 40)).clamp(-1, 1), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "message"),
+    [
+        ((0, 5), None, "size=0x5; allowed: 1 to 16384"),
+        ((5, 20000), None, "size=5x20000"),
+        ((40, 40), (0, 30, 10, 11), r"crop=0,30,10,11 .* lies outside of 40x40"),
+        ((40, 40), (-1, 0, 10, 10), "crop=-1"),
+        ((40, 40), (0, 0, 0, 10), "crop=0,0,0,10"),
+    ],
+)
+def test_sizes_and_crops_that_are_none(size, crop, message):
+    tokenizer = make()
+    with pytest.raises(ValueError, match=message):
+        tokenizer.render(tokenizer.encode(pixels()), size, crop)
+
+
+def test_what_has_no_head_says_so():
+    bare = build_tokenizer(SITConfig(scales=3, patch=2, encoder=SMALL, decoder=SMALL), (32, 32), 3)
+    with pytest.raises(ValueError, match="train one with tokenizer.head.kind=wavelet"):
+        bare.render(bare.encode(pixels()), (40, 40))
+    coded = codec()
+    with pytest.raises(ValueError, match="a codec has no head"):
+        coded.render(coded.encode(torch.zeros(1, 1, 16, 16)), (40, 40))
+    with pytest.raises(ValueError, match="needs all scales"):
+        tokenizer = make()
+        tokenizer.render(tokenizer.encode(pixels()).prefix(16), (40, 40))
+    with pytest.raises(ValueError, match=r"head.cell=3; allowed: a divisor of the patches' side, 8"):
+        make(cell=3)
+    with pytest.raises(ValueError, match="head.rings=0"):
+        make(rings=0)
+    with pytest.raises(ValueError, match="allowed: none, wavelet"):
+        build_head(WaveletHeadConfig(kind="siren"), 8, 8, (2, 2), 3)
+
+
+def test_a_prefix_of_nested_tokens_renders_too():
+    tokenizer = make("nested")
+    assert tokenizer.render(tokenizer.encode(pixels()).prefix(2), (50, 40)).shape == (2, 3, 50, 40)
+
+
+def test_a_frozen_codebook_neither_starts_nor_revives():
+    quantizer = build_tokenizer(
+        SITConfig(scales=3, patch=2, encoder=SMALL, decoder=SMALL, quantizer=CosineVQConfig(codes=16, code_dim=4)),
+        (32, 32),
+        3,
+    ).train()
+    quantizer.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    quantizer(pixels())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.state_dict().items())
