@@ -133,6 +133,7 @@ POSITIVE = (
     "eval.neighbours",
     "eval.num_upsampled",
     "eval.num_edited",
+    "eval.num_head",
 )
 
 # Sizes of networks, checked where the chosen kinds have them.
@@ -313,6 +314,17 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
             f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} with images.train_view="
             f"{c.images.train_view}, which never resizes; set images.train_view=center or random_resized_crop"
         ),
+    ),
+    (
+        lambda c: bool(c.eval.head_sizes) and get(c, "tokenizer.head.kind") in (None, "none"),
+        lambda c: (
+            f"eval.head_sizes={c.eval.head_sizes} without a head: set tokenizer.head.kind=wavelet, or "
+            "eval.head_sizes=[]"
+        ),
+    ),
+    (
+        lambda c: not all(1 <= multiple <= 64 for multiple in c.eval.head_sizes),
+        lambda c: f"eval.head_sizes={c.eval.head_sizes}; allowed: multiples of the size from 1 to 64",
     ),
     (
         lambda c: c.tokenizer_training.start_from is not None and get(c, "tokenizer.head.kind") in (None, "none"),

@@ -29,6 +29,7 @@ from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_colours import check_order, measure_colouring
 from pipeline.evaluate_grids import show_grids, show_growing, shown_settings
+from pipeline.evaluate_heads import measure_head
 from pipeline.evaluate_lists import measure_lists
 from pipeline.evaluate_order import measure_order
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
@@ -93,6 +94,7 @@ def evaluate(config: Config) -> Path:
     metrics: dict[str, Any] = {"settings": settings(config, path, metadata["kind"], device), "tokenizer": measured}
     own = Contender(tokenizer, judge)
     metrics["ladder"] = measure_ladder(config, own, baseline, models, val, made, device, skipped)
+    metrics["head"] = measure_head(config, folder, tokenizer, source, val, made, judge, device, skipped)
     streams = metrics["streams"] = measure_rates(config, tokenizer, models, val, made, measured)
     metrics["lists"] = measure_lists(config, tokenizer, val, made)
     bits, header_bits = (None, 0.0) if streams is None else (bits_of_scales(streams), streams["header_bits"])

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pipeline.report_curves import draw_curves
 from pipeline.report_lists import colouring_part, lists_part
 from pipeline.report_order import order_part
-from pipeline.report_scales import editing_part, ladder_part, upsampling_part
+from pipeline.report_scales import editing_part, head_part, ladder_part, upsampling_part
 from pipeline.report_streams import growing_part, streams_part
 from pipeline.report_tables import class_table, code_table, prefix_table, same_backbone, section
 
@@ -83,6 +83,7 @@ def write_report(folder: Path, metrics: dict[str, Any], run: Path) -> Path:
             folder / "prefixes.png",
         ),
         prefix_table(metrics),
+        head_part(metrics, folder),
         ladder_part(metrics),
         section(
             "Samples",

@@ -1,4 +1,4 @@
-"""The report's parts about scales: ladder of resolutions, upsampling, editing."""
+"""The report's parts about scales and sizes: ladder of resolutions, a head for any size, upsampling, editing."""
 
 from __future__ import annotations
 
@@ -183,3 +183,25 @@ def editing_part(metrics: dict[str, Any], folder: Path) -> str:
     ]
     head = ["Scales kept", "Rest", "Probability of new class", "Classified as it", "Consistency, dB"]
     return section("Editing", words, folder / "editing.png") + table(head, rows)
+
+
+def head_part(metrics: dict[str, Any], folder: Path) -> str:
+    """The head at every size beside the decoder or bicubic; nothing where it was not measured."""
+    found = metrics.get("head")
+    if found is None:
+        return ""
+    words = (
+        f"{found['num_images']:,} held-out photos from their tokens alone, at the tokenizer's own {found['own_size']} "
+        "px and larger, compared with the photos themselves; beside it the decoder's image, enlarged (bicubic)."
+        + caveats(found["sizes"][0]["head"])
+    )
+    rows = [
+        [f"{size_of(entry)}, {name}", *distortion_cells(entry[key])]
+        for entry in found["sizes"]
+        for key, name in (("head", "head"), ("decoded", "decoder"), ("bicubic_of_decoded", "decoder and bicubic"))
+        if key in entry
+    ]
+    own = found["sizes"][0]["head_against_decoded"]
+    return section(
+        "Any size", f"{words} At its own size the head is {own:.2f} dB from the decoder.", folder / "head.png"
+    ) + table(["Image", "PSNR, dB", "Perceptual", "fd_lite0"], rows)

@@ -37,6 +37,10 @@ class EvalConfig:
     """Side in pixels of the small images that are upsampled, one of the scales'; 0 leaves upsampling out."""
     num_upsampled: int = 1000
     """Held-out images (of ``num_images``) that are reduced and upsampled."""
+    head_sizes: list[float] = field(default_factory=list)
+    """Multiples of the tokenizer's size at which its head is compared with larger photos; none leaves it out."""
+    num_head: int = 200
+    """Held-out images (of ``num_images``) that it is compared on, those stored large enough."""
     num_colorized: int = 0
     """Held-out images (of ``num_images``) whose luma is coloured anew; 0 leaves colouring out."""
     edit_frozen: list[int] = field(default_factory=list)

@@ -104,6 +104,7 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("eval.num_colorized=8", "eval.num_colorized=8 with prior.order=natural: colouring needs a prior that writes"),
         ("tokenizer_training.oversampling=2", "oversampling=2 without a head: nothing learns from larger images"),
         ("tokenizer_training.start_from=x", "start_from=x without a head: nothing is left to train"),
+        ("eval.head_sizes=[2]", "eval.head_sizes=[2.0] without a head: set tokenizer.head.kind=wavelet"),
         ("tokenizer.head.kind=siren", "tokenizer.head.kind='siren'; allowed: none, wavelet"),
         ("tokenizer.head.cell=2", "Key 'cell' not in 'HeadConfig'"),
         ("prior.order=scale", "prior.order='scale'; allowed with prior.kind=transformer: natural, reversed"),

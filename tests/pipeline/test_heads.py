@@ -1,5 +1,6 @@
 """A head on a finished tokenizer, whose tokens stay; and octaves reconstruct, at its own size and any other."""
 
+import json
 import shutil
 
 import pytest
@@ -102,3 +103,35 @@ def test_a_start_of_another_config_is_refused(finished, tmp_path, capsys):
     keys[1] = "tokenizer_training.start_from=nowhere"
     assert main(["train-tokenizer", str(finished / "tiny.yaml"), *keys]) == 2
     assert "nowhere: no such file" in capsys.readouterr().err
+
+
+def test_eval_compares_it_with_larger_photos_and_leaves_out_what_is_not_that_large(finished, headed):
+    keys = [
+        f"run={headed}/run",
+        "prior.path=none",
+        "eval.head_sizes=[1.5,2.7]",
+        "eval.num_head=6",
+        "images.val_share=0.4",
+        *HEAD[:2],
+    ]
+    for name, path, count in (("large", make_photos(headed, 48), 6), ("small", make_photos(headed, 20), 0)):
+        more = [f"images.path={path}", f"eval.name={name}"]
+        assert main(["eval", str(finished / "tiny.yaml"), *keys, *more]) == 0
+        folder = headed / "run" / "eval" / name
+        found = json.loads((folder / "metrics.json").read_text())["head"]
+        assert found["num_images"] == count and (folder / "head.png").exists() == bool(count)
+        assert ("Any size" in (folder / "report.html").read_text()) == bool(count)
+        if count:
+            assert [entry["image_size"][0] for entry in found["sizes"]] == [16, 24, 43]
+            own, *larger = found["sizes"]
+            assert own["head_against_decoded"] > 0 and "decoded" in own
+            assert all(entry["bicubic_of_decoded"]["psnr_mean_of_images"] > 0 for entry in larger)
+
+
+def make_photos(folder, side):
+    """20 pictures of that side in two classes."""
+    for index in range(20):
+        place = folder / f"photos{side}" / "ab"[index % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.radial_gradient("L").rotate(index * 10).convert("RGB").resize((side, side)).save(place / f"{index}.png")
+    return folder / f"photos{side}"
