@@ -166,8 +166,12 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         chosen = OmegaConf.from_dotlist(list(overrides))
         schema = OmegaConf.structured(Config)
         for section, (default, lookup) in KINDS.items():
-            if OmegaConf.select(schema, section) is None:
-                continue  # this kind of the outer section has no such part
+            if OmegaConf.select(schema, section) is None:  # this kind of the outer section has no such part
+                if any(OmegaConf.select(given, section) is not None for given in (raw, chosen)):
+                    outer, part = section.rsplit(".", 1)
+                    kind = OmegaConf.select(schema, f"{outer}.kind")
+                    raise ConfigError(f"{section} is set, but {outer}.kind={kind} has no {part}; leave it out")
+                continue
             written = OmegaConf.select(raw, f"{section}.kind", default=default)
             kind = OmegaConf.select(chosen, f"{section}.kind", default=written)
             part = OmegaConf.structured(lookup(kind)[0](kind=kind))
@@ -211,6 +215,11 @@ def check(config: Config) -> None:
     for refuses, message in ILLEGAL:
         if refuses(config):
             raise ConfigError(message(config))
+
+
+def averages(config: Config) -> bool:
+    """Whether moving averages stand between the prior's layers."""
+    return get(config, "prior.averaging") not in (None, "none")
 
 
 def get(config: Config, key: str) -> Any:
@@ -362,7 +371,21 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
-        lambda c: c.sampling.compile and get(c, "prior.averaging") not in (None, "none"),
+        lambda c: averages(c) and get(c, "prior.averaging_borders") == "grid" and c.tokenizer.kind == "nested",
+        lambda c: (
+            "prior.averaging_borders=grid with tokenizer.kind=nested: its tokens have no grid; set "
+            "prior.averaging_borders=sample"
+        ),
+    ),
+    (
+        lambda c: averages(c) and get(c, "prior.averaging_borders") != "sample" and c.tokenizer.kind == "bitplane",
+        lambda c: (
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with tokenizer.kind=bitplane: scales of "
+            "streams have no fixed place; set prior.averaging_borders=sample"
+        ),
+    ),
+    (
+        lambda c: c.sampling.compile and averages(c),
         lambda c: "sampling.compile=true with prior.averaging: moving averages are not compiled; leave one of them out",
     ),
     (

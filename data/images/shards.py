@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tarfile
 import warnings
 from collections.abc import Iterable
@@ -273,8 +274,17 @@ def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSo
 
 
 def open_photos(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """One side of the crops that `make photos` gathered. Raises ImagesError that says so when there are none."""
-    folder = Path(config.path).expanduser() if config.path else data_home() / f"photos{config.size}"
+    """One side of the crops that `make photos` gathered; ``path`` may be a folder, or a name below $OCTAVES_DATA.
+
+    Raises ImagesError that says what to do when there are none.
+    """
+    name = config.path or f"photos{config.size}"
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = data_home() / name
     if not (folder / "index.json").is_file():
-        raise ImagesError(f"no photo crops at {folder} yet; gather them with `octaves photos size={config.size}`")
+        size = re.fullmatch(r"photos(\d+)", folder.name)
+        raise ImagesError(
+            f"no photo crops at {folder} yet; gather them with `octaves photos size={size[1] if size else config.size}`"
+        )
     return ShardSource(find_shards(folder / split))

@@ -1,0 +1,135 @@
+"""The parts compose: every legal combination runs at toy size, every other one is refused with one line."""
+
+import itertools
+
+import pytest
+import torch
+
+from pipeline.config import ConfigError, load_config
+from stages.contract import Prompts
+from stages.factory import TOKENIZERS, build_prior, build_tokenizer
+from stages.prior.config import AVERAGING, AVERAGING_BORDERS
+from stages.prior.sampling import sample
+from stages.tokenizer.module import TokenizerModule
+from tests.conftest import TINY
+
+TEXT = {"encoder": "minilm", "max_tokens": 4, "width": 384, "empty_length": 2}
+SIZES = {  # what makes each kind small
+    "sit": ["attention=sit", "scales=2", "patch=2"],
+    "vit-vqgan": ["patch=4", "scales=1"],
+    "nested": ["num_tokens=3", "patch=4"],
+    "bitplane": ["wavelet=haar"],
+    "sparse-dct": ["block=4"],
+}
+LEARNED = ("sit", "vit-vqgan", "nested")
+ORDERS = ("natural", "reversed", "luma_first")
+CONDITIONS = ("none", "class", "text", "class-text")
+WINDOWS = (("none", "sample"), *itertools.product(AVERAGING[1:], AVERAGING_BORDERS))
+
+
+def legal(kind, prior, order, averaging, borders, head):
+    """What should compose, said apart from the table of what must not."""
+    if head == "wavelet" and kind not in LEARNED:
+        return False
+    if (kind == "sparse-dct") != (prior == "chunked"):
+        return False
+    if prior == "chunked":
+        return averaging == "none" and order in ("natural", "luma_first")
+    if order == "luma_first" or (order == "reversed" and kind == "bitplane"):
+        return False
+    if averaging != "none" and borders == "grid" and (kind == "nested" or averaging == "learned"):
+        return False
+    return averaging == "none" or borders == "sample" or kind in LEARNED
+
+
+def overrides(kind, prior, order, averaging, borders, head, condition):
+    keys = [f"tokenizer.kind={kind}", *(f"tokenizer.{key}" for key in SIZES[kind])]
+    keys += [f"prior.kind={prior}", f"prior.order={order}", f"condition.kind={condition}"]
+    keys += ["prior.depth=1"] if prior == "transformer" else ["prior.encoder_depth=1", "prior.chunk=50"]
+    if averaging != "none":
+        keys += [f"prior.averaging={averaging}", f"prior.averaging_borders={borders}"]
+    if head != "none":
+        keys += [f"tokenizer.head.kind={head}", "tokenizer.head.width=4", "tokenizer.head.crop=4"]
+    if condition == "none":
+        keys.append("sampling.guidance=1")
+    return [*keys, "tokens.text_encoder=minilm" if "text" in condition else "tokens.text_encoder=none"]
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """The toy YAML with gray-free images of 8 px, and without what only SIT's section has."""
+    path = tmp_path / "toy.yaml"
+    text = TINY.format(path=tmp_path).replace("size: 16", "size: 8")
+    text = text.replace("prior: {depth: 1, width: 32, heads: 4}", "prior: {width: 32, heads: 4}")
+    path.write_text(text)
+    return path
+
+
+def combinations(kinds):
+    return itertools.product(kinds, ("transformer", "chunked"), ORDERS, WINDOWS, ("none", "wavelet"))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_cannot_work_together_is_refused_with_one_line_and_nothing_else_is(plain, kind):
+    refused = 0
+    for kind_, prior, order, (averaging, borders), head in combinations([kind]):
+        keys = overrides(kind_, prior, order, averaging, borders, head, "class")
+        if legal(kind_, prior, order, averaging, borders, head):
+            load_config(plain, keys)
+            continue
+        with pytest.raises(ConfigError) as caught:
+            load_config(plain, keys)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) > 20, keys
+        refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_can_work_together_does(plain, kind):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
+    labels = torch.tensor([0, 1])
+    text = Prompts(labels, torch.randn(2, 3, 384, generator=generator), torch.tensor([3, 2]))
+    tokenizers = {}
+    ran = 0
+    for kind_, prior_kind, order, (averaging, borders), head in combinations([kind]):
+        if not legal(kind_, prior_kind, order, averaging, borders, head):
+            continue
+        # every condition with the plain form of the rest, and one with each
+        every = averaging == "none" and head == "none"
+        for condition in CONDITIONS if every else [CONDITIONS[ran % len(CONDITIONS)]]:
+            keys = overrides(kind_, prior_kind, order, averaging, borders, head, condition)
+            config = load_config(plain, keys)
+            if head not in tokenizers:
+                tokenizers[head] = step_of_stage_one(config, pixels, labels)
+            tokenizer = tokenizers[head]
+            step_of_stage_two(config, tokenizer, pixels, text if "text" in condition else Prompts.of_labels(labels))
+            ran += 1
+    assert ran >= 7
+
+
+def step_of_stage_one(config, pixels, labels):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(config.tokenizer, (8, 8), 3)
+    tokenizer.fit([(pixels, labels)])
+    if tokenizer.trainable:
+        terms, _, _ = TokenizerModule(tokenizer.train(), config.tokenizer_training, 0).loss_terms(pixels)
+        assert ("head" in terms) == (config.tokenizer.head.kind != "none")
+        sum(terms.values()).backward()
+        assert all(parameter.grad is not None for parameter in tokenizer.parameters())
+    return tokenizer.eval()
+
+
+@torch.enable_grad()
+def step_of_stage_two(config, tokenizer, pixels, prompts):
+    tokens = tokenizer.encode(pixels)
+    prior = build_prior(config.prior, config.condition, tokenizer.layout, ["a", "b"], TEXT)
+    output = prior(tokens, prompts)
+    assert torch.isfinite(output.nll).all() and output.nll.shape == tokens.ids.shape
+    output.nll.mean().backward()
+    prefix = tokenizer.start_prefix(prompts.labels, [0, 1])
+    drawn = sample(prior.eval(), prompts, config.sampling, [0, 1], prefix)
+    decoded = tokenizer.decode(drawn)
+    assert decoded.shape == pixels.shape and torch.isfinite(decoded).all()
+    if getattr(config.tokenizer, "head", None) and config.tokenizer.head.kind != "none":
+        assert tokenizer.render(drawn, (5, 11)).shape == (2, 3, 5, 11)
