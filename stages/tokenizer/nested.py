@@ -30,6 +30,7 @@ from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
 from stages.tokenizer.heads import HeadConfig
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
+from stages.tokenizer.rings import RingSummaries
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
 
 FREQUENCY_MAPS = ("power", "mirrored", "energy")
@@ -57,6 +58,9 @@ class NestedConfig(TokenizerConfig):
     """Law of the training prefix: uniform over 1 … N, or log_uniform, which favours short ones."""
     full_share: float = 0.5
     """Share of training images that keep all tokens; 0 is plain nested dropout, which starves the last tokens."""
+    ring_summaries: int = 8
+    """Linear summaries of a token's own frequencies that it is told of, and by which it adds to them in the decoded
+    image; 0, as in the paper: it learns all through attention."""
     project: bool = True
     """Cut what the decoder makes to the prefix's frequencies: never farther from what it should be."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
@@ -107,6 +111,10 @@ class NestedTokenizer(Tokenizer):
         seen[self.num_patches :, : self.num_patches] = False
         seen[self.num_patches :, self.num_patches :] = scale_causal(one_by_one)
         self.decoder = Transformer(config.decoder, [length], seen, config.decoder.width**-0.5, POSITION_STD)
+        self.rings: RingSummaries | None = None
+        if config.ring_summaries:
+            sizes = config.ring_summaries, config.encoder.width, config.decoder.width
+            self.rings = RingSummaries(config.num_tokens, *sizes, (channels, *image_size))
         self.to_patches = nn.Linear(config.decoder.width, width)
         nn.init.normal_(self.to_patches.weight, std=0.02)
         nn.init.zeros_(self.to_patches.bias)
@@ -133,9 +141,12 @@ class NestedTokenizer(Tokenizer):
         mean = total / count
         self.pixel_mean.fill_(mean)
         self.pixel_std.fill_(max(1e-3, math.sqrt(max(0.0, squares / count - mean**2))))  # constant images have none
+        # the mean brightness of all images is known without a token
+        spectrum[0, 0] -= count * mean**2
+        if self.rings is not None:
+            deviation = (spectrum.clamp_min(0) / (count / (size[0] * size[1]))).sqrt() / self.pixel_std.double()
+            self.rings.deviation.copy_(deviation.clamp_min(1e-3))
         if self.config.frequency_map == "energy" and not self.config.widths:
-            # the mean brightness of all images is known without a token
-            spectrum[0, 0] -= count * mean**2
             self.widths.copy_(torch.tensor(equal_energy(spectrum, self.config.num_tokens)))
 
     # ------------------------------------------------------------------ the four arrows
@@ -147,9 +158,10 @@ class NestedTokenizer(Tokenizer):
             height, width = self.layout.image_size
             raise InputError(f"an image of {size[0]}x{size[1]}; this tokenizer takes {height}x{width}")
         with torch.autocast(pixels.device.type, enabled=False):
-            patches = (to_patches(pixels.float(), self.config.patch) - self.pixel_mean) / self.pixel_std
-        embedded = self.embed(patches)
-        queries = self.queries.expand(len(pixels), -1, -1).to(embedded.dtype)
+            normalised = (pixels.float() - self.pixel_mean) / self.pixel_std
+            told = 0 if self.rings is None else self.rings.analyse(normalised, self.widths)
+        embedded = self.embed(to_patches(normalised, self.config.patch))
+        queries = (self.queries + told).expand(len(pixels), -1, -1).to(embedded.dtype)
         return self.encoder(torch.cat([embedded, queries], dim=1))[:, self.num_patches :]
 
     def _decode_features(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,10 +170,15 @@ class NestedTokenizer(Tokenizer):
         masks = self.masks.expand(len(features), self.num_patches, -1).to(features.dtype)
         there = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
         present = torch.cat([there.new_ones(len(features), self.num_patches), there], dim=1)
-        hidden = self.decoder(torch.cat([masks, features], dim=1), present)[:, : self.num_patches]
+        hidden, tokens = self.decoder(torch.cat([masks, features], dim=1), present).split(
+            [self.num_patches, features.shape[1]], dim=1
+        )
         patches = self.to_patches(hidden)
         with torch.autocast(features.device.type, enabled=False):
-            pixels = from_patches(patches.float() * self.pixel_std + self.pixel_mean, self.config.patch, self.grid)
+            pixels = from_patches(patches.float(), self.config.patch, self.grid)
+            if self.rings is not None:
+                pixels = pixels + self.rings.synthesise(tokens * there.unsqueeze(-1), self.widths)
+            pixels = pixels * self.pixel_std + self.pixel_mean
             return lowpass(pixels, self.widths[lengths - 1]) if self.config.project else pixels, hidden
 
     def draw_lengths(self, count: int) -> Tensor:
