@@ -8,6 +8,8 @@ the image, cut to the w_i lowest frequencies of each axis. What is notable here:
 - the decoder is causal: a token sees earlier tokens, a mask token sees all mask tokens and the tokens of the prefix;
 - training draws a prefix for every image (``prefix_law``). Plain nested dropout starves the last tokens, which then are
   rarely there; ``full_share`` of the images keep all tokens, so the last one is trained on more than that share;
+- attention alone, as in the paper, learns slowly which token stands for what: each token also has a direct path to the
+  frequencies that it adds (``ring_summaries``; ``stages/tokenizer/rings.py``);
 - the paper does not say how many frequencies a prefix has: power laws both ways, equal energy, or a list of widths;
 - for the layout this is N scales of one token each, with one codebook and without a grid.
 """
@@ -287,6 +289,8 @@ def check_config(config: NestedConfig, image_size: tuple[int, int]) -> None:
         raise InputError(f"tokenizer.num_tokens={config.num_tokens}, patch={config.patch}; allowed: 1 or more")
     if not 0 < config.frequency_exponent < math.inf:
         raise InputError(f"tokenizer.frequency_exponent={config.frequency_exponent}; allowed: above 0")
+    if config.ring_summaries < 0:
+        raise InputError(f"tokenizer.ring_summaries={config.ring_summaries}; allowed: 0 or more")
     if not 0 <= config.full_share <= 1:
         raise InputError(f"tokenizer.full_share={config.full_share}; allowed: 0 to 1")
     for side in image_size:

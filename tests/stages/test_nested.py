@@ -10,6 +10,7 @@ from stages.factory import build_tokenizer
 from stages.spectral.dct import dct_matrix, lowpass
 from stages.tokenizer.nested import NestedConfig, doubling, equal_energy, widths_of
 from stages.tokenizer.quantizers import CosineVQConfig, FSQConfig
+from stages.tokenizer.rings import RingSummaries, rings_of
 from stages.tokenizer.transformer import TransformerConfig
 from stages.weights import load_tokenizer, save_tokenizer
 
@@ -100,8 +101,9 @@ def test_the_energy_of_smooth_images_lies_in_few_frequencies_and_is_stored(tmp_p
 
 
 @pytest.mark.parametrize("changed", [1, 5, N - 1])
-def test_a_token_knows_no_later_query_not_even_through_the_patches(changed):
-    tokenizer = make()
+@pytest.mark.parametrize("summaries", [0, 3])
+def test_a_token_knows_no_later_query_not_even_through_the_patches(changed, summaries):
+    tokenizer = make(ring_summaries=summaries)
     before = tokenizer._encode_features(pixels())
     with torch.no_grad():
         tokenizer.queries[:, changed:] += torch.randn_like(tokenizer.queries[:, changed:])
@@ -124,8 +126,9 @@ def test_a_token_knows_every_patch_and_every_earlier_query():
 
 
 @pytest.mark.parametrize("length", [1, 4, N])
-def test_a_prefix_ignores_what_comes_later(length):
-    tokenizer = make()
+@pytest.mark.parametrize("summaries", [0, 3])
+def test_a_prefix_ignores_what_comes_later(length, summaries):
+    tokenizer = make(ring_summaries=summaries)
     tokens = tokenizer.encode(pixels())
     alone = tokenizer.decode(tokens.prefix(length))
     features = tokenizer.quantizer.lookup(tokens.ids)
@@ -154,6 +157,57 @@ def test_what_a_prefix_makes_has_its_frequencies_only_and_is_nearer_to_what_it_s
         errors = [(each - wanted).square().sum((1, 2, 3)) for each in (made, raw)]
         assert (errors[0] <= errors[1] + 1e-3).all()
         assert torch.equal(made, raw) == (length == N)
+
+
+# ---------------------------------------------------------------------- rings
+
+
+def test_every_frequency_lies_in_one_ring_and_tokens_of_one_square_share_theirs():
+    rings = rings_of(torch.tensor([1, 1, 3, 3, 4]), (4, 4))
+    assert rings.tolist() == [[0, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 2], [2, 2, 2, 2]]
+    assert rings_of(torch.tensor([2, 6]), (4, 6)).tolist() == [[0, 0, 1, 1, 1, 1]] * 2 + [[1] * 6] * 2
+
+
+def rings(widths=(1, 1, 3, 3, 8)):
+    torch.manual_seed(0)
+    return RingSummaries(5, 4, 16, 24, (3, 8, 8)), torch.tensor(widths)
+
+
+def test_a_token_is_told_of_its_own_ring_and_of_nothing_else():
+    summaries, widths = rings()
+    images, matrix = torch.randn(2, 3, 8, 8), dct_matrix(8).float()
+    before = summaries.analyse(images, widths)
+    for ring, tokens in enumerate(([0, 1], [2, 3], [4])):
+        change = torch.randn(2, 3, 8, 8) * (rings_of(widths, (8, 8)) == ring)
+        after = summaries.analyse(images + matrix.T @ change @ matrix, widths)
+        for token in range(5):
+            same = torch.allclose(before[:, token], after[:, token], atol=1e-4)
+            assert same == (token not in tokens), (ring, token)
+
+
+def test_a_token_adds_to_its_own_ring_only():
+    summaries, widths = rings()
+    matrix = dct_matrix(8).float()
+    for token, ring in enumerate((0, 0, 1, 1, 2)):
+        features = torch.zeros(2, 5, 24)
+        features[:, token] = torch.randn(2, 24)
+        found = matrix @ summaries.synthesise(features, widths) @ matrix.T
+        inside = rings_of(widths, (8, 8)) == ring
+        assert (found.abs() > 1e-6)[..., inside].float().mean() > 0.9
+        assert found[..., ~inside].abs().max() < 1e-5
+        part = summaries.synthesise(features[:, : token + 1], widths)
+        torch.testing.assert_close(part, summaries.synthesise(features, widths), atol=1e-5, rtol=0)
+
+
+def test_the_deviations_of_frequencies_are_measured():
+    smooth = lowpass(pixels(64), torch.full((64,), 4)) + 0.5
+    tokenizer = make()
+    tokenizer.fit([(smooth[:40], None), (smooth[40:], None)])
+    matrix = dct_matrix(32)
+    normalised = (smooth.double() - tokenizer.pixel_mean) / tokenizer.pixel_std
+    wanted = (matrix @ normalised @ matrix.T).square().mean((0, 1)).sqrt()
+    torch.testing.assert_close(tokenizer.rings.deviation[:4, :4].double(), wanted[:4, :4], rtol=1e-3, atol=0)
+    assert (tokenizer.rings.deviation[4:] == 1e-3).all()  # what never occurs is not divided by nothing
 
 
 # ---------------------------------------------------------------------- training
@@ -222,6 +276,7 @@ def test_the_layout_is_one_scale_a_token_with_few_to_report():
         ({"frequency_exponent": 0.0}, "frequency_exponent=0.0; allowed: above 0"),
         ({"full_share": 1.5}, "full_share=1.5; allowed: 0 to 1"),
         ({"num_tokens": 0}, "num_tokens=0"),
+        ({"ring_summaries": -1}, "ring_summaries=-1; allowed: 0 or more"),
         ({"patch": 5}, "images.size=32: patches of 5"),
     ],
 )
