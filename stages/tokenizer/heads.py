@@ -120,7 +120,8 @@ class WaveletHead(Head):
         self.cells = (grid[0] * self.cells_of_place, grid[1] * self.cells_of_place)
         self.size = (grid[0] * patch, grid[1] * patch)
         width = config.width
-        self.expand = nn.Linear(width_in, width * self.cells_of_place**2)
+        # cells are many and features wide: without the narrow middle this would be most of the head
+        self.expand = nn.Sequential(nn.Linear(width_in, width), nn.Linear(width, width * self.cells_of_place**2))
         self.look = nn.Conv2d(channels * config.cell**2, width, 3, padding=1, padding_mode="replicate")
         self.mix = nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate"), nn.GELU())
         self.low = nn.Conv2d(width, channels * config.low_atoms**2, 1)
