@@ -105,6 +105,7 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("tokenizer_training.oversampling=2", "oversampling=2 without a head: nothing learns from larger images"),
         ("tokenizer_training.start_from=x", "start_from=x without a head: nothing is left to train"),
         ("eval.head_sizes=[2]", "eval.head_sizes=[2.0] without a head: set tokenizer.head.kind=wavelet"),
+        ("tokenizer.head.width=0", "Key 'width' not in 'HeadConfig'"),
         ("tokenizer.head.kind=siren", "tokenizer.head.kind='siren'; allowed: none, wavelet"),
         ("tokenizer.head.cell=2", "Key 'cell' not in 'HeadConfig'"),
         ("prior.order=scale", "prior.order='scale'; allowed with prior.kind=transformer: natural, reversed"),
@@ -125,6 +126,15 @@ def test_kind_picks_the_keys_of_its_section():
     assert config.tokenizer.transform == "identity" and config.tokenizer.encoder.width == 128
     with pytest.raises(ConfigError, match="levels"):
         load_config("demo", ["tokenizer.quantizer.kind=cosine", "tokenizer.quantizer.levels=[2,2]"])
+
+
+def test_a_part_that_a_kind_does_not_have_is_named():
+    with pytest.raises(ConfigError, match="tokenizer.head is set, but tokenizer.kind=bitplane has no head; leave it"):
+        load_config("fashion-bitplane", ["tokenizer.head.kind=wavelet"])
+    with pytest.raises(ConfigError, match="tokenizer.quantizer is set, but tokenizer.kind=sparse-dct has no quantizer"):
+        load_config("fashion-dct", ["tokenizer.quantizer.kind=fsq"])
+    # another kind from the command line takes the YAML's other parts away with it
+    assert load_config("demo", ["tokenizer.kind=bitplane"]).tokenizer.kind == "bitplane"
 
 
 def test_a_missing_config_lists_the_shipped_ones(tmp_path):
