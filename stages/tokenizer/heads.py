@@ -31,7 +31,7 @@ NO_HEAD = "this tokenizer decodes at its own size only; train one with tokenizer
 LARGEST_SIDE = 16384
 """Longest side that is rendered."""
 TILE_POINTS = 1 << 16
-"""Points of one image that are worked on at once: bounds the memory."""
+"""Points of all images that are worked on at once: bounds the memory, about 5 kB a point."""
 DIRECTIONS = 4
 """Carriers of one ring in one family: every 22.5 degrees of a quarter of the plane."""
 SHARPNESS = 1 / 4
@@ -213,8 +213,9 @@ class WaveletHead(Head):
         crop = checked_crop(size, crop)
         found = self.surroundings(places, pixels)
         made = found.new_empty(len(found), self.channels, *crop[2:])
-        step = max(1, TILE_POINTS // min(crop[3], TILE_POINTS))
-        across = min(crop[3], TILE_POINTS)
+        budget = max(1, TILE_POINTS // len(found))
+        across = min(crop[3], budget)
+        step = budget // across
         for top in range(0, crop[2], step):
             for left in range(0, crop[3], across):
                 height, width = min(step, crop[2] - top), min(across, crop[3] - left)

@@ -100,8 +100,8 @@ class NestedTokenizer(Tokenizer):
         one_by_one = [1] * config.num_tokens
         length = self.num_patches + config.num_tokens
         # patches first: what they see ends before the queries, which see them and one another in order
-        # All that these tokens know comes through attention, which is blind at first with a ViT's small weights and
-        # positions: with larger ones 300 steps at 32 px gave 0.6 dB more.
+        # Much of what these tokens know comes through attention, which is blind at first with a ViT's small weights and
+        # positions: with larger ones 200 steps on 32-px crops gave 23.5 dB in place of 21.9 (one seed).
         self.encoder = Transformer(
             config.encoder,
             [length],
