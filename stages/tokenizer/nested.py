@@ -35,7 +35,7 @@ from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
 from stages.tokenizer.rings import RingSummaries
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
 
-FREQUENCY_MAPS = ("power", "mirrored", "energy")
+FREQUENCY_MAPS = ("information", "energy", "power", "mirrored")
 POSITION_STD = 0.5
 PREFIX_LAWS = ("uniform", "log_uniform")
 
@@ -49,9 +49,11 @@ class NestedConfig(TokenizerConfig):
     """N: tokens of an image."""
     patch: int = 8
     """Side of the patches that the encoder sees and the decoder's mask tokens make."""
-    frequency_map: str = "power"
-    """How wide the square of frequencies is that the first i of N tokens make, of R: power, R (i/N)^e; mirrored,
-    R - (R - 1) ((N - i)/(N - 1))^e; energy, measured: every token the same share of the images' energy."""
+    frequency_map: str = "information"
+    """How wide the square of frequencies is that the first i of N tokens make, of R. Measured from the images:
+    information, every token the same share of the bits that a code of this rate would spend (reverse water-filling of
+    Gaussian coefficients), or energy, the same share of their energy. By law: power, R (i/N)^e, or mirrored,
+    R - (R - 1) ((N - i)/(N - 1))^e."""
     frequency_exponent: float = 1.5
     """e. Above 1 power spends more tokens on low frequencies, as the paper wants it, and mirrored fewer."""
     widths: list[int] = field(default_factory=list)
@@ -148,8 +150,12 @@ class NestedTokenizer(Tokenizer):
         if self.rings is not None:
             deviation = (spectrum.clamp_min(0) / (count / (size[0] * size[1]))).sqrt() / self.pixel_std.double()
             self.rings.deviation.copy_(deviation.clamp_min(1e-3))
-        if self.config.frequency_map == "energy" and not self.config.widths:
-            self.widths.copy_(torch.tensor(equal_energy(spectrum, self.config.num_tokens)))
+        number = self.config.num_tokens
+        if self.config.frequency_map in ("information", "energy") and not self.config.widths:
+            if self.config.frequency_map == "information":
+                bits = number * sum(math.log2(part.vocabulary_size) for part in self.quantizer.fields)
+                spectrum = information(spectrum / (count / (size[0] * size[1])), bits / self.channels)
+            self.widths.copy_(torch.tensor(equal_shares(spectrum, number)))
 
     # ------------------------------------------------------------------ the four arrows
 
@@ -260,10 +266,24 @@ def widths_of(config: NestedConfig, side: int) -> list[int]:
     return [max(1, math.ceil(side * (i / number) ** exponent - 1e-9)) for i in range(1, number + 1)]
 
 
-def equal_energy(spectrum: Tensor, number: int) -> list[int]:
-    """Widths at which squares of a ``spectrum`` [H, W] of energies reach the shares 1/number, 2/number, … of it."""
-    side = max(spectrum.shape)
-    inside = torch.stack([spectrum[:width, :width].sum() for width in range(1, side + 1)]).clamp_min(0)
+def information(variances: Tensor, bits: float) -> Tensor:
+    """What a code of ``bits`` spends on each frequency of Gaussian coefficients, float64 [H, W] like ``variances``.
+
+    Reverse water-filling (Cover and Thomas, *Elements of Information Theory*, theorem 10.3.3): log2 of the deviation
+    over that of the distortion, which is the same for all frequencies that have more.
+    """
+    low, high = 0.0, float(variances.max())
+    for _ in range(100):  # the distortion at which the bits are spent, by bisection
+        distortion = (low + high) / 2
+        spent = (variances / max(distortion, 1e-300)).clamp_min(1).log2() / 2
+        low, high = (distortion, high) if float(spent.sum()) > bits else (low, distortion)
+    return spent
+
+
+def equal_shares(amounts: Tensor, number: int) -> list[int]:
+    """Widths at which squares of the ``amounts`` [H, W] reach the shares 1/number, 2/number, … of them."""
+    side = max(amounts.shape)
+    inside = torch.stack([amounts[:width, :width].sum() for width in range(1, side + 1)]).clamp_min(0)
     shares = torch.arange(1, number + 1, dtype=inside.dtype) / number * inside[-1]
     found = (torch.searchsorted(inside, shares * (1 - 1e-9)) + 1).clamp(max=side).tolist()
     return [*found[:-1], side]

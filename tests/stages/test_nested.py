@@ -8,7 +8,7 @@ import torch
 from data.layout import TokenLayout, Tokens
 from stages.factory import build_tokenizer
 from stages.spectral.dct import dct_matrix, lowpass
-from stages.tokenizer.nested import NestedConfig, doubling, equal_energy, widths_of
+from stages.tokenizer.nested import NestedConfig, doubling, equal_shares, information, widths_of
 from stages.tokenizer.quantizers import CosineVQConfig, FSQConfig
 from stages.tokenizer.rings import RingSummaries, rings_of
 from stages.tokenizer.transformer import TransformerConfig
@@ -59,7 +59,7 @@ def test_the_reference_of_all_tokens_is_the_image():
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.1
 
 
-@pytest.mark.parametrize("law", ["power", "mirrored", "energy"])
+@pytest.mark.parametrize("law", ["information", "energy", "power", "mirrored"])
 @pytest.mark.parametrize("exponent", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("number", [1, 5, 64])
 def test_maps_never_fall_and_end_at_the_full_square(law, exponent, number):
@@ -79,9 +79,34 @@ def test_power_laws_spend_tokens_both_ways():
 def test_an_equal_share_of_energy_a_token():
     spectrum = torch.zeros(8, 8, dtype=torch.float64)
     spectrum[0, 0] = spectrum[0, 3] = spectrum[5, 5] = spectrum[7, 0] = 1
-    assert equal_energy(spectrum, 4) == [1, 4, 6, 8]
-    assert equal_energy(spectrum, 8) == [1, 1, 4, 4, 6, 6, 8, 8]
-    assert equal_energy(torch.zeros(8, 8, dtype=torch.float64), 3)[-1] == 8
+    assert equal_shares(spectrum, 4) == [1, 4, 6, 8]
+    assert equal_shares(spectrum, 8) == [1, 1, 4, 4, 6, 6, 8, 8]
+    assert equal_shares(torch.zeros(8, 8, dtype=torch.float64), 3)[-1] == 8
+
+
+def test_information_is_what_water_filling_spends():
+    variances = torch.tensor([[64.0, 16.0], [4.0, 0.25]], dtype=torch.float64)
+    # at a distortion of 1: 3 + 2 + 1 bits, and nothing for what lies below it
+    torch.testing.assert_close(information(variances, 6.0), torch.tensor([[3.0, 2.0], [1.0, 0.0]]).double())
+    for bits in (0.5, 3.0, 40.0):
+        spent = information(variances, bits)
+        assert float(spent.sum()) == pytest.approx(bits, rel=1e-6)
+        left = variances * 4.0**-spent
+        assert torch.allclose(left[spent > 0], left[spent > 0][0]) and (variances[spent == 0] <= left.max()).all()
+    assert not information(torch.zeros(4, 4, dtype=torch.float64), 10.0).isnan().any()
+
+
+def test_a_finer_code_reaches_further():
+    """More tokens spend on more frequencies: the share of tokens for the lowest ones falls."""
+    slope = 1.0 / (torch.arange(32)[:, None] + torch.arange(32) + 1.0) ** 2
+    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * slope.sqrt()
+    matrix = dct_matrix(32).float()
+    images = matrix.T @ images @ matrix
+    coarse, fine = (make(num_tokens=number) for number in (4, 64))
+    for tokenizer in (coarse, fine):
+        tokenizer.fit([(images, None)])
+    assert fine.widths[-2] > coarse.widths[-2]
+    assert fine.widths.unique().numel() > 8
 
 
 def test_the_energy_of_smooth_images_lies_in_few_frequencies_and_is_stored(tmp_path):
@@ -271,7 +296,10 @@ def test_the_layout_is_one_scale_a_token_with_few_to_report():
         ({"num_tokens": 2, "widths": [8, 16]}, "ends at 16; it must end at the full square, 32"),
         ({"num_tokens": 2, "widths": [0, 32]}, "falls from 1 to 0 at token 1"),
         ({"num_tokens": 2, "widths": [32]}, "has 1 widths for tokenizer.num_tokens=2"),
-        ({"frequency_map": "linear"}, "tokenizer.frequency_map='linear'; allowed: power, mirrored, energy"),
+        (
+            {"frequency_map": "linear"},
+            "frequency_map='linear'; allowed: information, energy, power, mirrored",
+        ),
         ({"prefix_law": "all"}, "tokenizer.prefix_law='all'; allowed: uniform, log_uniform"),
         ({"frequency_exponent": 0.0}, "frequency_exponent=0.0; allowed: above 0"),
         ({"full_share": 1.5}, "full_share=1.5; allowed: 0 to 1"),
