@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from data.images.source import CorruptImage, ImageSource, sha256_of
 from data.images.sources import open_source
-from data.tokens.files import CacheError, file_sha256, write_atomically
+from data.tokens.files import CacheError, write_atomically
 from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
 from data.tokens.shards import ShardInfo, finished_shard, to_json, total_remarks
 from pipeline.config import Config
@@ -33,7 +33,7 @@ from pipeline.run import need, stage_folder
 from pipeline.train import placement, quiet_lightning
 from stages.conditions.encoders import TextEncoder, build_text_encoder
 from stages.contract import Tokenizer
-from stages.weights import load_tokenizer
+from stages.weights import load_tokenizer, tokens_sha256
 
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 STATE = "state.json"
@@ -72,7 +72,7 @@ def cache_tokens(config: Config) -> Path:
         state: dict[str, Any] = {}
         if is_first_process():
             state = {
-                "tokenizer_sha256": file_sha256(tokenizer_path),
+                "tokenizer_sha256": tokens_sha256(tokenizer_path),
                 "sources": {split: source.fingerprint() for split, source in sources.items()},
             }
             hold_to_state(folder, state)

@@ -172,6 +172,9 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
                     kind = OmegaConf.select(schema, f"{outer}.kind")
                     raise ConfigError(f"{section} is set, but {outer}.kind={kind} has no {part}; leave it out")
                 continue
+            for where in (raw, chosen):
+                if isinstance(value := OmegaConf.select(where, section), str):
+                    raise ConfigError(f"{section}={value} is a section; write {section}.kind={value}")
             written = OmegaConf.select(raw, f"{section}.kind", default=default)
             kind = OmegaConf.select(chosen, f"{section}.kind", default=written)
             part = OmegaConf.structured(lookup(kind)[0](kind=kind))
@@ -318,6 +321,13 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
+        lambda c: c.tokenizer_training.oversampling == 1 and get(c, "tokenizer.head.kind") not in (None, "none"),
+        lambda c: (
+            f"tokenizer.head.kind={get(c, 'tokenizer.head.kind')} with tokenizer_training.oversampling=1: other sizes "
+            "are learned from larger images only; set oversampling to 2 or more"
+        ),
+    ),
+    (
         lambda c: c.tokenizer_training.oversampling > 1 and c.images.train_view in ("pad", "random_crop"),
         lambda c: (
             f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} with images.train_view="
@@ -371,10 +381,10 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
-        lambda c: averages(c) and get(c, "prior.averaging_borders") == "grid" and c.tokenizer.kind == "nested",
+        lambda c: averages(c) and get(c, "prior.averaging_borders") != "sample" and c.tokenizer.kind == "nested",
         lambda c: (
-            "prior.averaging_borders=grid with tokenizer.kind=nested: its tokens have no grid; set "
-            "prior.averaging_borders=sample"
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with tokenizer.kind=nested: its scales have "
+            "one token and no grid; set prior.averaging_borders=sample"
         ),
     ),
     (

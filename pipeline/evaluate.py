@@ -60,7 +60,8 @@ from stages.measures.reconstruction import (
     reconstruct,
 )
 from stages.measures.samples import measure_coverage, measure_memorised
-from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer
+from stages.tokenizer.heads import NO_HEAD
+from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer, tokens_sha256
 
 
 def evaluate(config: Config) -> Path:
@@ -125,7 +126,7 @@ def evaluate(config: Config) -> Path:
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured, header_bits)
     metrics["codes"] = [use.to_dict() for use in uses]
     metrics["order"] = measure_order(
-        folder, tokenizer, models, val, made, bits_by_position, uses, config.eval.batch_size, device
+        folder, tokenizer, models, val, made, bits_by_position, uses, config.eval.batch_size, device, skipped
     )
     metrics["skipped"] = skipped
     metrics = {key: value for key, value in metrics.items() if value is not None}
@@ -143,9 +144,11 @@ def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
         raise RunError(f"sampling.scales={config.sampling.scales}: eval compares whole images; set it to 0")
     check_images(tokenizer, config.images.channels, config.images.size, config.images.size)
     check_scales(config, tokenizer)
+    if config.eval.head_sizes and not tokenizer.renders:
+        raise RunError(f"eval.head_sizes={config.eval.head_sizes}: {NO_HEAD}")
     shown_settings(config, tokenizer.layout)
     if (Path(config.tokens.path) / FILE).exists():
-        check_belongs(Manifest.load(config.tokens.path), path)
+        check_belongs(Manifest.load(config.tokens.path), path, tokens_sha256(path))
 
 
 def check_classes(models: Models, source: ImageSource) -> None:

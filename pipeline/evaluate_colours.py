@@ -22,14 +22,15 @@ SHOWN, SAMPLES_SHOWN = 8, 3
 
 
 def check_order(config: Config, models: Models) -> None:
-    """Raise RunError for colouring or upsampling that the config asks for and the order of this prior forbids."""
+    """Raise RunError for what the config asks for and the order of this prior forbids."""
     if config.eval.num_colorized:
         check_colouring(models)
-    if config.eval.upsample_from and models.prior.order != "natural":
-        raise RunError(
-            f"eval.upsample_from={config.eval.upsample_from}: this prior has prior.order={models.prior.order}, and a "
-            "small image begins an image in natural order only"
-        )
+    for key in ("upsample_from", "edit_frozen"):
+        if getattr(config.eval, key) and models.prior.order != "natural":
+            raise RunError(
+                f"eval.{key}={getattr(config.eval, key)}: this prior has prior.order={models.prior.order}, and what is "
+                "given begins an image in natural order only"
+            )
 
 
 def measure_colouring(

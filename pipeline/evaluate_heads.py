@@ -6,14 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data.images.reading import pixels_of
 from data.images.source import ImageSource
-from data.images.views import to_uint8
+from data.images.views import smaller_side, to_uint8
 from data.layout import Tokens
 from pipeline.config import Config
 from pipeline.evaluation_images import Images
@@ -70,11 +68,6 @@ def measure_head(
     shown = [[images[row] for _, images in columns] for row in range(min(SHOWN, len(rows)))]
     sheet(shown, column_labels=[name for name, _ in columns]).save(folder / "head.png")
     return found
-
-
-def smaller_side(image: Image.Image | np.ndarray) -> int:
-    """Of an image as it is stored."""
-    return min(image.shape[:2] if isinstance(image, np.ndarray) else image.size)
 
 
 @torch.inference_mode()

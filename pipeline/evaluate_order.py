@@ -11,7 +11,7 @@ from pipeline.evaluation_images import Images
 from pipeline.models import Models
 from pipeline.report_order import draw_order
 from stages.contract import Tokenizer
-from stages.measures.causality import measure_causality
+from stages.measures.causality import FEWEST_IMAGES, MOST_INPUTS, measure_causality
 from stages.measures.codes import CodeUse
 from stages.measures.gains import measure_gains
 from stages.measures.reconstruction import Reconstructed
@@ -30,19 +30,27 @@ def measure_order(
     uses: list[CodeUse],
     batch_size: int,
     device: torch.device,
+    skipped: list[str],
 ) -> dict[str, Any] | None:
     """R² of tokens from earlier ones, the prior's ``bits`` by position, and for nested tokens gain and ``uses``.
 
-    Draws ``tokens.png``. None for streams, lists and ids that stand for no vectors.
+    Draws ``tokens.png``. None for streams and lists.
     """
     layout = tokenizer.layout
-    causality = None if layout.ends != "fixed" else measure_causality(tokenizer, made.tokens)
-    if causality is None:
+    if layout.ends != "fixed":
         return None
+    causality = measure_causality(tokenizer, made.tokens)
+    if causality is None:
+        skipped.append(
+            f"R² of tokens from earlier ones: it needs {FEWEST_IMAGES} images or more, and codes of at most "
+            f"{MOST_INPUTS} numbers an image"
+        )
     found: dict[str, Any] = {
+        "tokens": layout.length,
         "causality": causality,
         "prior_order": None if models is None else models.prior.order,
         "bits_by_position": bits,
+        "gains": None,
     }
     if layout.decodes_prefixes and all(scale.length == 1 for scale in layout.scales):
         some = slice(GAINED_IMAGES)

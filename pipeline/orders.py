@@ -44,27 +44,35 @@ def compare_orders(config: Config, request: OrdersRequest) -> Path:
         bits, rate = ("–" if row[key] is None else f"{row[key]:.3f}" for key in ("bits_per_token", "bits_per_pixel"))
         print(
             f"{row['name']:44s} {row['mean_r2']:8.3f} {row['mean_r2_shuffled']:9.3f} {bits:>13s} {rate:>8s} "
-            f"{row['psnr']:7.2f}"
+            f"{row['psnr']:7.2f}" + " (R²: too few images)" * row["too_few_images"]
         )
     print(f"wrote {out / 'orders.json'} and {out / 'orders.png'}")
     return out / "orders.png"
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By mean R², the best first; of an order of the same tokenizer's tokens, the row with a prior's bits."""
-    kept: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        key = row["tokenizer_sha256"], row["order"]
-        if key not in kept or kept[key]["bits_per_token"] is None:
-            kept[key] = row
-    return sorted(kept.values(), key=lambda row: -float(row["mean_r2"]))
+    """By mean R², the best first; without rows whose order another row of the same tokens has with a prior's bits."""
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return one["tokenizer_sha256"] == other["tokenizer_sha256"] and one["order"] == other["order"]
+
+    kept = [
+        row
+        for number, row in enumerate(rows)
+        if row["bits_per_token"] is not None
+        or not any(
+            same(row, other) and (other["bits_per_token"] is not None or place < number)
+            for place, other in enumerate(rows)
+        )
+    ]
+    return sorted(kept, key=lambda row: -float(row["mean_r2"]))
 
 
 def rows_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
     """One row an order of a run's tokens. Raises RunError as ``compare_orders`` says."""
     metrics = read_metrics(folder, config)
     found = metrics.get("order")
-    if found is None:
+    if found is None or found["causality"] is None:
         raise RunError(f"{folder}: its tokens' order was not measured; streams, lists and few images have none")
     settings, causality, rows = metrics["settings"], found["causality"], []
     for order in ("natural", "reversed"):
@@ -73,11 +81,10 @@ def rows_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
             bits = bits[::-1]
         rows.append(
             {
-                "name": f"{settings['config']['name']}, {order}",
+                "name": f"{folder.parent.parent.name}/{folder.name}, {order}",
                 "order": order,
                 "tokenizer_sha256": settings["tokenizer"]["sha256"],
-                "num_images": causality["num_images"],
-                "tokens": causality["tokens"],
+                **{key: value for key, value in causality.items() if key not in ("natural", "reversed")},
                 **causality[order],
                 "bits_by_position": bits,
                 "bits_per_token": None if bits is None else sum(bits) / len(bits),
@@ -106,7 +113,6 @@ def draw_orders(rows: list[dict[str, Any]], path: Path) -> None:
     right.set_title("the prior's bits", fontsize=9)
     for axis in (left, right):
         axis.set_xlabel("share of the tokens before")
-        axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False)
     figure.savefig(path)

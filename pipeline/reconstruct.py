@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.models import check_channels
 from pipeline.requests import find_inputs, parse_numbers, read_plain
 from pipeline.run import RunError, device_of, need
-from stages.tokenizer.heads import checked_crop
+from stages.tokenizer.heads import NO_HEAD, checked_crop
 from stages.weights import load_tokenizer
 
 
@@ -45,8 +45,12 @@ def reconstruct_images(config: Config, request: ReconstructRequest) -> Path:
     check_channels(tokenizer, config.images.channels)
     device, own = device_of(config), tokenizer.layout.image_size
     tokenizer.to(device)
+    if size is not None and not tokenizer.renders:
+        raise RunError(f"size={request.size}: {NO_HEAD}")
     top, left, height, width = checked_crop(size or own, crop)
     out = Path(request.out)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"out={out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         pixels = to_float(read_plain(file, config.images)[None])

@@ -38,6 +38,7 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
     sections = {section: plain[section] for section in STAGE_SECTIONS[stage]}
     for name in ("tokenizer", "tokens", "prior"):
         sections.get(name, {}).pop("path", None)
+    sections.get("tokenizer_training", {}).pop("start_from", None)
     for key in ("skip_corrupt", "max_corrupt_share"):
         sections.get("images", {}).pop(key, None)
     return sections

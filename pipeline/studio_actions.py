@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from data.images.source import decode
 from data.images.views import view_pixels
+from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.edit import edit_pixels
 from pipeline.models import Models
@@ -96,6 +97,11 @@ class Drawn:
         return [_result(self.asked, seed, picture) for seed, picture in zip(self.seeds, pictures, strict=True)]
 
 
+def shown_prefixes(layout: TokenLayout, reached: int) -> list[int]:
+    """Numbers of scales at which new pictures are shown, the last one ``reached``."""
+    return [*(number for number in layout.prefixes if number < reached), reached]
+
+
 def draw_samples(studio: Studio, wish: Wish, tell: Tell) -> Drawn:
     """New images, the same as ``octaves sample`` gives for the seed. Raises RunError for a wish out of range."""
     models, layout = studio.models, studio.models.prior.layout
@@ -106,7 +112,7 @@ def draw_samples(studio: Studio, wish: Wish, tell: Tell) -> Drawn:
     prompts = to_prompts(models, [asked] * wish.count)
     tokens = watched(models, length, wish.count, tell).draw(prompts, settings, seeds)
     reached = settings.scales or len(layout.scales)
-    wanted = range(1, reached + 1) if layout.decodes_prefixes else [reached]
+    wanted = shown_prefixes(layout, reached) if layout.decodes_prefixes else [reached]
     steps = tuple((k, models.decode(models.tokenizer.first_scales(tokens, k))) for k in wanted)
     return Drawn(steps, asked, seeds)
 

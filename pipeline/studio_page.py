@@ -21,6 +21,7 @@ from pipeline.studio_actions import (
     mask_cells,
     read_wish,
     seen_upload,
+    shown_prefixes,
     upsample_upload,
 )
 from pipeline.studio_looks import PAINTER, PAINTER_SCRIPT, data_uri, empty, line, pictures
@@ -38,7 +39,10 @@ NO_PREFIXES = (
     "tokenizer.attention=sit-scd or sit-sc shows pictures growing."
 )
 NO_UPSAMPLING = f"Upsampling needs a scale-causal encoder: {DENSE_ENCODER}."
-OTHER_ORDER = "This prior writes luma before chroma: what it is given must be all of the luma (octaves colorize)."
+OTHER_ORDER = {
+    "luma_first": "This prior writes luma before chroma: what it is given must be all of the luma (octaves colorize).",
+    "reversed": "This prior writes the last tokens first: there is no beginning of an image that it could be given.",
+}
 NO_FREEZING = f"Keeping whole scales needs a scale-causal encoder: {DENSE_ENCODER}."
 
 
@@ -64,6 +68,7 @@ def _sample_tab(gr: Any, studio: Studio) -> None:
     layout, num_scales = studio.models.prior.layout, studio.config.sampling.scales
     num_scales = num_scales or len(layout.scales)
     growing = layout.decodes_prefixes and num_scales > 1
+    numbers = shown_prefixes(layout, num_scales)
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             controls, submits = _controls(gr, studio, 8, any_first=False)
@@ -72,10 +77,10 @@ def _sample_tab(gr: Any, studio: Studio) -> None:
             with gr.Row(visible=growing):
                 slider = gr.Slider(
                     1,
-                    num_scales,
-                    num_scales,
+                    len(numbers),
+                    len(numbers),
                     step=1,
-                    label="scales",
+                    label="scales" if len(numbers) == num_scales else "prefix",
                     elem_id="scales",
                     buttons=[],
                     scale=5,
@@ -101,11 +106,11 @@ def _sample_tab(gr: Any, studio: Studio) -> None:
 
     def show(made: Drawn | None, chosen: Any) -> tuple[int, str, str]:
         if made is None:
-            number = int(chosen)
-            return number, line(_reach(studio, number), "reach"), empty("Draw some pictures first.")
+            number = numbers[int(chosen) - 1]
+            return int(chosen), line(_reach(studio, number), "reach"), empty("Draw some pictures first.")
         step = min(max(1, int(chosen)), len(made.steps)) - 1
         number = made.steps[step][0]
-        return number, line(_reach(studio, number), "reach"), pictures(made.shown(step))
+        return step + 1, line(_reach(studio, number), "reach"), pictures(made.shown(step))
 
     def look(made: Drawn | None, chosen: Any) -> tuple[str, str]:
         return show(made, chosen)[1:]
@@ -128,7 +133,7 @@ def _upsample_tab(gr: Any, studio: Studio) -> None:
     layout = studio.models.tokenizer.layout
     sides = [height for height, _ in layout.rungs]
     if len(sides) < 2 or studio.models.prior.order != "natural":
-        _html(gr, line(NO_UPSAMPLING if len(sides) < 2 else OTHER_ORDER))
+        _html(gr, line(NO_UPSAMPLING if len(sides) < 2 else OTHER_ORDER[studio.models.prior.order]))
         return
     targets = sides[1:] if layout.encodes_prefixes and layout.decodes_prefixes else sides[-1:]
     with gr.Row():
@@ -169,7 +174,7 @@ def _edit_tab(gr: Any, studio: Studio) -> None:
         _html(
             gr,
             line(
-                (NO_FREEZING if natural else OTHER_ORDER)
+                (NO_FREEZING if natural else OTHER_ORDER[studio.models.prior.order])
                 + (" What is painted can still be drawn anew." if cells else "")
             ),
         )

@@ -19,8 +19,9 @@ from torch import Tensor
 from data.errors import InputError
 from data.images.module import ImageDataModule
 from data.images.reading import read_eval
+from data.images.source import ImageSource
 from data.images.sources import open_source
-from data.images.views import to_float
+from data.images.views import smaller_side, to_float
 from data.tokens.files import file_sha256
 from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule, to_tensors, widened
@@ -39,7 +40,7 @@ from stages.prior.sampling import check_sampling
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
-from stages.weights import WeightsError, load_tokenizer, read_weights, save_prior, save_tokenizer
+from stages.weights import load_tokenizer, save_prior, save_tokenizer, take_over, tokens_sha256
 
 CHECKPOINT_PATTERN = "step????????.ckpt"
 
@@ -63,10 +64,13 @@ def train_tokenizer(config: Config) -> Path:
             validation_images=training.validation_images,
             oversampling=training.oversampling,
         )
+        taken: dict[str, Any] = {}
         if training.start_from is None:
             fit_statistics(config, tokenizer)
         else:
-            take_over(tokenizer, Path(training.start_from))
+            taken = take_over(tokenizer, config.tokenizer, training.start_from)
+        if training.oversampling > 1:
+            check_large(images.source("train"), config.images.size * training.oversampling)
         if tokenizer.trainable:
             module = TokenizerModule(tokenizer, training, config.seed)
             module.names = lambda indices: [images.source("train").key(index) for index in indices]
@@ -77,7 +81,7 @@ def train_tokenizer(config: Config) -> Path:
         else:
             extra = {"steps": 0, "world_size": 1, "perceptual": "none"}
         if is_first_process():
-            save_tokenizer(path, tokenizer, config.tokenizer, extra)
+            save_tokenizer(path, tokenizer, config.tokenizer, extra | taken)
             print(f"wrote {path}")
     return path
 
@@ -91,22 +95,15 @@ def fit_statistics(config: Config, tokenizer: Tokenizer) -> None:
         raise InputError(f"the train image {keys[refused.row]}: {refused.reason}") from refused
 
 
-def take_over(tokenizer: Tokenizer, path: Path) -> None:
-    """Weights and statistics of a finished tokenizer, frozen; the head alone is left to train.
-
-    Raises WeightsError for a file of another config.
-    """
-    metadata, tensors = read_weights(path)
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    wanted = {name: tensor.shape for name, tensor in tokenizer.state_dict().items() if not name.startswith("head.")}
-    if {name: tensor.shape for name, tensor in own.items()} != wanted:
-        raise WeightsError(
-            f"tokenizer_training.start_from={path} is a tokenizer of another config; only tokenizer.head may differ"
+def check_large(source: ImageSource, side: int, count: int = 16) -> None:
+    """Raise RunError where most of a few training images are stored smaller than ``side``: nothing is learned there."""
+    indices = range(0, len(source), max(1, len(source) // count))[:count]
+    small = [index for index in indices if smaller_side(source[index].image) < side]
+    if 2 * len(small) > len(indices):
+        raise RunError(
+            f"the training images are smaller than images.size times tokenizer_training.oversampling, {side} px; give "
+            "larger ones (of photos: octaves photos size=..., then images.path=photos...), or a smaller oversampling"
         )
-    tokenizer.load_state_dict(own, strict=False)
-    tokenizer.restore(metadata.get("statistics", {}))
-    for name, parameter in tokenizer.named_parameters():
-        parameter.requires_grad_(name.startswith("head."))
 
 
 def train_prior(config: Config) -> Path:
@@ -129,7 +126,7 @@ def train_prior(config: Config) -> Path:
         )
         manifest = tokens.manifest
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
-            check_belongs(manifest, config.tokenizer.path)
+            check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
         settings = dataclasses.replace(config.sampling, compile=False, scales=0)
         check_sampling(settings, manifest.layout)  # now, not at the first validation
         L.seed_everything(config.seed, verbose=False)

@@ -62,6 +62,11 @@ class Tokenizer(nn.Module, ABC):
         """True where stage 1 has weights to train; a codec is only fitted."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
+    @property
+    def renders(self) -> bool:
+        """True where ``render`` gives other sizes than its own."""
+        return False
+
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Measure and store statistics of (pixels [B, C, H, W], labels int64 [B]; -1 for none) before training.
 
@@ -100,7 +105,7 @@ class Tokenizer(nn.Module, ABC):
 
         Raises ValueError for a tokenizer without a head, a size or crop that is none; otherwise like ``decode``.
         """
-        raise InputError(f"{type(self).__name__} decodes at its own size only; a codec has no head for others")
+        raise InputError("a codec decodes at its own size only; it has no head for others")
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
         """What the first ``num_scales`` scales should look like: pixels [B, C, h, w]."""

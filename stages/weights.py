@@ -55,14 +55,29 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise WeightsError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise WeightsError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
-            metadata = json.loads(header["octaves"])
+            metadata = _metadata_of(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise WeightsError(f"{path}: damaged or not a weights file ({error})") from error
     return metadata, tensors
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone. Raises WeightsError for anything but a file that ``save_weights`` wrote."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _metadata_of(path, file.metadata() or {})
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise WeightsError(f"{path}: damaged or not a weights file ({error})") from error
+
+
+def _metadata_of(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    if header.get("format") != FORMAT:
+        raise WeightsError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
+    metadata: dict[str, Any] = json.loads(header["octaves"])
+    return metadata
 
 
 def load_state(path: Path, module: nn.Module, tensors: dict[str, Any]) -> None:
@@ -110,6 +125,39 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer.eval().requires_grad_(False), metadata
 
 
+def tokens_sha256(path: str | Path) -> str:
+    """Whose tokens a tokenizer file makes: its own sha256, or that of the file whose tokens it took over.
+
+    Raises WeightsError.
+    """
+    metadata = read_metadata(Path(path))
+    return str(metadata.get("tokens_of") or file_sha256(Path(path)))
+
+
+def take_over(tokenizer: Tokenizer, config: Any, path: str | Path) -> dict[str, Any]:
+    """Weights and statistics of a finished tokenizer for a fresh one, frozen; its head alone is left to train.
+
+    Returns what the new file says of that. Raises WeightsError where more than the head differs.
+    """
+    finished, metadata = load_tokenizer(path)
+    plain = asdict(from_plain(type(config), metadata["config"])) if metadata["kind"] == config.kind else {}
+    wanted = {"image_size": list(tokenizer.layout.image_size), "channels": tokenizer.channels, **asdict(config)}
+    found = {"image_size": metadata["image_size"], "channels": metadata["channels"], **plain, "kind": metadata["kind"]}
+    for key in ("kind", *wanted):
+        if key not in ("path", "head") and found.get(key) != wanted[key]:
+            raise WeightsError(
+                f"tokenizer_training.start_from={path} is another tokenizer: its {key} is {found.get(key)}, here "
+                f"{wanted[key]}; only tokenizer.head may differ"
+            )
+    own = {name: tensor for name, tensor in finished.state_dict().items() if not name.startswith("head.")}
+    tokenizer.load_state_dict(own, strict=False)
+    tokenizer.restore(finished.statistics())
+    for name, parameter in tokenizer.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    kept = {key: metadata[key] for key in ("perceptual",) if key in metadata}
+    return {**kept, "tokens_of": tokens_sha256(path)}
+
+
 def save_prior(path: Path, prior: Prior, config: Any, condition: Any, extra: dict[str, Any]) -> None:
     """Write a prior with all that ``load_prior`` needs; ``extra`` names the tokenizer that it belongs to."""
     metadata = {
@@ -144,7 +192,7 @@ def load_prior(path: str | Path) -> tuple[Prior, dict[str, Any]]:
 
 def check_pair(prior: dict[str, Any], prior_path: str | Path, tokenizer_path: str | Path) -> None:
     """Raise WeightsError unless the prior (its metadata) was trained on tokens of exactly this tokenizer file."""
-    found = file_sha256(Path(tokenizer_path))
+    found = tokens_sha256(tokenizer_path)
     if prior.get("tokenizer_sha256") != found:
         raise WeightsError(
             f"{prior_path} was trained on tokens of another tokenizer than {tokenizer_path} "

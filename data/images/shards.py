@@ -280,8 +280,8 @@ def open_photos(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSo
     """
     name = config.path or f"photos{config.size}"
     folder = Path(name).expanduser()
-    if not folder.exists():
-        folder = data_home() / name
+    if not config.path or not (folder / "index.json").is_file():
+        folder = data_home() / name  # an absolute path stays as it is
     if not (folder / "index.json").is_file():
         size = re.fullmatch(r"photos(\d+)", folder.name)
         raise ImagesError(

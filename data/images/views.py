@@ -58,6 +58,11 @@ def plain_image(image: Image.Image | np.ndarray, channels: int, background: list
     return image if image.mode == mode else image.convert(mode)
 
 
+def smaller_side(image: Image.Image | np.ndarray) -> int:
+    """Of an image as it is stored."""
+    return min(image.shape[:2] if isinstance(image, np.ndarray) else image.size)
+
+
 def view_pixels(
     image: Image.Image | np.ndarray,
     config: ImagesConfig,

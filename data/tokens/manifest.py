@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layout import TokenLayout
-from data.tokens.files import CacheError, file_sha256, write_atomically
+from data.tokens.files import CacheError, write_atomically
 from data.tokens.shards import ShardInfo
 
 FORMAT = "octaves-tokens"
@@ -126,12 +126,8 @@ class Manifest:
         return self.splits[name]
 
 
-def check_belongs(manifest: Manifest, tokenizer_path: str | Path) -> None:
-    """Raise CacheError when the cache was made by another tokenizer file than this one."""
-    path = Path(tokenizer_path)
-    if not path.is_file():
-        raise CacheError(f"{path}: no such tokenizer file")
-    found = file_sha256(path)
+def check_belongs(manifest: Manifest, path: str | Path, found: str) -> None:
+    """Raise CacheError where the tokens are not those of the tokenizer at ``path``, whose sha256 was ``found``."""
     if found != manifest.tokenizer_sha256:
         raise CacheError(
             f"the token cache was made by another tokenizer ({manifest.tokenizer_sha256[:12]}) than {path} "

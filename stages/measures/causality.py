@@ -22,6 +22,8 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties to choose from, for inputs of variance 1."""
 FEWEST_IMAGES = 64
 """Below this many images nothing is measured."""
+MOST_INPUTS = 2048
+"""Above this many numbers in all codes of an image nothing is measured: the time grows with their cube."""
 
 
 @runtime_checkable
@@ -36,14 +38,24 @@ class HasCodes(Protocol):
 def measure_causality(tokenizer: Any, tokens: Tokens, seed: int = 0) -> dict[str, Any] | None:
     """R² of every token's code given the tokens before it, forwards and backwards, with the shuffled control.
 
-    None where ids stand for no vectors, or for fewer than ``FEWEST_IMAGES`` images.
+    Too few images for the many inputs of long codes lower it; ``too_few_images`` says where they are less than four an
+    input. None where ids stand for no vectors, for fewer than ``FEWEST_IMAGES`` images, and above ``MOST_INPUTS``.
     """
     if not isinstance(tokenizer, HasCodes) or len(tokens) < FEWEST_IMAGES:
+        return None
+    if tokenizer.codes(tokens[:1].to(next(tokenizer.parameters()).device)).numel() > MOST_INPUTS:  # type: ignore[attr-defined]
         return None
     device = next(tokenizer.parameters()).device  # type: ignore[attr-defined]
     codes = torch.cat([tokenizer.codes(part.to(device)).cpu() for part in tokens.split(256)]).double()
     shuffled = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
-    entry: dict[str, Any] = {"num_images": len(codes), "tokens": codes.shape[1], "code_width": codes.shape[2]}
+    parts = split_of(len(codes))
+    entry: dict[str, Any] = {
+        "num_fitted": parts[0],
+        "num_measured": parts[2],
+        "tokens": codes.shape[1],
+        "code_width": codes.shape[2],
+        "too_few_images": parts[0] < 4 * codes.shape[1] * codes.shape[2],
+    }
     for name, ordered in (("natural", codes), ("reversed", codes.flip(1))):
         found, control = predictability(ordered, ordered), predictability(ordered[shuffled], ordered)
         entry[name] = {
@@ -62,7 +74,7 @@ def predictability(earlier: Tensor, codes: Tensor) -> list[float]:
     code; a token that never changes has 0.
     """
     count, length, width = codes.shape
-    parts = count // 2, count // 4, count - count // 2 - count // 4
+    parts = split_of(count)
     given = [part.flatten(1) for part in _standardised(earlier, parts[0]).split(parts)]
     wanted = [part.flatten(1) for part in _centred(codes, parts[0]).split(parts)]
     gram = given[0].T @ given[0] / parts[0]
@@ -80,6 +92,11 @@ def predictability(earlier: Tensor, codes: Tensor) -> list[float]:
         chosen = min(errors, key=lambda error: float(error[1]))
         found.append(0.0 if float(variance[2]) == 0 else 1 - float(chosen[2] / variance[2]))
     return found
+
+
+def split_of(count: int) -> tuple[int, int, int]:
+    """How many of ``count`` images fit, how many choose the ridge, how many are measured."""
+    return count // 2, count // 4, count - count // 2 - count // 4
 
 
 def _centred(codes: Tensor, first: int) -> Tensor:

@@ -62,7 +62,7 @@ class TokenizerTrainingConfig:
     codebook_weight: float = 1.0
     """Pull of the code to the encoder (cosine VQ)."""
     head_weight: float = 1.0
-    """Weight of the head's mean squared error; nothing of it reaches the tokens."""
+    """Weight of the head's mean squared error; no gradient of it reaches the tokens."""
     oversampling: int = 1
     """Training images are read at this multiple of images.size and reduced; a head learns from the large ones."""
     start_from: str | None = None

@@ -30,7 +30,7 @@ from stages.factory import build_head, build_quantizer
 from stages.spectral.dct import dct_matrix, lowpass
 from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
-from stages.tokenizer.heads import HeadConfig
+from stages.tokenizer.heads import HeadConfig, NoHead
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
 from stages.tokenizer.rings import RingSummaries
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
@@ -63,8 +63,8 @@ class NestedConfig(TokenizerConfig):
     full_share: float = 0.5
     """Share of training images that keep all tokens; 0 is plain nested dropout, which starves the last tokens."""
     ring_summaries: int = 8
-    """Linear summaries of a token's own frequencies that it is told of, and by which it adds to them in the decoded
-    image; 0, as in the paper: it learns all through attention."""
+    """Linear summaries of its own share of frequencies that a token is told of, and by which it adds to them in the
+    decoded image; 0, as in the paper: it learns all through attention."""
     project: bool = True
     """Cut what the decoder makes to the prefix's frequencies: never farther from what it should be."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
@@ -210,8 +210,8 @@ class NestedTokenizer(Tokenizer):
         with torch.autocast(pixels.device.type, enabled=False):
             widths = self.widths[lengths - 1]
             target = lowpass(pixels, widths)
-            # the same frequencies of the larger images; all tokens stand for all frequencies that there are
-            finer = lowpass(large, widths.masked_fill(lengths == self.config.num_tokens, max(large.shape[-2:])))
+            # the same frequencies of the larger images; the full square stands for all frequencies that there are
+            finer = lowpass(large, widths.masked_fill(widths >= max(pixels.shape[-2:]), max(large.shape[-2:])))
         losses = result.losses | self.head.losses(places, reconstruction, finer)
         return TokenizerOutput(reconstruction, result.ids, losses, target)
 
@@ -227,6 +227,10 @@ class NestedTokenizer(Tokenizer):
 
     def decode(self, tokens: Tokens) -> Tensor:
         return self._decode(tokens)[0]
+
+    @property
+    def renders(self) -> bool:
+        return not isinstance(self.head, NoHead)
 
     def render(self, tokens: Tokens, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Tensor:
         pixels, places = self._decode(tokens)

@@ -1,10 +1,11 @@
 """A direct path between tokens and the frequencies that are theirs.
 
-A token whose prefix adds a ring of frequencies (those in its square and not in the square before) is told a few linear
-summaries of this ring, and may add to it in the decoded image. Tokens of one square share its ring. What is notable:
+Prefixes add rings of frequencies (those in a square and not in the one before). A token is told a few linear summaries
+of its share of its ring, and may add to it in the decoded image. What is notable:
 
 - the summaries are sums of weighted coefficients, each divided by its standard deviation over the data;
-- a ring lies in the squares of its own and all later tokens, so prefixes stay what they are.
+- a ring lies in the squares of its own and all later tokens, so prefixes stay what they are;
+- tokens of one width have different shares: with one set of summaries for all of them most would be told the same.
 """
 
 from __future__ import annotations
@@ -15,14 +16,29 @@ from torch import Tensor, nn
 from stages.spectral.dct import dct_matrix
 
 
-def rings_of(widths: Tensor, size: tuple[int, int]) -> Tensor:
-    """The ring of every frequency, int64 [H, W]: the number of different ``widths`` that do not reach to it.
+def shares_of(widths: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(share of every frequency, int64 [H, W]; share of every token, int64 [N]): who has what, numbered from 0.
 
-    Where the last width is the longer side every frequency has one.
+    A ring has the frequencies of one of the ``widths`` int64 [N] that the one below has not. Tokens of one width share
+    its ring among them, each some neighbours by direction; where it has fewer frequencies than tokens, several have
+    the same one.
     """
-    rows, columns = (torch.arange(side, device=widths.device) for side in size)
-    reach = torch.maximum(rows[:, None], columns) + 1
-    return torch.searchsorted(widths.unique(), reach)
+    rows, columns = torch.meshgrid(*[torch.arange(side, device=widths.device) for side in size], indexing="ij")
+    different, ring_of_token, tokens = widths.unique(return_inverse=True, return_counts=True)
+    # the last width is the longer side, so every frequency has a ring
+    ring = torch.searchsorted(different, torch.maximum(rows, columns) + 1).flatten()
+    frequencies = torch.bincount(ring, minlength=len(different))
+    shares = torch.minimum(tokens, frequencies)
+    before = shares.cumsum(0) - shares
+    order = torch.atan2(rows.double(), columns.double()).flatten().argsort(stable=True)
+    order = order[ring[order].argsort(stable=True)]  # by ring, inside a ring by direction
+    place = torch.empty_like(ring)
+    place[order] = torch.arange(len(ring), device=widths.device)
+    place = place - (frequencies.cumsum(0) - frequencies)[ring]
+    of_frequency = before[ring] + place * shares[ring] // frequencies[ring]
+    number = torch.arange(len(widths), device=widths.device) - (tokens.cumsum(0) - tokens)[ring_of_token]
+    of_token = before[ring_of_token] + number * shares[ring_of_token] // tokens[ring_of_token]
+    return of_frequency.view(size), of_token
 
 
 class RingSummaries(nn.Module):
@@ -40,27 +56,22 @@ class RingSummaries(nn.Module):
         self.spread = nn.Parameter(torch.randn(summaries, channels, height, width) * summaries**-0.5)
 
     def analyse(self, pixels: Tensor, widths: Tensor) -> Tensor:
-        """What each token is told of its ring: [B, N, width_in] of normalised pixels float32 [B, C, H, W]."""
+        """What each token is told of its share: [B, N, width_in] of normalised pixels float32 [B, C, H, W]."""
         channels, height, width = self.gather.shape[1:]
-        rings, of_token = rings_of(widths, (height, width)).flatten(), self._of_tokens(widths)
+        of_frequency, of_token = shares_of(widths, (height, width))
         coefficients = dct_matrix(height).to(pixels) @ pixels @ dct_matrix(width).to(pixels).T / self.deviation
-        weighted = (coefficients.unsqueeze(1) * self.gather).sum(2).flatten(2)  # [B, summaries, H · W]
-        count = int(of_token.max()) + 1
-        sums = weighted.new_zeros(*weighted.shape[:2], count).index_add(2, rings, weighted)
-        sizes = torch.bincount(rings, minlength=count) * channels
+        weighted = torch.einsum("bchw,kchw->bkhw", coefficients, self.gather).flatten(2)
+        count = len(of_token)  # shares, or more
+        sums = weighted.new_zeros(*weighted.shape[:2], count).index_add(2, of_frequency.flatten(), weighted)
+        sizes = torch.bincount(of_frequency.flatten(), minlength=count) * channels
         told = (sums / sizes.clamp(min=1) ** 0.5)[:, :, of_token]
         return torch.einsum("bkn,nkd->bnd", told, self.tell)
 
     def synthesise(self, features: Tensor, widths: Tensor) -> Tensor:
         """What tokens' features [B, n, width_out], n ≤ N, add to normalised pixels: float32 [B, C, H, W]."""
         channels, height, width = self.spread.shape[1:]
-        rings, of_token = rings_of(widths, (height, width)), self._of_tokens(widths)[: features.shape[1]]
+        of_frequency, of_token = shares_of(widths, (height, width))
         asked = torch.einsum("bnd,ndk->bkn", features.float(), self.ask[: features.shape[1]])
-        strength = asked.new_zeros(*asked.shape[:2], int(rings.max()) + 1).index_add(2, of_token, asked)
-        coefficients = (strength[:, :, rings].unsqueeze(2) * self.spread).sum(1) * self.deviation
+        strength = asked.new_zeros(*asked.shape[:2], len(of_token)).index_add(2, of_token[: features.shape[1]], asked)
+        coefficients = torch.einsum("bkhw,kchw->bchw", strength[:, :, of_frequency], self.spread) * self.deviation
         return dct_matrix(height).to(coefficients).T @ coefficients @ dct_matrix(width).to(coefficients)
-
-    @staticmethod
-    def _of_tokens(widths: Tensor) -> Tensor:
-        """The ring of each token, int64 [N]."""
-        return widths.unique(return_inverse=True)[1]

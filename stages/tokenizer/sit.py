@@ -27,7 +27,7 @@ from stages.factory import build_head, build_quantizer
 from stages.spectral.haar import haar_dwt, haar_idwt
 from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
-from stages.tokenizer.heads import HeadConfig
+from stages.tokenizer.heads import HeadConfig, NoHead
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
 
@@ -238,6 +238,10 @@ class SIT(Tokenizer):
 
     def decode(self, tokens: Tokens) -> Tensor:
         return self._decode(tokens)[0]
+
+    @property
+    def renders(self) -> bool:
+        return not isinstance(self.head, NoHead)
 
     def render(self, tokens: Tokens, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Tensor:
         if tokens.ids.shape[1] != self.layout.length:

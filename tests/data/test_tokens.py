@@ -204,7 +204,7 @@ def test_manifest_round_trip_and_belonging(tmp_path: Path) -> None:
     assert manifest.splits["train"].captions == 13 - 3
     (tmp_path / "other.safetensors").write_bytes(b"other")
     with pytest.raises(CacheError, match="make cache-tokens"):
-        check_belongs(manifest, tmp_path / "other.safetensors")
+        check_belongs(manifest, tmp_path / "other.safetensors", "0" * 64)
     with pytest.raises(CacheError, match="no split 'test'; it has train, val"):
         manifest.split("test")
 

@@ -28,7 +28,7 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.run import RunError, stage_folder
 from stages.conditions.encoders import build_text_encoder, load_text_encoder
 from stages.factory import TOKENIZERS
-from stages.weights import load_tokenizer
+from stages.weights import load_tokenizer, tokens_sha256
 from tests.pipeline import cache_toy
 
 ROOT = Path(cache_toy.__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def test_reader_gives_every_image_once_with_its_own_tokens(world: Path, cached: 
     config = configured(world, cached)
     tokenizer, _ = load_tokenizer(config.tokenizer.path)
     manifest = Manifest.load(cached)
-    check_belongs(manifest, config.tokenizer.path)
+    check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
     assert manifest.views == ("identity", "flip") and manifest.class_names == ("class0", "class1", "class2")
     for split in ("train", "val"):
         source, reader = open_source(config.images, split), TokenReader(cached, split)
@@ -180,7 +180,7 @@ def alive(pid: int) -> bool:
 def test_another_tokenizer_is_refused(world: Path, cached: Path, tmp_path: Path) -> None:
     cache_toy.write_tokenizer(tmp_path / "other.safetensors", offset=1)
     with pytest.raises(CacheError, match="another tokenizer.*make cache-tokens"):
-        check_belongs(Manifest.load(cached), tmp_path / "other.safetensors")
+        check_belongs(Manifest.load(cached), "other.safetensors", tokens_sha256(tmp_path / "other.safetensors"))
     begun = tmp_path / "begun"
     shutil.copytree(cached, begun)
     (begun / "manifest.json").unlink()

@@ -37,9 +37,9 @@ def legal(kind, prior, order, averaging, borders, head):
         return averaging == "none" and order in ("natural", "luma_first")
     if order == "luma_first" or (order == "reversed" and kind == "bitplane"):
         return False
-    if averaging != "none" and borders == "grid" and (kind == "nested" or averaging == "learned"):
+    if averaging == "learned" and borders == "grid":
         return False
-    return averaging == "none" or borders == "sample" or kind in LEARNED
+    return averaging == "none" or borders == "sample" or kind in ("sit", "vit-vqgan")
 
 
 def overrides(kind, prior, order, averaging, borders, head, condition):
@@ -50,6 +50,7 @@ def overrides(kind, prior, order, averaging, borders, head, condition):
         keys += [f"prior.averaging={averaging}", f"prior.averaging_borders={borders}"]
     if head != "none":
         keys += [f"tokenizer.head.kind={head}", "tokenizer.head.width=4", "tokenizer.head.crop=4"]
+        keys.append("tokenizer_training.oversampling=2")
     if condition == "none":
         keys.append("sampling.guidance=1")
     return [*keys, "tokens.text_encoder=minilm" if "text" in condition else "tokens.text_encoder=none"]

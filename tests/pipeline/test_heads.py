@@ -1,16 +1,21 @@
 """A head on a finished tokenizer, whose tokens stay; and octaves reconstruct, at its own size and any other."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from PIL import Image
 
+from data.tokens.files import file_sha256
 from pipeline.__main__ import main
 from stages.weights import load_tokenizer, read_weights
 
-HEAD = ["tokenizer.head.kind=wavelet", "tokenizer.head.width=8", "tokenizer_training.adversarial_weight=0"]
+HEAD = [
+    "tokenizer.head.kind=wavelet",
+    "tokenizer.head.width=8",
+    "tokenizer_training.adversarial_weight=0",
+    "tokenizer_training.oversampling=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +23,8 @@ def headed(finished, tmp_path_factory):
     """A run whose tokenizer is that of ``finished`` with a head, and the YAML."""
     folder = tmp_path_factory.mktemp("headed")
     start = finished / "run" / "tokenizer" / "tokenizer.safetensors"
-    keys = [f"run={folder}/run", f"tokenizer_training.start_from={start}", "tokenizer_training.oversampling=2", *HEAD]
+    photos = f"images.path={make_photos(folder, 48)}"
+    keys = [f"run={folder}/run", f"tokenizer_training.start_from={start}", photos, *HEAD]
     assert main(["train-tokenizer", str(finished / "tiny.yaml"), *keys]) == 0
     photo = Image.radial_gradient("L").convert("RGB").resize((40, 24))
     photo.save(folder / "photo.png")
@@ -39,6 +45,16 @@ def test_the_head_is_trained_and_nothing_else(finished, headed):
     assert metadata["config"]["head"]["kind"] == "wavelet" and metadata["steps"] == 6
     fresh = torch.full_like(after["head.square"], 0.1)
     assert not torch.equal(after["head.square"], fresh)
+
+
+def test_prior_and_cache_of_the_same_tokens_still_belong(finished, headed):
+    run = finished / "run"
+    keys = [f"run={headed}/run", f"prior.path={run}/prior/prior.safetensors", f"tokens.path={run}/tokens"]
+    assert main(["sample", str(finished / "tiny.yaml"), *keys, "count=1", f"out={headed}/samples"]) == 0
+    keys[1] = f"prior.path={headed}/prior/prior.safetensors"
+    assert main(["train-prior", str(finished / "tiny.yaml"), *keys]) == 0
+    metadata = load_tokenizer(headed / "run" / "tokenizer" / "tokenizer.safetensors")[1]
+    assert metadata["tokens_of"] == file_sha256(run / "tokenizer" / "tokenizer.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -88,18 +104,23 @@ def test_bad_requests_leave_nothing(finished, headed, tmp_path, capsys, keys, me
 
 def test_another_size_without_a_head_is_refused_before_anything_is_written(finished, headed, tmp_path, capsys):
     keys = [f"tokenizer.path={finished}/run/tokenizer/tokenizer.safetensors", f"out={tmp_path}/out"]
-    assert reconstruct(finished, headed, *keys) == 0
-    shutil.rmtree(tmp_path / "out")
     assert reconstruct(finished, headed, *keys, "size=30x30") == 2
     assert "train one with tokenizer.head.kind=wavelet" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "out").exists()
+    assert reconstruct(finished, headed, *keys) == 0
+    assert reconstruct(finished, headed, keys[0], f"out={tmp_path}/out/photo.png") == 2
+    assert "photo.png is a file; give a folder" in capsys.readouterr().err
 
 
 def test_a_start_of_another_config_is_refused(finished, tmp_path, capsys):
     start = finished / "run" / "tokenizer" / "tokenizer.safetensors"
-    keys = [f"run={tmp_path}/run", f"tokenizer_training.start_from={start}", *HEAD, "tokenizer.encoder.depth=2"]
+    keys = [f"run={tmp_path}/run", f"tokenizer_training.start_from={start}", *HEAD]
+    # all of these have weights of the same shapes
+    for other, named in (("attention=sit", "attention is sit-sc, here sit"), ("encoder.heads=2", "encoder is")):
+        assert main(["train-tokenizer", str(finished / "tiny.yaml"), *keys, f"tokenizer.{other}"]) == 2
+        assert f"is another tokenizer: its {named}" in capsys.readouterr().err
     assert main(["train-tokenizer", str(finished / "tiny.yaml"), *keys]) == 2
-    assert "a tokenizer of another config" in capsys.readouterr().err
+    assert "smaller than images.size times tokenizer_training.oversampling, 32 px" in capsys.readouterr().err
     keys[1] = "tokenizer_training.start_from=nowhere"
     assert main(["train-tokenizer", str(finished / "tiny.yaml"), *keys]) == 2
     assert "nowhere: no such file" in capsys.readouterr().err
@@ -112,7 +133,7 @@ def test_eval_compares_it_with_larger_photos_and_leaves_out_what_is_not_that_lar
         "eval.head_sizes=[1.5,2.7]",
         "eval.num_head=6",
         "images.val_share=0.4",
-        *HEAD[:2],
+        *HEAD,
     ]
     for name, path, count in (("large", make_photos(headed, 48), 6), ("small", make_photos(headed, 20), 0)):
         more = [f"images.path={path}", f"eval.name={name}"]

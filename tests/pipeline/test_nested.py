@@ -67,7 +67,7 @@ def test_orders_ranks_both_with_the_bits_of_each_prior(evaluated, capsys):
     assert bits["natural"] == read(folder, "default")["order"]["bits_by_position"]
     assert bits["reversed"] == read(folder, "reversed")["order"]["bits_by_position"][::-1]
     assert Image.open(folder / "orders" / "orders.png").width > 600
-    assert "tiny, reversed" in capsys.readouterr().out
+    assert "run/reversed, reversed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 from data.layout import Tokens
 from stages.factory import build_tokenizer
+from stages.measures import causality
 from stages.measures.causality import FEWEST_IMAGES, measure_causality, predictability
 from stages.measures.gains import measure_gains
 from stages.tokenizer.quantizers import CosineVQConfig, FSQConfig
@@ -37,6 +38,16 @@ def test_scale_and_shift_of_codes_change_nothing():
     assert predictability(moved, moved) == pytest.approx(predictability(codes, codes), abs=1e-9)
 
 
+def test_the_ridge_is_not_chosen_on_the_images_that_are_measured(monkeypatch):
+    """Of many ridges on pure noise the best one for the measured images would look better than chance."""
+    monkeypatch.setattr(causality, "RIDGES", tuple(10.0**power for power in range(-6, 6)))
+    found = []
+    for seed in range(60):
+        codes = torch.randn(64, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found += predictability(codes, codes)
+    assert sum(found) < 0
+
+
 def test_more_inputs_than_images_do_not_look_like_order():
     codes = torch.randn(80, 30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert max(predictability(codes, codes)) < 0.3  # without a ridge it would be far below zero or near one
@@ -63,10 +74,11 @@ def test_tokenizers_are_measured_both_ways(quantizer):
     for tokenizer in (make(quantizer), build_tokenizer(SITConfig(quantizer=quantizer), (32, 32), 3).eval()):
         tokens = tokenizer.encode(pixels(FEWEST_IMAGES))
         found = measure_causality(tokenizer, tokens)
-        assert found["tokens"] == tokens.ids.shape[1] and found["num_images"] == FEWEST_IMAGES
+        assert found["tokens"] == tokens.ids.shape[1]
+        assert found["num_fitted"] + 2 * found["num_measured"] == FEWEST_IMAGES
         for name in ("natural", "reversed"):
             assert len(found[name]["r2"]) == len(found[name]["r2_shuffled"]) == found["tokens"] - 1
-        assert measure_causality(tokenizer, tokens[:10]) is None
+        assert found["too_few_images"] and measure_causality(tokenizer, tokens[:10]) is None
         codes = tokenizer.codes(tokens)
         assert codes.shape == (*tokens.ids.shape[:2], found["code_width"])
 
@@ -100,3 +112,11 @@ def test_gains_add_up_to_the_whole_and_what_adds_nothing_is_counted():
 
     same = measure_gains(Nothing(), images, Tokens.fixed(tokens.ids), 4, torch.device("cpu"))
     assert same["not_above_zero"] >= 11
+
+
+def test_codes_too_long_are_left_out(monkeypatch):
+    tokenizer = make()
+    tokens = tokenizer.encode(pixels(FEWEST_IMAGES))
+    assert measure_causality(tokenizer, tokens) is not None
+    monkeypatch.setattr(causality, "MOST_INPUTS", 47)
+    assert measure_causality(tokenizer, tokens) is None

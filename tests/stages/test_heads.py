@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from stages.factory import build_head, build_tokenizer
+from stages.spectral.dct import lowpass
 from stages.tokenizer import heads
 from stages.tokenizer.heads import SHARPNESS, WaveletHeadConfig, carriers, complex_mixture
 from stages.tokenizer.nested import NestedConfig
@@ -51,7 +52,7 @@ def spectrum_of(head, family, extent=16.0, points=256):
     # the real part of -i z is the imaginary part of z
     for weights in (out, torch.stack([out[:, 1], -out[:, 0]], dim=1)):
         head.out.data = weights
-        values.append(head.band_pass(place, strength, y, x, [0.0, 0.0])[0, 0])
+        values.append(head.band_pass(place, strength, y, x)[0, 0])
     whole = torch.complex(*values).detach()
     energy = torch.fft.fft2(whole).abs().square()
     return torch.fft.fftfreq(points, 2 * extent / points) * 2 * torch.pi, energy
@@ -127,29 +128,16 @@ def test_a_crop_is_the_part_of_the_whole_and_tiles_meet(size, monkeypatch):
         torch.testing.assert_close(tokenizer.render(tokens, size), whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("side", [24, 8, 4, 1])
-def test_a_smaller_output_is_nearer_to_the_mean_of_its_pixels_than_single_points_are(side):
+@pytest.mark.parametrize("side", [24, 16, 8, 1])
+def test_a_smaller_output_is_the_mean_of_its_pixels(side):
     tokenizer = make()
     tokens = tokenizer.encode(pixels(4))
     fine = tokenizer.render(tokens, (192, 192))
     wanted = functional.interpolate(fine, (side, side), mode="area")
-    made = tokenizer.render(tokens, (side, side))
     step = 192 // side
     points = fine[..., step // 2 :: step, step // 2 :: step]
-    assert (made - wanted).square().mean() < 0.7 * (points - wanted).square().mean()
-
-
-def test_a_blur_damps_each_atom_as_the_gaussian_of_that_width_would():
-    head = make().head
-    y = torch.zeros(1, 401)
-    x = torch.linspace(-10, 10, 401)[None]
-    variance = 0.3
-    strength = torch.zeros(1, 3 * 16, 1, 401)
-    strength[:, 5] = 1
-    sharp, blurred = (head.low_pass(strength, y, x, [0.0, v])[0, 0, 0] for v in (0.0, variance))
-    kernel = (-(x[0] ** 2) / (2 * variance)).exp()
-    wanted = functional.conv1d(sharp[None, None], (kernel / kernel.sum())[None, None], padding=200)[0, 0]
-    torch.testing.assert_close(blurred, wanted, atol=1e-3, rtol=0)
+    error = (tokenizer.render(tokens, (side, side)) - wanted).square().mean()
+    assert error < 0.5 * (points - wanted).square().mean()
 
 
 # ---------------------------------------------------------------------- training and refusals
@@ -162,6 +150,43 @@ def test_its_loss_reaches_the_head_alone_and_all_of_it(kind):
     output.losses["head"].backward()
     for name, parameter in tokenizer.named_parameters():
         assert (parameter.grad is not None) == name.startswith("head."), name
+
+
+@pytest.mark.parametrize("crop", [8, 64])
+def test_what_it_should_be_is_the_part_of_the_larger_image_that_it_renders(monkeypatch, crop):
+    """Images that say where they are: rows in red, columns in green."""
+    tokenizer = make(crop=crop)
+    ramp = torch.linspace(-1, 1, 96)
+    large = torch.stack([ramp[:, None].expand(96, 96), ramp.expand(96, 96), torch.zeros(96, 96)]).expand(2, 3, 96, 96)
+    seen = []
+
+    def answer(found, size, part):
+        seen.append((size, part))
+        rows, columns = (
+            (torch.arange(first, first + count) + 0.5) / side * 2 - 1
+            for first, count, side in zip(part[:2], part[2:], size, strict=True)
+        )
+        grid = torch.stack([rows[:, None].expand(-1, len(columns)), columns.expand(len(rows), -1)])
+        return torch.cat([grid, torch.zeros(1, len(rows), len(columns))]).expand(2, -1, -1, -1)
+
+    monkeypatch.setattr(tokenizer.head, "tile", answer)
+    places = torch.zeros(2, 16, 96)
+    for _ in range(20):
+        assert tokenizer.head.losses(places, pixels(), large)["head"] < 1e-3
+    assert len({size for size, _ in seen}) > 5 and all(32 <= size[0] <= 96 for size, _ in seen)
+    assert crop == 64 or len({part[:2] for _, part in seen}) > 10
+
+
+def test_nested_prefixes_ask_it_for_their_own_frequencies_of_the_larger_image(monkeypatch):
+    tokenizer = make("nested").train()
+    asked = {}
+    monkeypatch.setattr(tokenizer, "draw_lengths", lambda count: torch.tensor([2, 6]))
+    monkeypatch.setattr(tokenizer.head, "losses", lambda places, made, large: asked.update(large=large) or {})
+    large = pixels(side=64)
+    tokenizer(pixels(), large)
+    assert torch.equal(asked["large"][1], large[1])
+    wanted = lowpass(large, tokenizer.widths[1].expand(2))[0]
+    assert torch.equal(asked["large"][0], wanted) and not torch.equal(wanted, large[0])
 
 
 def test_without_a_head_there_is_no_loss_and_the_same_tokens():
@@ -222,7 +247,7 @@ def test_what_has_no_head_says_so():
     with pytest.raises(ValueError, match="train one with tokenizer.head.kind=wavelet"):
         bare.render(bare.encode(pixels()), (40, 40))
     coded = codec()
-    with pytest.raises(ValueError, match="a codec has no head"):
+    with pytest.raises(ValueError, match="a codec decodes at its own size only"):
         coded.render(coded.encode(torch.zeros(1, 1, 16, 16)), (40, 40))
     with pytest.raises(ValueError, match="needs all scales"):
         tokenizer = make()

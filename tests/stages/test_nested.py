@@ -10,7 +10,7 @@ from stages.factory import build_tokenizer
 from stages.spectral.dct import dct_matrix, lowpass
 from stages.tokenizer.nested import NestedConfig, doubling, equal_shares, information, widths_of
 from stages.tokenizer.quantizers import CosineVQConfig, FSQConfig
-from stages.tokenizer.rings import RingSummaries, rings_of
+from stages.tokenizer.rings import RingSummaries, shares_of
 from stages.tokenizer.transformer import TransformerConfig
 from stages.weights import load_tokenizer, save_tokenizer
 
@@ -187,10 +187,29 @@ def test_what_a_prefix_makes_has_its_frequencies_only_and_is_nearer_to_what_it_s
 # ---------------------------------------------------------------------- rings
 
 
-def test_every_frequency_lies_in_one_ring_and_tokens_of_one_square_share_theirs():
-    rings = rings_of(torch.tensor([1, 1, 3, 3, 4]), (4, 4))
-    assert rings.tolist() == [[0, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 2], [2, 2, 2, 2]]
-    assert rings_of(torch.tensor([2, 6]), (4, 6)).tolist() == [[0, 0, 1, 1, 1, 1]] * 2 + [[1] * 6] * 2
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+@pytest.mark.parametrize("widths", [[1, 1, 3, 3, 10], [2, 5, 5, 5, 10], [10], [1, 1, 1, 10, 10, 10, 10]])
+def test_every_frequency_is_shared_out_once_inside_its_ring(size, widths):
+    widths = torch.tensor(widths).clamp(max=max(size))
+    of_frequency, of_token = shares_of(widths, size)
+    assert of_frequency.shape == size and set(of_frequency.flatten().tolist()) == set(of_token.tolist())
+    assert of_token.diff().min() >= 0 if len(widths) > 1 else True
+    for row in range(size[0]):
+        for column in range(size[1]):
+            owners = (of_token == of_frequency[row, column]).nonzero()[:, 0]
+            reach = max(row, column) + 1
+            ring = widths[widths >= reach].min()
+            assert (widths[owners] == ring).all()
+    for width in widths.unique():  # equal parts, but for rounding
+        tokens = of_token[widths == width].unique()
+        parts = torch.stack([(of_frequency == token).sum() for token in tokens])
+        assert parts.max() - parts.min() <= 1
+
+
+def test_shares_by_hand():
+    of_frequency, of_token = shares_of(torch.tensor([1, 1, 3, 3, 4]), (4, 4))
+    assert of_token.tolist() == [0, 0, 1, 2, 3]
+    assert of_frequency.tolist() == [[0, 1, 1, 3], [2, 1, 1, 3], [2, 2, 2, 3], [3, 3, 3, 3]]
 
 
 def rings(widths=(1, 1, 3, 3, 8)):
@@ -198,26 +217,37 @@ def rings(widths=(1, 1, 3, 3, 8)):
     return RingSummaries(5, 4, 16, 24, (3, 8, 8)), torch.tensor(widths)
 
 
-def test_a_token_is_told_of_its_own_ring_and_of_nothing_else():
+def test_what_is_told_is_in_units_of_each_frequencys_deviation():
+    summaries, widths = rings()
+    images = torch.randn(2, 3, 8, 8)
+    before, added = summaries.analyse(images, widths), summaries.synthesise(torch.ones(2, 5, 24), widths)
+    summaries.deviation.fill_(2)
+    torch.testing.assert_close(summaries.analyse(images, widths), before / 2)
+    torch.testing.assert_close(summaries.synthesise(torch.ones(2, 5, 24), widths), added * 2)
+
+
+def test_a_token_is_told_of_its_own_share_and_of_nothing_else():
     summaries, widths = rings()
     images, matrix = torch.randn(2, 3, 8, 8), dct_matrix(8).float()
+    of_frequency, of_token = shares_of(widths, (8, 8))
     before = summaries.analyse(images, widths)
-    for ring, tokens in enumerate(([0, 1], [2, 3], [4])):
-        change = torch.randn(2, 3, 8, 8) * (rings_of(widths, (8, 8)) == ring)
+    for share in of_token.unique():
+        change = torch.randn(2, 3, 8, 8) * (of_frequency == share)
         after = summaries.analyse(images + matrix.T @ change @ matrix, widths)
         for token in range(5):
             same = torch.allclose(before[:, token], after[:, token], atol=1e-4)
-            assert same == (token not in tokens), (ring, token)
+            assert same == (of_token[token] != share), (share, token)
 
 
-def test_a_token_adds_to_its_own_ring_only():
+def test_a_token_adds_to_its_own_share_only():
     summaries, widths = rings()
     matrix = dct_matrix(8).float()
-    for token, ring in enumerate((0, 0, 1, 1, 2)):
+    of_frequency, of_token = shares_of(widths, (8, 8))
+    for token in range(5):
         features = torch.zeros(2, 5, 24)
         features[:, token] = torch.randn(2, 24)
         found = matrix @ summaries.synthesise(features, widths) @ matrix.T
-        inside = rings_of(widths, (8, 8)) == ring
+        inside = of_frequency == of_token[token]
         assert (found.abs() > 1e-6)[..., inside].float().mean() > 0.9
         assert found[..., ~inside].abs().max() < 1e-5
         part = summaries.synthesise(features[:, : token + 1], widths)
