@@ -202,9 +202,8 @@ def test_manifest_round_trip_and_belonging(tmp_path: Path) -> None:
     manifest.save(tmp_path / "train")
     assert Manifest.load(tmp_path / "train") == manifest
     assert manifest.splits["train"].captions == 13 - 3
-    (tmp_path / "other.safetensors").write_bytes(b"other")
     with pytest.raises(CacheError, match="make cache-tokens"):
-        check_belongs(manifest, tmp_path / "other.safetensors", "0" * 64)
+        check_belongs(manifest, tmp_path / "other.safetensors", "1" * 64)
     with pytest.raises(CacheError, match="no split 'test'; it has train, val"):
         manifest.split("test")
 

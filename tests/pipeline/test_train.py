@@ -53,7 +53,7 @@ def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny, kind):
     assert len(two) == 2
     assert all(torch.equal(two[0][name], two[1][name]) for name in two[0])
     assert close(one, two[0])
-    untrained = TokenizerModule(*fresh(tiny)).state_dict()
+    untrained = TokenizerModule(*fresh(tiny, *kind)).state_dict()
     assert not close(one, untrained)
 
 
@@ -131,8 +131,8 @@ def test_a_non_finite_loss_stops_with_step_term_and_samples(tmp_path, tiny, monk
     config = load_config(tiny, [f"run={tmp_path}/nan"])
     original = TokenizerModule.loss_terms
 
-    def poisoned(self, pixels):
-        terms, logs, ids = original(self, pixels)
+    def poisoned(self, *images):
+        terms, logs, ids = original(self, *images)
         if self.step == 4:
             terms["pixel"] = terms["pixel"] * float("nan")
         return terms, logs, ids
