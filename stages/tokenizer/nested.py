@@ -10,7 +10,8 @@ the image, cut to the w_i lowest frequencies of each axis. What is notable here:
   rarely there; ``full_share`` of the images keep all tokens, so the last one is trained on more than that share;
 - attention alone, as in the paper, learns slowly which token stands for what: each token also has a direct path to the
   frequencies that it adds (``ring_summaries``; ``stages/tokenizer/rings.py``);
-- the paper does not say how many frequencies a prefix has: power laws both ways, equal energy, or a list of widths;
+- the paper does not say how many frequencies a prefix has: measured, so that every token has the same information or
+  energy; by power laws both ways; or a list of widths (``frequency_map``);
 - for the layout this is N scales of one token each, with one codebook and without a grid.
 """
 
@@ -129,7 +130,7 @@ class NestedTokenizer(Tokenizer):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Measure mean and standard deviation of pixels, and the widths where every token has the same energy."""
+        """Measure mean and standard deviation of pixels and frequencies, and the widths where the map is measured."""
         size = self.layout.image_size
         rows, columns = (dct_matrix(side) for side in size)
         spectrum = torch.zeros(size, dtype=torch.float64)
