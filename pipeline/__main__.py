@@ -15,6 +15,7 @@ orders            whose tokens follow best from those before them: runs=folder,f
 bench             how fast the tokenizer is: repeats=… memory=64,128 (of a prior over lists) out=…
 text-tokens       the bytes of a text as a token cache: file=… length=… (then train-prior condition.kind=none)
 photos            gather colour photos from installed packages: size=64
+fit-inr           fit coordinate networks to images, no CONFIG: image.png [image.png …] variants=… steps=… out=…
 
 CONFIG is a YAML or the name of a shipped experiment; every key of it can be overridden by key=value.
 """
@@ -48,7 +49,9 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "bench": ("pipeline.bench", "run_bench", "BenchRequest"),
     "text-tokens": ("pipeline.text_tokens", "cache_text", "TextTokensRequest"),
     "photos": ("pipeline.photos", "run_photos", None),
+    "fit-inr": ("pipeline.fit_inr", "run_fit", None),
 }
+WITHOUT_CONFIG = ("photos", "fit-inr")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: str, arguments: list[str]) -> None:
     """Run one command; its module is imported only now, so that a wrong key is answered before anything is loaded."""
     module, function, request_name = COMMANDS[command]
-    if command == "photos":
+    if command in WITHOUT_CONFIG:
         getattr(import_module(module), function)(arguments)
         return
     if not arguments:
