@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -51,33 +53,29 @@ def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> Non
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, tensors by name). Raises WeightsError for anything but a file that ``save_weights`` wrote."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _metadata_of(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise WeightsError(f"{path}: damaged or not a weights file ({error})") from error
-    return metadata, tensors
+    with _opened(path) as (file, metadata):
+        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone. Raises WeightsError for anything but a file that ``save_weights`` wrote."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(the open file, its metadata)."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return _metadata_of(path, file.metadata() or {})
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise WeightsError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
+            yield file, json.loads(header["octaves"])
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise WeightsError(f"{path}: damaged or not a weights file ({error})") from error
-
-
-def _metadata_of(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    if header.get("format") != FORMAT:
-        raise WeightsError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
-    metadata: dict[str, Any] = json.loads(header["octaves"])
-    return metadata
 
 
 def load_state(path: Path, module: nn.Module, tensors: dict[str, Any]) -> None:

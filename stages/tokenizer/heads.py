@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.errors import InputError
+from data.layout import Tokens
+from stages.contract import PrefixUnsupported, Tokenizer
 from stages.spectral.patches import from_patches
 
 NO_HEAD = "this tokenizer decodes at its own size only; train one with tokenizer.head.kind=wavelet"
@@ -75,7 +77,8 @@ class Head(nn.Module, ABC):
         """Images [B, C, height, width] of ``size`` (height, width), or their part ``crop`` (top, left, height, width).
 
         ``places`` [B, N, width_in] in raster order, ``pixels`` [B, C, H, W] as the tokenizer decodes them. Raises
-        ValueError for a size or crop that is none, or where there is nothing to render with.
+        ValueError for a size or crop that is none, where there is nothing to render with, and PrefixUnsupported where
+        features are missing.
         """
 
     @abstractmethod
@@ -98,6 +101,27 @@ class NoHead(Head):
         return {}
 
 
+class HeadedTokenizer(Tokenizer):
+    """A learned tokenizer whose decoder says, beside the image, what it knows of each place: what a head renders."""
+
+    head: Head
+
+    @abstractmethod
+    def decode_places(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """(the image as ``decode`` gives it, features [B, N, width] of its places in raster order)."""
+
+    def decode(self, tokens: Tokens) -> Tensor:
+        return self.decode_places(tokens)[0]
+
+    @property
+    def renders(self) -> bool:
+        return not isinstance(self.head, NoHead)
+
+    def render(self, tokens: Tokens, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Tensor:
+        pixels, places = self.decode_places(tokens)
+        return self.head.render(places, pixels, size, crop).clamp(-1, 1)
+
+
 class WaveletHead(Head):
     """Pixels at any resolution. Raises ValueError for cells that do not divide the patches.
 
@@ -115,7 +139,7 @@ class WaveletHead(Head):
         for key in ("width", "low_atoms", "rings", "hidden", "crop"):
             if getattr(config, key) < 1:
                 raise InputError(f"tokenizer.head.{key}={getattr(config, key)}; allowed: 1 or more")
-        self.config, self.grid, self.channels = config, grid, channels
+        self.config, self.grid, self.channels, self.width_in = config, grid, channels, width_in
         self.cells_of_place = patch // config.cell
         self.cells = (grid[0] * self.cells_of_place, grid[1] * self.cells_of_place)
         self.size = (grid[0] * patch, grid[1] * patch)
@@ -203,6 +227,8 @@ class WaveletHead(Head):
         self, places: Tensor, pixels: Tensor, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None
     ) -> Tensor:
         crop = checked_crop(size, crop)
+        if places.shape[-1] != self.width_in:
+            raise PrefixUnsupported("another size needs all scales of these tokens")
         found = self.surroundings(places, pixels)
         made = found.new_empty(len(found), self.channels, *crop[2:])
         budget = max(1, TILE_POINTS // (len(found) * math.prod(self.finer(size))))

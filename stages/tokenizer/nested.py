@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.layout import Scale, TokenLayout, Tokens
-from stages.contract import Tokenizer, TokenizerOutput
+from stages.contract import TokenizerOutput
 from stages.factory import build_head, build_quantizer
 from stages.spectral.dct import dct_matrix, lowpass
 from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
-from stages.tokenizer.heads import HeadConfig, NoHead
+from stages.tokenizer.heads import HeadConfig, HeadedTokenizer
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
 from stages.tokenizer.rings import RingSummaries
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
@@ -74,7 +74,7 @@ class NestedConfig(TokenizerConfig):
     head: HeadConfig = field(default_factory=HeadConfig)
 
 
-class NestedTokenizer(Tokenizer):
+class NestedTokenizer(HeadedTokenizer):
     """Nested spectral tokens. Raises ValueError for a config without geometry, or a map that is none."""
 
     widths: Tensor
@@ -226,19 +226,7 @@ class NestedTokenizer(Tokenizer):
         """The code of each token: float32 [B, L, D]."""
         return self.quantizer.codes(tokens.ids)
 
-    def decode(self, tokens: Tokens) -> Tensor:
-        return self._decode(tokens)[0]
-
-    @property
-    def renders(self) -> bool:
-        return not isinstance(self.head, NoHead)
-
-    def render(self, tokens: Tokens, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Tensor:
-        pixels, places = self._decode(tokens)
-        return self.head.render(places, pixels, size, crop).clamp(-1, 1)
-
-    def _decode(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The image in [-1, 1], and what is known of each patch."""
+    def decode_places(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         number = self.layout.num_scales_in(tokens.ids.shape[1])
         if number == 0:
             raise InputError("no tokens to decode")

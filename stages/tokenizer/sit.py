@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.layout import Scale, TokenLayout, Tokens
-from stages.contract import PrefixUnsupported, Tokenizer, TokenizerOutput
+from stages.contract import PrefixUnsupported, TokenizerOutput
 from stages.factory import build_head, build_quantizer
 from stages.spectral.haar import haar_dwt, haar_idwt
 from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
-from stages.tokenizer.heads import HeadConfig, NoHead
+from stages.tokenizer.heads import HeadConfig, HeadedTokenizer
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
 
@@ -73,7 +73,7 @@ class ViTVQGANConfig(SITConfig):
     specialised: bool = False
 
 
-class SIT(Tokenizer):
+class SIT(HeadedTokenizer):
     """Spectral Image Tokenizer. Raises ValueError for a side that scales and patch do not divide."""
 
     scale_mean: Tensor
@@ -236,23 +236,7 @@ class SIT(Tokenizer):
         ids = [quantizer(part).ids for quantizer, part in zip(self.quantizers, parts, strict=False)]
         return Tokens.fixed(torch.cat(ids, dim=1))
 
-    def decode(self, tokens: Tokens) -> Tensor:
-        return self._decode(tokens)[0]
-
-    @property
-    def renders(self) -> bool:
-        return not isinstance(self.head, NoHead)
-
-    def render(self, tokens: Tokens, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Tensor:
-        if tokens.ids.shape[1] != self.layout.length:
-            raise PrefixUnsupported(
-                f"{tokens.ids.shape[1]} of {self.layout.length} tokens: another size needs all scales"
-            )
-        pixels, places = self._decode(tokens)
-        return self.head.render(places, pixels, size, crop).clamp(-1, 1)
-
-    def _decode(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The image in [-1, 1], and what is known of each place."""
+    def decode_places(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         num_scales = self.layout.num_scales_in(tokens.ids.shape[1])
         if num_scales == 0:
             raise InputError("no tokens to decode")

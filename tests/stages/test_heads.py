@@ -38,8 +38,8 @@ def make(kind="sit", **keys):
 # ---------------------------------------------------------------------- the wavelets
 
 
-def spectrum_of(head, family, extent=16.0, points=256):
-    """(frequencies in radians a cell, energies [points, points]) of one cell's complex band-pass part."""
+def field_of(head, family, extent=16.0, points=256):
+    """One cell's band-pass part over [-extent, extent)²: complex [points, points], as the products leave it."""
     axis = (torch.arange(points) - points / 2) * (2 * extent / points)
     y, x = axis[:, None].expand(points, points), axis.expand(points, points)
     shape = (1, 2, 2, head.carriers.shape[1], points, points)
@@ -53,9 +53,13 @@ def spectrum_of(head, family, extent=16.0, points=256):
     for weights in (out, torch.stack([out[:, 1], -out[:, 0]], dim=1)):
         head.out.data = weights
         values.append(head.band_pass(place, strength, y, x)[0, 0])
-    whole = torch.complex(*values).detach()
-    energy = torch.fft.fft2(whole).abs().square()
-    return torch.fft.fftfreq(points, 2 * extent / points) * 2 * torch.pi, energy
+    return torch.complex(*values).detach()
+
+
+def spectrum_of(field, extent=16.0):
+    """(frequencies in radians a cell, shares of the energy [points, points])."""
+    energy = torch.fft.fft2(field).abs().square()
+    return torch.fft.fftfreq(len(field), 2 * extent / len(field)) * 2 * torch.pi, energy / energy.sum()
 
 
 @pytest.mark.parametrize("family", [0, 1])
@@ -63,24 +67,18 @@ def spectrum_of(head, family, extent=16.0, points=256):
 def test_the_band_pass_part_is_one_sided_and_squares_stay_there(family, square):
     head = make().head
     head.square.data.fill_(square)
-    frequencies, energy = spectrum_of(head, family)
-    total = energy.sum()
-    along = frequencies[:, None].expand_as(energy) if family == 0 else frequencies.expand_as(energy)
-    across = frequencies.expand_as(energy) if family == 0 else frequencies[:, None].expand_as(energy)
-    assert energy[along <= 0].sum() / total < 1e-4
+    field = field_of(head, family)
+    frequencies, share = spectrum_of(field)
+    along = frequencies[:, None].expand_as(share) if family == 0 else frequencies.expand_as(share)
+    across = frequencies.expand_as(share) if family == 0 else frequencies[:, None].expand_as(share)
+    assert share[along <= 0].sum() < 1e-4
     # nearly all lies within the quarter of the plane of its carriers, widened by two deviations of an atom's energy
-    inside = across.abs() <= along * (1 + 4 * SHARPNESS)
-    assert energy[inside].sum() / total > 0.98
-    lowest = head.carriers.norm(dim=-1).min()
-    assert energy[(along**2 + across**2).sqrt() < lowest * 0.1].sum() / total < 1e-4
-
-
-def test_a_real_wave_would_make_low_frequencies_where_the_one_sided_makes_none():
-    """Why it is complex: the square of a real atom has a mean, that of a progressive one has not."""
-    wave = torch.linspace(-40, 40, 4001, dtype=torch.float64)
-    envelope = (-(wave**2) / 50).exp()
-    real, one_sided = envelope * wave.cos(), envelope * torch.polar(torch.ones_like(wave), wave)
-    assert (real**2).mean() > 1e3 * (one_sided**2).mean().abs()
+    assert share[across.abs() <= along * (1 + 4 * SHARPNESS)].sum() > 0.98
+    low = (along**2 + across**2).sqrt() < head.carriers.norm(dim=-1).min() * 0.1
+    assert share[low].sum() < 1e-4
+    # why it is complex: the square of what is real falls back to low frequencies
+    assert spectrum_of(field.square())[1][low].sum() < 1e-4
+    assert spectrum_of(field.real.square())[1][low].sum() > 1e-3
 
 
 def test_carriers_are_octaves_in_two_quarters_of_the_plane():
@@ -220,7 +218,7 @@ def test_bfloat16_and_a_compiled_graph():
     wanted = tokenizer.render(tokens, (40, 40))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(tokenizer.render(tokens, (40, 40)).float(), wanted, atol=0.1, rtol=0)
-    plain, places = tokenizer._decode(tokens)
+    plain, places = tokenizer.decode_places(tokens)
     found = tokenizer.head.surroundings(places, plain)
     traced = torch.compile(tokenizer.head.tile, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(traced(found, (40, 40), (0, 0, 40, 40)).clamp(-1, 1), wanted, atol=1e-4, rtol=0)
