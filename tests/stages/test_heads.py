@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from stages.contract import PrefixUnsupported
 from stages.factory import build_head, build_tokenizer
 from stages.spectral.dct import lowpass
 from stages.tokenizer import heads
@@ -23,10 +24,14 @@ def pixels(batch=2, side=32):
     return functional.interpolate(coarse, (side, side), mode="bicubic").clamp(-1, 1)
 
 
-def make(kind="sit", **keys):
+def make(kind="sit", attention="sit", **keys):
     torch.manual_seed(0)
     part = {"encoder": SMALL, "decoder": SMALL, "head": WaveletHeadConfig(**keys)}
-    config = SITConfig(scales=3, patch=2, **part) if kind == "sit" else NestedConfig(num_tokens=6, patch=8, **part)
+    config = (
+        SITConfig(scales=3, patch=2, attention=attention, **part)
+        if kind == "sit"
+        else NestedConfig(num_tokens=6, patch=8, **part)
+    )
     tokenizer = build_tokenizer(config, (32, 32), 3)
     with torch.no_grad():
         for parameter in tokenizer.head.parameters():
@@ -247,8 +252,8 @@ def test_what_has_no_head_says_so():
     coded = codec()
     with pytest.raises(ValueError, match="a codec decodes at its own size only"):
         coded.render(coded.encode(torch.zeros(1, 1, 16, 16)), (40, 40))
-    with pytest.raises(ValueError, match="needs all scales"):
-        tokenizer = make()
+    with pytest.raises(PrefixUnsupported, match="another size needs all scales"):
+        tokenizer = make(attention="sit-scd")
         tokenizer.render(tokenizer.encode(pixels()).prefix(16), (40, 40))
     with pytest.raises(ValueError, match=r"head.cell=3; allowed: a divisor of the patches' side, 8"):
         make(cell=3)
