@@ -7,6 +7,7 @@ import torch
 
 from data.layout import Tokens
 from pipeline.config import CONFIG_FOLDER, ConfigError, load_config, to_plain
+from pipeline.rules import ALLOWED, NETWORK_SIZES, POSITIVE, SHARES, get
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer
 from stages.tokenizer.module import TokenizerModule
@@ -19,6 +20,12 @@ CODECS = [name for name in SHIPPED if not hasattr(load_config(name).tokenizer, "
 
 def test_the_shipped_experiments_are_there():
     assert {"demo", "fashion", "photos64", "imagenet256"} <= set(SHIPPED)
+
+
+def test_every_rule_is_about_a_key_that_there_is():
+    found = {name: load_config(name) for name in SHIPPED}
+    for key in (*ALLOWED, *POSITIVE, *NETWORK_SIZES, *SHARES):
+        assert any(get(config, key) is not None for config in found.values()), key
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -27,11 +27,10 @@ def pixels(batch=2, side=32):
 def make(kind="sit", attention="sit", **keys):
     torch.manual_seed(0)
     part = {"encoder": SMALL, "decoder": SMALL, "head": WaveletHeadConfig(**keys)}
-    config = (
-        SITConfig(scales=3, patch=2, attention=attention, **part)
-        if kind == "sit"
-        else NestedConfig(num_tokens=6, patch=8, **part)
-    )
+    if kind == "sit":
+        config = SITConfig(scales=3, patch=2, attention=attention, **part)
+    else:
+        config = NestedConfig(num_tokens=6, patch=8, **part)
     tokenizer = build_tokenizer(config, (32, 32), 3)
     with torch.no_grad():
         for parameter in tokenizer.head.parameters():

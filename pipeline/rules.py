@@ -1,0 +1,287 @@
+"""What a config must not be: values outside their range, and parts that cannot work together.
+
+One table each; a new combination that must be refused is one entry of ``ILLEGAL``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from stages.lists import ORDERS
+from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "images.kind": ("folder", "webdataset", "fashion", "demo", "photos"),
+    "images.channels": (1, 3),
+    "images.train_view": ("center", "random_resized_crop", "random_crop", "pad"),
+    "images.eval_view": ("center", "pad"),
+    "tokens.precision": ("32", "bf16"),
+    "tokenizer_training.precision": ("32", "bf16"),
+    "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
+    "tokenizer_training.discriminator": ("patch", "style"),
+    "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
+    "prior_training.precision": ("32", "bf16"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+}
+
+SHARES = (
+    "images.val_share",
+    "images.max_corrupt_share",
+    "condition.dropout",
+    "prior.dropout",
+    "tokenizer_training.ema_decay",
+    "prior_training.ema_decay",
+)
+
+POSITIVE = (
+    "images.size",
+    "tokens.encode_batch_size",
+    "tokens.blocks_per_shard",
+    "tokens.max_caption_tokens",
+    "tokens.vocabulary_size",
+    "tokenizer_training.max_steps",
+    "tokenizer_training.batch_size_per_device",
+    "tokenizer_training.accumulate_batches",
+    "prior_training.max_steps",
+    "prior_training.batch_size_per_device",
+    "prior_training.accumulate_batches",
+    "prior_training.bucket_batches",
+    "tokenizer_training.log_every",
+    "tokenizer_training.checkpoint_every",
+    "tokenizer_training.validate_every",
+    "tokenizer_training.validation_images",
+    "tokenizer_training.fit_images",
+    "tokenizer_training.r1_every",
+    "tokenizer_training.oversampling",
+    "prior_training.log_every",
+    "prior_training.checkpoint_every",
+    "prior_training.validate_every",
+    "prior_training.validation_samples",
+    "eval.num_images",
+    "eval.num_samples",
+    "eval.batch_size",
+    "eval.neighbours",
+    "eval.num_upsampled",
+    "eval.num_edited",
+    "eval.num_head",
+)
+
+# Sizes of networks, checked where the chosen kinds have them.
+NETWORK_SIZES = (
+    *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
+    *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length", "chunk", "overlap", "patch")),
+    *(f"prior.{part}_depth" for part in ("encoder", "channel", "position", "value")),
+)
+
+
+def averages(config: Config) -> bool:
+    """Whether moving averages stand between the prior's layers."""
+    return get(config, "prior.averaging") not in (None, "none")
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key; None for a key that the chosen kind does not have."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+# Combinations of parts that cannot work together: (refuses, one line that says what to change).
+ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
+    (
+        lambda c: len(c.images.crop_scale) != 2 or not 0 < c.images.crop_scale[0] <= c.images.crop_scale[1] <= 1,
+        lambda c: f"images.crop_scale={c.images.crop_scale}; allowed: two shares of the area, 0 < low <= high <= 1",
+    ),
+    (
+        lambda c: c.images.kind in ("folder", "webdataset") and c.images.path is None,
+        lambda c: f"images.path is not set; images.kind={c.images.kind} needs images.path=<where your images lie>",
+    ),
+    (
+        lambda c: c.trainer.devices == 0 or c.trainer.devices < -1,
+        lambda c: f"trainer.devices={c.trainer.devices}; allowed: 1 or more, or -1 for every GPU",
+    ),
+    (
+        lambda c: c.sampling.guidance != 1 and (c.condition.kind == "none" or c.condition.dropout == 0),
+        lambda c: (
+            f"sampling.guidance={c.sampling.guidance} with condition.kind={c.condition.kind} and condition.dropout="
+            f"{c.condition.dropout}: guidance needs a condition that training drops at times; set sampling.guidance=1"
+        ),
+    ),
+    (
+        lambda c: "text" in c.condition.kind and c.tokens.text_encoder == "none",
+        lambda c: (
+            f"condition.kind={c.condition.kind} with tokens.text_encoder=none: captions need an encoder; set "
+            "tokens.text_encoder=minilm or words, or condition.kind=class"
+        ),
+    ),
+    (
+        lambda c: (c.tokenizer.kind == "sparse-dct") != (c.prior.kind == "chunked"),
+        lambda c: (
+            f"tokenizer.kind={c.tokenizer.kind} with prior.kind={c.prior.kind}: lists need a prior that writes lists, "
+            f"and no other tokens do; set prior.kind={'chunked' if c.prior.kind != 'chunked' else 'transformer'}"
+        ),
+    ),
+    (
+        lambda c: c.images.channels == 3 and get(c, "tokenizer.chroma") == "4:2:0" and get(c, "prior.patch") % 2 == 1,
+        lambda c: (
+            f"prior.patch={get(c, 'prior.patch')} with tokenizer.chroma=4:2:0: a patch holds whole blocks of chroma; "
+            "set it to an even number"
+        ),
+    ),
+    (
+        lambda c: c.eval.num_colorized > 0 and get(c, "prior.order") != "luma_first",
+        lambda c: (
+            f"eval.num_colorized={c.eval.num_colorized} with prior.order={get(c, 'prior.order') or 'natural'}: "
+            "colouring needs a prior that writes luma first; set prior.order=luma_first, or eval.num_colorized=0"
+        ),
+    ),
+    (
+        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") not in (None, "natural"),
+        lambda c: (
+            f"eval.upsample_from={c.eval.upsample_from} with prior.order={get(c, 'prior.order')}: a small image begins "
+            "an image in natural order only; set eval.upsample_from=0"
+        ),
+    ),
+    (
+        lambda c: bool(c.eval.edit_frozen) and get(c, "prior.order") not in (None, "natural"),
+        lambda c: (
+            f"eval.edit_frozen={c.eval.edit_frozen} with prior.order={get(c, 'prior.order')}: the scales that stay "
+            "begin an image in natural order only; set eval.edit_frozen=[]"
+        ),
+    ),
+    (
+        lambda c: c.prior.kind == "transformer" and get(c, "prior.order") not in FIXED_ORDERS,
+        lambda c: (
+            f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=transformer: {', '.join(FIXED_ORDERS)}"
+        ),
+    ),
+    (
+        lambda c: c.prior.kind == "chunked" and get(c, "prior.order") not in ORDERS,
+        lambda c: f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=chunked: {', '.join(ORDERS)}",
+    ),
+    (
+        lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") == "reversed",
+        lambda c: (
+            "prior.order=reversed with tokenizer.kind=bitplane: a stream has no last element to begin with; set "
+            "prior.order=natural"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.oversampling > 1 and get(c, "tokenizer.head.kind") in (None, "none"),
+        lambda c: (
+            f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} without a head: nothing learns from "
+            "larger images; set tokenizer.head.kind=wavelet, or oversampling=1"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.oversampling == 1 and get(c, "tokenizer.head.kind") not in (None, "none"),
+        lambda c: (
+            f"tokenizer.head.kind={get(c, 'tokenizer.head.kind')} with tokenizer_training.oversampling=1: other sizes "
+            "are learned from larger images only; set oversampling to 2 or more"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.oversampling > 1 and c.images.train_view in ("pad", "random_crop"),
+        lambda c: (
+            f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} with images.train_view="
+            f"{c.images.train_view}, which never resizes; set images.train_view=center or random_resized_crop"
+        ),
+    ),
+    (
+        lambda c: bool(c.eval.head_sizes) and get(c, "tokenizer.head.kind") in (None, "none"),
+        lambda c: (
+            f"eval.head_sizes={c.eval.head_sizes} without a head: set tokenizer.head.kind=wavelet, or "
+            "eval.head_sizes=[]"
+        ),
+    ),
+    (
+        lambda c: not all(1 <= multiple <= 64 for multiple in c.eval.head_sizes),
+        lambda c: f"eval.head_sizes={c.eval.head_sizes}; allowed: multiples of the size from 1 to 64",
+    ),
+    (
+        lambda c: c.tokenizer_training.start_from is not None and get(c, "tokenizer.head.kind") in (None, "none"),
+        lambda c: (
+            f"tokenizer_training.start_from={c.tokenizer_training.start_from} without a head: nothing is left to "
+            "train; set tokenizer.head.kind=wavelet"
+        ),
+    ),
+    (
+        lambda c: c.tokenizer_training.start_from is not None and c.tokenizer_training.adversarial_weight > 0,
+        lambda c: (
+            f"tokenizer_training.start_from with adversarial_weight={c.tokenizer_training.adversarial_weight}: what "
+            "the adversary judges is frozen; set tokenizer_training.adversarial_weight=0"
+        ),
+    ),
+    (
+        lambda c: not 0 <= (get(c, "prior.early_bias") or 0) < math.inf,
+        lambda c: f"prior.early_bias={get(c, 'prior.early_bias')}; allowed: 0 or more",
+    ),
+    (
+        lambda c: get(c, "prior.averaging") not in (None, *AVERAGING),
+        lambda c: f"prior.averaging={get(c, 'prior.averaging')!r}; allowed: {', '.join(AVERAGING)}",
+    ),
+    (
+        lambda c: get(c, "prior.averaging_borders") not in (None, *AVERAGING_BORDERS),
+        lambda c: (
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')!r}; allowed: {', '.join(AVERAGING_BORDERS)}"
+        ),
+    ),
+    (
+        lambda c: get(c, "prior.averaging") == "learned" and get(c, "prior.averaging_borders") == "grid",
+        lambda c: (
+            "prior.averaging=learned with prior.averaging_borders=grid: learned windows have one dimension; set "
+            "prior.averaging_borders=scale or sample"
+        ),
+    ),
+    (
+        lambda c: averages(c) and get(c, "prior.averaging_borders") != "sample" and c.tokenizer.kind == "nested",
+        lambda c: (
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with tokenizer.kind=nested: its scales have "
+            "one token and no grid; set prior.averaging_borders=sample"
+        ),
+    ),
+    (
+        lambda c: averages(c) and get(c, "prior.averaging_borders") != "sample" and c.tokenizer.kind == "bitplane",
+        lambda c: (
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with tokenizer.kind=bitplane: scales of "
+            "streams have no fixed place; set prior.averaging_borders=sample"
+        ),
+    ),
+    (
+        lambda c: c.sampling.compile and averages(c),
+        lambda c: "sampling.compile=true with prior.averaging: moving averages are not compiled; leave one of them out",
+    ),
+    (
+        lambda c: c.sampling.compile and c.prior.kind == "chunked",
+        lambda c: "sampling.compile=true with prior.kind=chunked: it has nothing to compile; leave it out",
+    ),
+    (
+        lambda c: c.eval.num_colorized < 0 or c.eval.num_colorized == 1,
+        lambda c: f"eval.num_colorized={c.eval.num_colorized}; allowed: 0, or 2 and more",
+    ),
+    (
+        lambda c: c.eval.timing_repeats < 0,
+        lambda c: f"eval.timing_repeats={c.eval.timing_repeats}; allowed: 0 or more",
+    ),
+]
+
+
+def broken_rule(config: Config) -> str | None:
+    """One line that says which value is outside its range or which parts do not fit, and what to change; or None."""
+    for key, allowed in ALLOWED.items():
+        if get(config, key) not in allowed:
+            return f"{key}={get(config, key)!r}; allowed: {', '.join(map(str, allowed))}"
+    for key in (*POSITIVE, *NETWORK_SIZES):
+        value = get(config, key)
+        if value is not None and value < 1:
+            return f"{key}={value}; allowed: 1 or more"
+    for key in SHARES:
+        if not 0 <= (get(config, key) or 0) < 1:
+            return f"{key}={get(config, key)}; allowed: 0 to 1, without 1"
+    return next((message(config) for refuses, message in ILLEGAL if refuses(config)), None)
