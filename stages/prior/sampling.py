@@ -193,6 +193,8 @@ def draw(logits: Tensor, noise: Tensor, settings: SamplingConfig, scale: int) ->
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits / temperature).softmax(-1)
+    if (not 0 < top_k < probabilities.shape[-1]) and top_p >= 1:
+        return invert(probabilities, noise)
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     if 0 < top_k < ordered.shape[-1]:
         ordered[:, top_k:] = 0
@@ -200,8 +202,13 @@ def draw(logits: Tensor, noise: Tensor, settings: SamplingConfig, scale: int) ->
         # an id is kept while the mass before it is below top_p, so the first always is
         before = ordered.cumsum(-1) - ordered
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0)
-    cumulative = ordered.cumsum(-1)
+    return order.gather(-1, invert(ordered, noise).unsqueeze(-1)).squeeze(-1)
+
+
+def invert(weights: Tensor, noise: Tensor) -> Tensor:
+    """Places int64 [B] where the running sums of ``weights`` float64 [B, V] reach the shares ``noise`` [B]."""
+    cumulative = weights.cumsum(-1)
     place = torch.searchsorted(cumulative, noise.unsqueeze(-1) * cumulative[:, -1:], right=True)
-    # ids of probability zero lie at the end: rounding must not reach them
-    last = (ordered > 0).sum(-1, keepdim=True) - 1
-    return order.gather(-1, torch.minimum(place, last)).squeeze(-1)
+    # rounding must not reach weights of zero behind the last one above it
+    last = ((weights > 0) * torch.arange(weights.shape[-1], device=weights.device)).amax(-1, keepdim=True)
+    return torch.minimum(place, last).squeeze(-1)

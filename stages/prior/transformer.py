@@ -300,22 +300,26 @@ class TransformerPrior(Prior):
         averaged = None
         if self.averages is not None:
             averaged = [each.room(batch, cache.shape[4], x.device) for each in self.averages]  # type: ignore[operator]
-        hidden = self._prefill(x, torch.arange(x.shape[1], device=x.device), cache, memory, averaged)
+        slots = torch.arange(x.shape[1], device=x.device)
+        hidden = self._prefill(x, slots, cache[..., : x.shape[1], :], memory, averaged)
         return DecodingState(cache, ids.shape[1], hidden, memory, common, stream, averaged)
+
+    @property
+    def _compiled(self) -> bool:
+        return self._step != self._prefill
 
     def _allocate(self, batch: int, size: int, filled: int) -> Tensor:
         """Room for keys and values of ``size`` slots; streams begin with less, for most end early."""
         weight = self.norm.weight
         dtype = cache_dtype(weight)
-        compiled = self._step != self._prefill
-        if self.grammar is not None and not compiled:
+        if self.grammar is not None and not self._compiled:
             size = min(size, max(FIRST_SLOTS, 2 * filled))
         width = self.config.width // self.config.heads
         shape = (len(self.blocks), 2, batch, self.config.heads, size, width)
         cache = self._compiled_cache
         if cache is None or (cache.shape, cache.dtype, cache.device) != (shape, dtype, weight.device):
             cache = torch.zeros(shape, device=weight.device, dtype=dtype)
-            if compiled:
+            if self._compiled:
                 # a CUDA graph writes to one address: the next batch of the same shape takes the same memory
                 torch._dynamo.mark_static_address(cache)
                 self._compiled_cache = cache
@@ -368,7 +372,9 @@ class TransformerPrior(Prior):
         x = x if state.common is None else x + state.common
         # a CUDA graph writes its next result to the same place
         slots = torch.tensor([slot], device=element.device)
-        state.hidden = self._step(x, slots, state.cache, state.memory, state.averaged).clone()
+        # compiled shapes never change; else slots that are still empty need not be looked at
+        cache = state.cache if self._compiled else state.cache[..., : slot + 1, :]
+        state.hidden = self._step(x, slots, cache, state.memory, state.averaged).clone()
 
 
 def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:

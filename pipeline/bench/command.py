@@ -1,0 +1,114 @@
+"""bench: how fast every part of a config is on this machine, beside what it can be compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.bench.figures import Figure, line_of
+from pipeline.bench.lists import check_memory, measure_memory
+from pipeline.bench.place import Place
+from pipeline.bench.prior import bench_prior, bench_sampling
+from pipeline.bench.tokenizer import bench_tokenizer, bench_training
+from pipeline.bench.tokens import bench_cache, bench_reader
+from pipeline.bench.transforms import bench_transforms
+from pipeline.config import Config
+from pipeline.requests import parse_numbers
+from pipeline.run import RunError
+
+PARTS: dict[str, Callable[[Place], list[Figure]]] = {
+    "transforms": lambda place: bench_transforms(place.repeats, place.device),
+    "tokenizer": bench_tokenizer,
+    "training": bench_training,
+    "cache": bench_cache,
+    "reader": bench_reader,
+    "prior": bench_prior,
+    "sampling": bench_sampling,
+}
+
+
+@dataclass
+class BenchRequest:
+    """What to measure, and how often."""
+
+    parts: str = "all"
+    """Comma-separated: transforms, tokenizer, training, cache, reader, prior, sampling; or all."""
+    repeats: int = 5
+    """Timed runs of each task, in turn with those that it is compared with; one more comes first, untimed."""
+    memory: str = ""
+    """Image sides, comma-separated, at which the memory of a prior over lists is measured; empty: none."""
+    out: str = "${run}/bench.json"
+    """Where the figures go."""
+
+
+def run_bench(config: Config, request: BenchRequest) -> Path:
+    """Print a table and write it as JSON. Weights are fresh, for they do not change a speed: no run is needed.
+
+    Raises RunError for an unknown part, no repeats, and for memory that cannot be measured.
+    """
+    parts = list(PARTS) if request.parts == "all" else request.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise RunError(f"parts={unknown[0]}; allowed: all, {', '.join(PARTS)}")
+    if request.repeats < 1:
+        raise RunError(f"repeats={request.repeats}; allowed: 1 or more")
+    sides = parse_numbers(request.memory, "memory") if request.memory else []
+    check_memory(config, sides)
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(config, request.repeats, Path(folder))
+        for part in parts:
+            for figure in PARTS[part](place):
+                figures.append(figure)
+                print(line_of(figure), flush=True)
+    found: dict[str, Any] = {
+        "machine": machine_of(place.device),
+        "settings": {**asdict(request), "config": config.name, "image_size": config.images.size},
+        "figures": [figure.to_dict() for figure in figures],
+        "peak_memory_bytes": peak_memory(place.device),
+    }
+    print(f"peak memory of all of it: {found['peak_memory_bytes'] / 1e6:.0f} MB")
+    if sides:
+        found["memory"] = measure_memory(config, sides)
+    out = Path(request.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {out}")
+    return out
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process held: on the GPU where there is one, else resident ones."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,72 @@
+"""A tokenizer's speed: images encoded and decoded, and images a second of training with each of its losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from data.images.module import ImageDataModule
+from data.layout import Tokens
+from pipeline.bench.figures import Figure, speeds
+from pipeline.bench.place import Place
+from pipeline.bench.steps import compare_steps
+from stages.factory import build_grammar, build_tokenizer
+from stages.measures.backbones import BackboneError
+from stages.tokenizer.config import TokenizerTrainingConfig
+from stages.tokenizer.module import TokenizerModule
+
+LOSSES: dict[str, dict[str, float | str]] = {
+    "pixels alone": {"adversarial_weight": 0.0, "perceptual": "none"},
+    "and perceptual": {"adversarial_weight": 0.0},
+    "and adversarial": {"perceptual": "none"},
+    "and both": {},
+}
+
+
+def bench_tokenizer(place: Place) -> list[Figure]:
+    """Images a second of encoding, decoding and, for streams and lists, of noting what may follow."""
+    tokenizer, batches = place.tokenizer, place.batches
+    encoded: list[Tokens] = [tokenizer.encode(batch) for batch in batches]
+    tasks: dict[str, Callable[[], object]] = {
+        "encode": lambda: [tokenizer.encode(batch).to("cpu") for batch in batches],
+        "decode": lambda: [tokenizer.decode(tokens).cpu() for tokens in encoded],
+    }
+    grammar = build_grammar(tokenizer.layout)
+    if grammar is not None:
+        tasks["annotate"] = lambda: [grammar.annotate(tokens.to("cpu")) for tokens in encoded]
+    with torch.inference_mode():
+        return speeds("tokenizer", tasks, sum(map(len, batches)), "images/s", place.repeats)
+
+
+def bench_training(place: Place) -> list[Figure]:
+    """Images a second of training steps as the config has them, with losses left out in turn. None for a codec."""
+    config = place.config
+    training = dataclasses.replace(config.tokenizer_training, start_from=None)
+    size = (config.images.size, config.images.size)
+    arms = {}
+    for name, changes in LOSSES.items():
+        if changes and all(getattr(training, key) == value for key, value in changes.items()):
+            continue  # the config trains without it: another arm is the same
+        arms[name] = dataclasses.replace(training, **changes)  # type: ignore[arg-type]
+    if not build_tokenizer(config.tokenizer, size, config.images.channels).trainable:
+        return []
+
+    def prepared(training: TokenizerTrainingConfig) -> tuple[TokenizerModule, ImageDataModule]:
+        images = ImageDataModule(
+            dataclasses.replace(config.images, skip_corrupt=True),
+            training.batch_size_per_device,
+            config.trainer.num_workers,
+            config.seed,
+            validation_images=1,
+            oversampling=training.oversampling,
+        )
+        tokenizer = build_tokenizer(config.tokenizer, size, config.images.channels)
+        return TokenizerModule(tokenizer, training, config.seed), images
+
+    try:
+        return compare_steps("training", arms, prepared, place, 1, "images/s")
+    except BackboneError as error:
+        print(f"training: {error}")
+        return []
