@@ -21,13 +21,17 @@ from torch.nn import functional
 
 Scaling = Literal["orthonormal", "averaging"]
 
-# The gain of one 2-D analysis step on the sum of four pixels; the synthesis step undoes it.
-_ANALYSIS: dict[str, float] = {"orthonormal": 0.5, "averaging": 0.25}
-_SYNTHESIS: dict[str, float] = {"orthonormal": 0.5, "averaging": 1.0}
-
 
 def _lift(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def butterfly(first: Tensor, second: Tensor, halved: bool) -> tuple[Tensor, Tensor]:
+    """Sum and difference of two tensors, or the halves of these, in two passes over memory."""
+    if not halved:
+        return first + second, first - second
+    mean = torch.lerp(first, second, 0.5)
+    return mean, mean - second
 
 
 def haar_step(x: Tensor, scaling: Scaling = "orthonormal") -> tuple[Tensor, Tensor]:
@@ -38,13 +42,10 @@ def haar_step(x: Tensor, scaling: Scaling = "orthonormal") -> tuple[Tensor, Tens
         flat = x.reshape(-1, 1, height, width)
         flat = functional.pad(flat, (0, width % 2, 0, height % 2), mode="replicate")
         x = flat.reshape(*x.shape[:-2], *flat.shape[-2:])
-    gain = _ANALYSIS[scaling]
-    top, bottom = x[..., 0::2, :], x[..., 1::2, :]
-    low, high = (top + bottom) * gain, (top - bottom) * gain
-    approximation = low[..., 0::2] + low[..., 1::2]
-    vertical = low[..., 0::2] - low[..., 1::2]
-    horizontal = high[..., 0::2] + high[..., 1::2]
-    diagonal = high[..., 0::2] - high[..., 1::2]
+    low, high = butterfly(x[..., 0::2, :], x[..., 1::2, :], halved=True)
+    halved = scaling == "averaging"
+    approximation, vertical = butterfly(low[..., 0::2], low[..., 1::2], halved)
+    horizontal, diagonal = butterfly(high[..., 0::2], high[..., 1::2], halved)
     return approximation, torch.stack((horizontal, vertical, diagonal), dim=-4)
 
 
@@ -54,13 +55,12 @@ def haar_unstep(
     """The inverse of ``haar_step``: [..., C, H, W], cut to ``size`` (height, width) where a side was odd."""
     approximation, details = _lift(approximation), _lift(details)
     horizontal, vertical, diagonal = details.unbind(dim=-4)
-    gain = _SYNTHESIS[scaling]
-    # rows first, then columns: two butterflies on halves instead of four sums of four
-    low_left, low_right = approximation + vertical, approximation - vertical
-    high_left, high_right = horizontal + diagonal, horizontal - diagonal
-    top = torch.stack((low_left + high_left, low_right + high_right), dim=-1).flatten(-2)
-    bottom = torch.stack((low_left - high_left, low_right - high_right), dim=-1).flatten(-2)
-    x = torch.stack((top, bottom), dim=-2).flatten(-3, -2) * gain
+    halved = scaling == "orthonormal"
+    left, right = butterfly(approximation, vertical, halved)
+    left_high, right_high = butterfly(horizontal, diagonal, halved)
+    top = torch.stack((left + left_high, right + right_high), dim=-1).flatten(-2)
+    bottom = torch.stack((left - left_high, right - right_high), dim=-1).flatten(-2)
+    x = torch.stack((top, bottom), dim=-2).flatten(-3, -2)
     return x if size is None else x[..., : size[0], : size[1]]
 
 
