@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,24 @@ from torch import Tensor, nn
 
 from data.layout import Tokens
 from stages.contract import Prior, Prompts
+
+
+def bytes_saved_by(step: Callable[[], Tensor], network: nn.Module) -> tuple[int, Tensor]:
+    """(bytes that ``step`` saves for its backward pass, what it returned). A tensor counts once, weights do not."""
+    seen = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        place = tensor.untyped_storage().data_ptr()
+        if place not in seen:
+            seen.add(place)
+            total += tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made = step()
+    return total, made
 
 
 def saved_bytes(

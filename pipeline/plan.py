@@ -1,0 +1,204 @@
+"""plan: what training a config would take on many GPUs: parameters, FLOPs, memory, throughput and days.
+
+What is notable here:
+
+- nothing is guessed from formulas: FLOPs and the bytes that a training step keeps are counted on the config's own
+  networks with one and two layers, one sample, on the CPU. Every layer adds the same, so the full depth follows;
+- what cannot be known without the GPUs is an input and stands in the result: their peak, and the share of it that
+  training reaches (``octaves bench parts=prior`` measures it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.layout import TokenLayout, Tokens
+from pipeline.config import Config
+from pipeline.run import RunError
+from stages.contract import Prompts
+from stages.factory import build_prior, build_tokenizer
+from stages.measures.memory import bytes_saved_by
+from stages.tokenizer.config import TokenizerTrainingConfig
+from stages.tokenizer.module import TokenizerModule
+
+CLASSES = ["class"] * 1000
+TEXT = {"encoder": "minilm", "max_tokens": 32, "width": 384, "empty_length": 2}
+STATE_BYTES = 20
+"""Bytes that training keeps for a parameter in float32: weight, gradient, two moments of Adam, averaged weight."""
+SECONDS_A_DAY = 86_400
+
+
+@dataclass
+class PlanRequest:
+    """The machines."""
+
+    gpus: int = 8
+    """How many."""
+    teraflops: float = 989.0
+    """Peak of one, in TFLOP/s of dense bfloat16 products; 989 is an H100 SXM's by its data sheet."""
+    utilisation: float = 0.4
+    """Share of the peak that training reaches; measure it where the GPUs are."""
+    images: int = 1_281_167
+    """Training images, for the cache; ImageNet's by default."""
+    out: str = "${run}/plan.json"
+    """Where the figures go."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs in one training step."""
+
+    flops: float
+    """Forward and backward."""
+    saved: float
+    """Bytes kept for the backward pass in float32; under bfloat16 autocast roughly half."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.saved + other.saved)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self + other * -1
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.flops * times, self.saved * times)
+
+
+def run_plan(config: Config, request: PlanRequest) -> Path:
+    """Print a table and write it as JSON. Raises RunError for impossible machines and for what has no fixed cost."""
+    for key, low, high in (("gpus", 1, 1e6), ("teraflops", 1e-3, 1e6), ("utilisation", 1e-3, 1), ("images", 1, 1e12)):
+        if not low <= getattr(request, key) <= high:
+            raise RunError(f"{key}={getattr(request, key)}; allowed: {low:g} to {high:g}")
+    size = (config.images.size, config.images.size)
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(config.tokenizer, size, config.images.channels)
+    if tokenizer.layout.ends != "fixed" or not tokenizer.trainable:
+        raise RunError(f"tokenizer.kind={config.tokenizer.kind}: only learned tokenizers of a fixed length are planned")
+    layout = tokenizer.layout
+    with torch.device("meta"):
+        prior = build_prior(config.prior, config.condition, layout, CLASSES, TEXT)
+    stages = {
+        "tokenizer": stage_plan(tokenizer, tokenizer_cost(config), config.tokenizer_training, request),
+        "prior": stage_plan(prior, prior_cost(config, layout), config.prior_training, request),
+    }
+    views = 2 if config.images.flip else 1
+    # encoding is less than half of the tokenizer's forward pass, which is a third of a training step: an upper bound
+    seconds = request.images * views * stages["tokenizer"]["flops_per_sample"] / 3 / speed_of(request)
+    found: dict[str, Any] = {
+        "settings": {**asdict(request), "config": config.name, "image_size": config.images.size},
+        "tokens_per_image": layout.length,
+        "stages": stages,
+        "cache": {
+            "days_at_most": seconds / SECONDS_A_DAY,
+            "gigabytes": request.images * views * layout.length * layout.num_fields * 2 / 1e9,
+        },
+        "left_out": "perceptual distance and discriminator; time for reading, logging and communication",
+    }
+    print(table_of(found))
+    out = Path(request.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {out}")
+    return out
+
+
+def speed_of(request: PlanRequest) -> float:
+    """FLOPs a second of all GPUs."""
+    return request.gpus * request.teraflops * 1e12 * request.utilisation
+
+
+def stage_plan(network: nn.Module, cost: Cost, training: Any, request: PlanRequest) -> dict[str, Any]:
+    """What one stage takes."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    batch = training.batch_size_per_device * training.accumulate_batches * request.gpus
+    rate = speed_of(request) / cost.flops
+    half = 2 if training.precision == "bf16" else 1
+    return {
+        "parameters": parameters,
+        "flops_per_sample": cost.flops,
+        "steps": training.max_steps,
+        "global_batch": batch,
+        "samples_per_second": rate,
+        "days": training.max_steps * batch / rate / SECONDS_A_DAY,
+        "state_gigabytes": parameters * STATE_BYTES / 1e9,
+        "activation_gigabytes": cost.saved * training.batch_size_per_device / half / 1e9,
+    }
+
+
+def tokenizer_cost(config: Config) -> Cost:
+    """One image through encoder, quantiser and decoder, forward and backward."""
+    section, side = config.tokenizer, config.images.size
+    full = {part: getattr(section, part).depth for part in ("encoder", "decoder")}
+    training = TokenizerTrainingConfig(adversarial_weight=0, perceptual="none")
+
+    def cost(depths: dict[str, int]) -> Cost:
+        parts = {part: dataclasses.replace(getattr(section, part), depth=depth) for part, depth in depths.items()}
+        tokenizer = build_tokenizer(dataclasses.replace(section, **parts), (side, side), config.images.channels)
+        module = TokenizerModule(tokenizer.train(), training, config.seed)
+        pixels = torch.rand(1, config.images.channels, side, side) * 2 - 1
+
+        def step() -> Tensor:
+            return torch.stack(list(module.loss_terms(pixels)[0].values())).sum()
+
+        return measured(step, tokenizer)
+
+    return at_depth(cost, full)
+
+
+def prior_cost(config: Config, layout: TokenLayout) -> Cost:
+    """One sequence, forward and backward; recomputed layers count again."""
+    section: Any = config.prior
+    ids = torch.zeros(1, layout.length, layout.num_fields, dtype=torch.int64)
+    prompts = Prompts.of_labels(torch.zeros(1, dtype=torch.int64))
+
+    def cost(depths: dict[str, int]) -> Cost:
+        prior = build_prior(dataclasses.replace(section, **depths), config.condition, layout, CLASSES, TEXT).train()
+        return measured(lambda: prior(Tokens.fixed(ids), prompts).nll.mean(), prior)
+
+    return at_depth(cost, {"depth": section.depth})
+
+
+def measured(step: Callable[[], Tensor], network: nn.Module) -> Cost:
+    """FLOPs of a step, forward and backward, and bytes that it keeps between them."""
+    with FlopCounterMode(display=False) as counter:
+        saved, loss = bytes_saved_by(step, network)
+        loss.backward()
+    return Cost(counter.get_total_flops(), saved)
+
+
+def at_depth(cost: Callable[[dict[str, int]], Cost], full: dict[str, int]) -> Cost:
+    """The cost of the ``full`` depths, from networks with one layer of each part and with two of one of them."""
+    ones = dict.fromkeys(full, 1)
+    first = cost(ones)
+    total = first
+    for part, depth in full.items():
+        total = total + (cost({**ones, part: 2}) - first) * (depth - 1)
+    return total
+
+
+def table_of(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    settings, stages = found["settings"], found["stages"]
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("parameters, M", lambda stage: f"{stage['parameters'] / 1e6:.1f}"),
+        ("TFLOP a sample, forward and backward", lambda stage: f"{stage['flops_per_sample'] / 1e12:.3f}"),
+        ("steps x global batch", lambda stage: f"{stage['steps']:,d} x {stage['global_batch']}"),
+        ("samples a second", lambda stage: f"{stage['samples_per_second']:.0f}"),
+        ("days", lambda stage: f"{stage['days']:.1f}"),
+        ("GB a GPU: weights, gradients, Adam, average", lambda stage: f"{stage['state_gigabytes']:.1f}"),
+        ("GB a GPU: kept for the backward pass", lambda stage: f"{stage['activation_gigabytes']:.1f}"),
+    ]
+    lines = [f"| {settings['config']}: {found['tokens_per_image']} tokens | tokenizer | prior |", "|---|---|---|"]
+    lines += [f"| {name} | {text(stages['tokenizer'])} | {text(stages['prior'])} |" for name, text in rows]
+    cache = found["cache"]
+    lines.append(f"| cache | at most {cache['days_at_most']:.2f} days, {cache['gigabytes']:.1f} GB | |")
+    machine = f"{settings['gpus']} GPUs of {settings['teraflops']:g} TFLOP/s at {settings['utilisation']:.0%} of that"
+    return "\n".join([f"{machine}; left out: {found['left_out']}", "", *lines])
