@@ -45,11 +45,11 @@ def bench_training(place: Place) -> list[Figure]:
     config = place.config
     training = dataclasses.replace(config.tokenizer_training, start_from=None)
     size = (config.images.size, config.images.size)
-    arms = {}
+    arms: dict[str, TokenizerTrainingConfig] = {}
     for name, changes in LOSSES.items():
-        if changes and all(getattr(training, key) == value for key, value in changes.items()):
-            continue  # the config trains without it: another arm is the same
-        arms[name] = dataclasses.replace(training, **changes)  # type: ignore[arg-type]
+        arm = dataclasses.replace(training, **changes)  # type: ignore[arg-type]
+        if arm not in arms.values():  # the config may train without one of them
+            arms[name] = arm
     if not build_tokenizer(config.tokenizer, size, config.images.channels).trainable:
         return []
 

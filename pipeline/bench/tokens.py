@@ -30,13 +30,19 @@ READ_SAMPLES, READ_TOKENS, READ_BATCH = 40_000, 256, 64
 
 
 def bench_cache(place: Place) -> list[Figure]:
-    """Images a second from files to shards, and of encoding the same images when they lie in memory; bytes a sample."""
+    """Images a second from files to shards, of encoding the same images in memory, and of reading them; bytes a sample.
+
+    Where nothing else runs beside the loader (``trainer.num_workers=0``), reading adds to encoding.
+    """
     config = place.config
     tokenizer, folder = place.tokenizer, Path(config.tokens.path)
     sources = [open_source(config.images, split) for split in ("train", "val")]
-    pixels = torch.stack(
-        [read_eval(source, index, config.images).pixels for source in sources for index in range(len(source))]
-    )
+
+    def read() -> torch.Tensor:
+        views = [read_eval(source, index, config.images) for source in sources for index in range(len(source))]
+        return torch.stack([view.pixels for view in views])
+
+    pixels = read()
     flips = (False, True) if config.images.flip else (False,)
 
     def write() -> None:
@@ -53,7 +59,7 @@ def bench_cache(place: Place) -> list[Figure]:
 
     found = speeds(
         "cache",
-        {"images to shards": write, "encoding alone": encode},
+        {"images to shards": write, "encoding alone": encode, "reading alone": read},
         len(pixels),
         "images/s",
         place.repeats,

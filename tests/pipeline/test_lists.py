@@ -251,7 +251,7 @@ def test_given_scales_are_whole_in_what_eval_finishes(lists, monkeypatch):
 def test_memory_is_measured_by_bench(lists, capsys):
     call = made_with(lists)
     out = lists / "bench.json"
-    assert call("bench", "memory=16,32", "repeats=1", f"out={out}", "prior.chunk=20") == 0
+    assert call("bench", "parts=tokenizer", "memory=16,32", "repeats=1", f"out={out}", "prior.chunk=20") == 0
     found = json.loads(out.read_text())["memory"]
     assert [entry["side"] for entry in found] == [16, 32]
     for entry in found:
@@ -264,7 +264,7 @@ def test_memory_is_measured_by_bench(lists, capsys):
         (("memory=0",), "memory=0; allowed: sides of 1 px or more"),
         (("memory=16", "prior.chunk=5000"), "less than prior.chunk=5000"),
     ):
-        assert call("bench", "repeats=1", f"out={out}", *wrong) == 2
+        assert call("bench", "parts=tokenizer", "repeats=1", f"out={out}", *wrong) == 2
         assert message in capsys.readouterr().err and not out.exists()
 
 
