@@ -114,5 +114,5 @@ def draw_orders(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("share of the tokens before")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False)
+            axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(path)
