@@ -234,11 +234,7 @@ def _picture(image: object) -> Image.Image:
         return image
     kind = type(image).__name__
     if isinstance(image, np.ndarray):
-        if (
-            image.dtype == np.uint8
-            and image.size
-            and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3)))
-        ):
+        if image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((1,), (3,))):
             return Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
         kind = f"an array of shape {image.shape} and {image.dtype}"
     raise InputError(
