@@ -213,7 +213,8 @@ class Model:
                     f"a tensor with values from {float(images.min()):g} to {float(images.max()):g}; allowed: -1 to 1"
                 )
             return images.to(self.device, torch.float32)
-        many = [images] if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4 else list(images)
+        several = isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)
+        many = list(images) if several else [images]  # type: ignore[arg-type, list-item]
         pixels = [cut(plain_image(_picture(one), self.channels, self._images.background)) for one in many]
         if len({part.shape for part in pixels}) != 1:
             sizes = ", ".join(dict.fromkeys(f"{part.shape[1]}x{part.shape[2]}" for part in pixels))
