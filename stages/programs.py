@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from data.errors import InputError
 from data.layout import Tokens
@@ -60,10 +61,21 @@ def export_programs(tokenizer: Tokenizer) -> dict[str, ExportedProgram]:
     # both are run before they are traced: what a transform caches at its first call must not be a tensor of the tracer
     ids = tokenizer.encode(pixels).ids
     tokenizer.decode(Tokens.fixed(ids))
-    return {
+    programs = {
         "encoder": torch.export.export(_Encoder(tokenizer), (pixels,), dynamic_shapes=batch),
         "decoder": torch.export.export(_Decoder(tokenizer), (ids,), dynamic_shapes=batch),
     }
+    for program in programs.values():
+        _forget_places(program)
+    return programs
+
+
+def _forget_places(program: ExportedProgram) -> None:
+    """Remove stack traces: they name the folders of this machine."""
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """import octaves: what a stranger does with it."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,13 +32,20 @@ def picture(width=16, height=16, mode="RGB"):
     return Image.fromarray(values).convert(mode)
 
 
-def test_the_three_lines_of_the_documentation_run(finished, tmp_path, monkeypatch):
-    lines = re.findall(r"^    (.*)$", octaves.__doc__, re.M)
-    assert len(lines) == 3 and lines[0] == "import octaves"
+README = (Path(octaves.__file__).parent / "README.md").read_text()
+DOCUMENTED = [
+    "\n".join(re.findall(r"^    (.*)$", octaves.__doc__, re.M)),
+    *re.findall(r"```python\n(.*?)```", README, re.S),
+]
+
+
+@pytest.mark.parametrize("code", DOCUMENTED)
+def test_the_lines_of_the_documentation_run(code, finished, tmp_path, monkeypatch):
+    assert code.startswith("import octaves\n")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/demo").symlink_to(finished / "run")
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(lines), {})
+    exec(code, {})
     assert Image.open("sample.png").size == (16, 16)
 
 
