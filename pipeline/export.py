@@ -40,7 +40,7 @@ from pipeline.pretrained import (
     read_stage_config,
 )
 from pipeline.run import RunError, need
-from stages.contract import Prior, Tokenizer
+from stages.contract import Tokenizer
 from stages.programs import check_programs, export_programs
 from stages.weights import check_pair, load_prior, load_tokenizer, tokens_sha256
 
@@ -70,7 +70,6 @@ def export_run(config: Config, request: ExportRequest) -> Path:
     tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
     tokenizer, about = load_tokenizer(tokenizer_path)
     sources = {TOKENIZER: tokenizer_path}
-    prior: Prior | None = None
     about_prior: dict[str, Any] | None = None
     if Path(config.prior.path).exists():
         sources[PRIOR] = Path(config.prior.path)
@@ -86,10 +85,15 @@ def export_run(config: Config, request: ExportRequest) -> Path:
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"out={out} cannot be written ({error.strerror}); choose another out=") from error
+    try:
         for name, source in sources.items():
-            copy_synced(source, temporary / name)
+            shutil.copyfile(source, temporary / name)
         for name, program in programs.items():
             torch.export.save(program, temporary / PROGRAMS[name])
+        for path in temporary.iterdir():
+            sync(path)
         hashes = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         described = describe(config, tokenizer, about, about_prior, sources, hashes)
         content = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -212,12 +216,10 @@ def verify(folder: Path, described: dict[str, Any], programs: dict[str, Exported
         check_programs({name: torch.export.load(folder / PROGRAMS[name]) for name in programs}, loaded.tokenizer)
 
 
-def copy_synced(source: Path, target: Path) -> None:
-    """Copy a file and wait until the disk has it."""
-    with source.open("rb") as read, target.open("wb") as written:
-        shutil.copyfileobj(read, written, 1 << 20)
-        written.flush()
-        os.fsync(written.fileno())
+def sync(path: Path) -> None:
+    """Wait until the disk has a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def put_in_place(temporary: Path, out: Path) -> None:

@@ -53,6 +53,21 @@ def test_an_export_is_the_run_bit_for_bit(kind, tmp_path, image_folder):
         assert torch.equal(model.render(tokens, (20, 9)), tokenizer.render(expected, (20, 9)))
 
 
+def test_captions_are_read_as_by_the_command(tmp_path, image_folder):
+    given = write_run(tmp_path, image_folder, "sit-words")
+    assert export(given) == 0
+    keys = ["text=a leaf | the sky", "classes=red", "count=1", f"out={tmp_path}/out"]
+    assert main(["sample", *given, *keys]) == 0
+    model = octaves.load(tmp_path / "run/export", device="cpu")
+    drawn = octaves.to_pil(model.sample(texts=["a leaf", "the sky"], classes=["red"]))
+    for picture, name in zip(drawn, ("a_leaf__red-000000.png", "the_sky__red-000001.png"), strict=True):
+        assert picture.tobytes() == Image.open(tmp_path / "out" / name).tobytes()
+    assert drawn[0].tobytes() != octaves.to_pil(model.sample(texts=["the sky"], classes=["red"]))[0].tobytes()
+    card = (tmp_path / "run/export/README.md").read_text()
+    assert front_matter_of(card)["pipeline_tag"] == "text-to-image"
+    assert "read by the text encoder `words`" in card and "Its classes: blue, green, red." in card
+
+
 @pytest.fixture(scope="module")
 def evaluated(finished, tmp_path_factory):
     """A copy of the finished run, evaluated and exported."""
@@ -182,6 +197,7 @@ def test_an_export_is_replaced_and_nothing_else(tmp_path, image_folder, capsys):
         assert export(given, f"out={tmp_path}/{place}") == 2
         assert words in one_line(capsys) and snapshot(tmp_path / place) == before
     assert export(given, f"out={tmp_path}/vit-vqgan.yaml/below") == 2 and "is a file" in one_line(capsys)
+    assert export(given, "out=/proc/export") == 2 and "cannot be written" in one_line(capsys)
 
 
 def snapshot(path):

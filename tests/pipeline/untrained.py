@@ -6,6 +6,7 @@ from torch import nn
 from data.tokens.files import file_sha256
 from pipeline.config import load_config
 from pipeline.train import first_images
+from stages.conditions.encoders import WordEncoder
 from stages.factory import build_prior, build_tokenizer
 from stages.weights import save_prior, save_tokenizer
 from tests.conftest import TINY
@@ -13,6 +14,7 @@ from tests.conftest import TINY
 KINDS = {
     "sit": (),
     "sit-wavelet-head": ("tokenizer.head.kind=wavelet", "tokenizer.head.width=8", "tokenizer_training.oversampling=2"),
+    "sit-words": ("condition.kind=class-text", "tokens.text_encoder=words"),
     "vit-vqgan": ("tokenizer.kind=vit-vqgan", "tokenizer.scales=1", "tokenizer.patch=4", "tokenizer.attention=sit"),
     "nested": ("tokenizer.kind=nested", "tokenizer.num_tokens=6", "tokenizer.patch=4"),
     "bitplane": (
@@ -43,7 +45,8 @@ def write_run(folder, images, kind, with_prior=True):
     path = folder / "run/tokenizer/tokenizer.safetensors"
     save_tokenizer(path, tokenizer, config.tokenizer, {"steps": 0})
     if with_prior:
-        prior = build_prior(config.prior, config.condition, tokenizer.layout, ["blue", "green", "red"])
+        text = WordEncoder(["leaf", "sky"], 4).spec if kind == "sit-words" else None
+        prior = build_prior(config.prior, config.condition, tokenizer.layout, ["blue", "green", "red"], text)
         weigh(prior)
         belongs = {"tokenizer_sha256": file_sha256(path), "steps": 0}
         save_prior(folder / "run/prior/prior.safetensors", prior, config.prior, config.condition, belongs)
