@@ -12,11 +12,11 @@ PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 # what only these commands understand must not reach the stages that they may have to run first
-OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% mask=% host=% port=% runs=% repeats=%
-KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio rates bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
-SOURCES := data stages pipeline tests
+OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% mask=% host=% port=% runs=% repeats=% programs=% license=%
+KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio export rates bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
+SOURCES := octaves.py data stages pipeline tests
 
-.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit colorize studio rates bench text photos clean
+.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit colorize studio export rates bench text photos clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -80,6 +80,9 @@ edit: $(PRIOR) ## Keep coarse scales, redraw fine ones: ARGS="input=face.png fro
 	$(OCTAVES) edit $(PLACES) $(ARGS)
 colorize: $(PRIOR) ## Give gray images colours: CONFIG=demo-dct-luma ARGS="input=gray.png count=4"
 	$(OCTAVES) colorize $(PLACES) $(ARGS)
+
+export: $(TOKENIZER) ## A folder to publish or to load: weights and model card: ARGS="out=mine license=mit programs=true"
+	$(OCTAVES) export $(PLACES) $(ARGS)
 
 studio: $(PRIOR) ## Draw, upsample and edit in a browser: ARGS="port=8000"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[studio]'

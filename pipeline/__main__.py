@@ -9,6 +9,7 @@ reconstruct       images through the tokenizer and back: input=… size=300x517 
 upsample          make a small image large: input=… to=… and the keys of sample
 colorize          give a gray image colours: input=… and the keys of sample (prior.order=luma_first)
 edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
+export            tokenizer, prior and model card in one folder, to publish or to load: out=… programs=true license=…
 studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
 rates             bits beside PSNR of evaluations and of image formats: runs=folder,folder out=…
 orders            whose tokens follow best from those before them: runs=folder,folder out=…
@@ -44,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "upsample": ("pipeline.upsample", "upsample_images", "UpsampleRequest"),
     "colorize": ("pipeline.colorize", "colorize_images", "ColorizeRequest"),
     "edit": ("pipeline.edit", "edit_images", "EditRequest"),
+    "export": ("pipeline.export", "export_run", "ExportRequest"),
     "studio": ("pipeline.studio", "run_studio", "StudioRequest"),
     "rates": ("pipeline.rates", "compare_rates", "RatesRequest"),
     "orders": ("pipeline.orders", "compare_orders", "OrdersRequest"),
@@ -98,18 +100,23 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -> Any:
-    """A command's own keys; ``${run}`` in a default is the run's folder. Raises ConfigError for a wrong number.
+    """A command's own keys; ``${run}`` in a default is the run's folder. Raises ConfigError for a wrong value.
 
     Values are taken as written: a caption such as ``no``, ``1, 2`` or ``${x}`` is neither YAML nor a reference.
     """
     kinds = get_type_hints(request_class)
-    values = {
+    values: dict[str, Any] = {
         field.name: field.default.replace("${run}", run_folder)
         for field in fields(request_class)
         if isinstance(field.default, str)
     }
     for item in chosen:
         key, _, value = item.partition("=")
+        if kinds[key] is bool:
+            if value not in ("true", "false"):
+                raise ConfigError(f"{key}={value}: allowed is true or false")
+            values[key] = value == "true"
+            continue
         try:
             values[key] = kinds[key](value)
         except ValueError as error:

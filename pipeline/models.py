@@ -160,12 +160,14 @@ def load_models(config: Config) -> Models:
 
 def assemble(config: Config, tokenizer: Tokenizer, prior: Prior) -> Models:
     """Models that belong together, on the device of ``trainer.accelerator``, checked against ``config.sampling``."""
-    device = device_of(config)
-    encoder = load_text_encoder(prior.text) if prior.text is not None and prior.condition.uses_text else None
-    models = Models(
-        tokenizer.to(device), prior.to(device), encoder, device, config.eval.batch_size, config.trainer.progress
-    )
+    models = join(tokenizer, prior, device_of(config), config.eval.batch_size, config.trainer.progress)
     models.check(config.sampling)
     if config.sampling.compile:
         prior.compile_step()
     return models
+
+
+def join(tokenizer: Tokenizer, prior: Prior, device: torch.device, batch_size: int, progress: bool = False) -> Models:
+    """Models that belong together, on a device. Raises InputError where the text encoder is not to be had."""
+    encoder = load_text_encoder(prior.text) if prior.text is not None and prior.condition.uses_text else None
+    return Models(tokenizer.to(device), prior.to(device), encoder, device, batch_size, progress)

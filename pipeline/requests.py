@@ -65,10 +65,19 @@ def parse_prompts(request: Request, prior: Prior, every_class: bool = True) -> l
     """
     if request.count < 1:
         raise RunError(f"count={request.count}; allowed: 1 or more")
-    texts = parse_texts(request.text, prior.condition.uses_text)
+    classes = request.classes.split(",") if request.classes else []
+    return ask(prior, classes, request.text.split("|") if request.text else [], every_class)
+
+
+def ask(prior: Prior, classes: Sequence[str | int], texts: Sequence[str], every_class: bool = True) -> list[Asked]:
+    """Every combination of captions and classes (names or ids); ``every_class`` where neither is given.
+
+    Raises RunError for classes or captions that the prior does not know of.
+    """
+    texts = checked_texts(texts, prior.condition.uses_text)
     names = known_classes(prior)
-    by_class = bool(request.classes) or (every_class and not texts)
-    labels = parse_classes(request.classes, names) if by_class else [-1]
+    by_class = bool(classes) or (every_class and not texts)
+    labels = class_ids(classes, names) if by_class else [-1]
     return [Asked.of(label, text, names) for text in texts or [""] for label in labels]
 
 
@@ -82,37 +91,35 @@ def to_prompts(models: Models, asked: Sequence[Asked]) -> Prompts:
     return models.prompts([one.label for one in asked], [one.text for one in asked])
 
 
-def parse_texts(text: str, known: bool) -> list[str]:
-    """Captions separated by |; none for an empty text. Raises RunError where the prior reads none, or for a blank."""
-    if not text:
-        return []
-    if not known:
+def checked_texts(texts: Sequence[str], known: bool) -> list[str]:
+    """Captions without surrounding blanks. Raises RunError where the prior reads none, or for a blank one."""
+    if texts and not known:
         raise RunError(
             "text= is given, but this prior was trained without captions; leave it out, or train one with "
             "condition.kind=text"
         )
-    texts = [part.strip() for part in text.split("|")]
+    texts = [text.strip() for text in texts]
     if not all(texts):
         raise RunError("text= has a caption without a single letter; leave text= out to sample without one")
     return texts
 
 
-def parse_classes(text: str, names: list[str]) -> list[int]:
-    """Class ids of comma-separated names or ids; all classes for an empty text, [-1] where there are none.
+def class_ids(classes: Sequence[str | int], names: list[str]) -> list[int]:
+    """Class ids of names or ids; all classes where none is given, [-1] where there are none.
 
     Raises RunError for an unknown class.
     """
     if not names:
-        if text:
-            raise RunError(f"classes={text}: this prior was trained without classes; leave it out")
+        if classes:
+            raise RunError(f"classes={classes[0]}: this prior was trained without classes; leave it out")
         return [-1]
-    if not text:
+    if not classes:
         return list(range(len(names)))
     ids = []
-    for part in (part.strip() for part in str(text).split(",")):
+    for part in (part.strip() if isinstance(part, str) else part for part in classes):
         if part in names:
-            ids.append(names.index(part))
-        elif part.isdecimal() and int(part) < len(names):
+            ids.append(names.index(str(part)))
+        elif str(part).isdecimal() and int(part) < len(names):
             ids.append(int(part))
         else:
             raise RunError(f"classes={part}: allowed are 0 to {len(names) - 1}, or {', '.join(names[:20])}")

@@ -278,13 +278,17 @@ def open_photos(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSo
 
     Raises ImagesError that says what to do when there are none.
     """
-    name = config.path or f"photos{config.size}"
-    folder = Path(name).expanduser()
-    if not config.path or not (folder / "index.json").is_file():
-        folder = data_home() / name  # an absolute path stays as it is
+    folder = photos_folder(config)
     if not (folder / "index.json").is_file():
         size = re.fullmatch(r"photos(\d+)", folder.name)
         raise ImagesError(
             f"no photo crops at {folder} yet; gather them with `octaves photos size={size[1] if size else config.size}`"
         )
     return ShardSource(find_shards(folder / split))
+
+
+def photos_folder(config: ImagesConfig) -> Path:
+    """Where the crops lie, or would lie, of which ``index.json`` says from which pictures they are."""
+    name = config.path or f"photos{config.size}"
+    given = Path(name).expanduser()
+    return given if config.path and (given / "index.json").is_file() else data_home() / name

@@ -170,17 +170,18 @@ class NestedTokenizer(HeadedTokenizer):
             normalised = (pixels.float() - self.pixel_mean) / self.pixel_std
             told = 0 if self.rings is None else self.rings.analyse(normalised, self.widths)
         embedded = self.embed(to_patches(normalised, self.config.patch))
-        queries = (self.queries + told).expand(len(pixels), -1, -1).to(embedded.dtype)
+        queries = (self.queries + told).expand(pixels.shape[0], -1, -1).to(embedded.dtype)
         return self.encoder(torch.cat([embedded, queries], dim=1))[:, self.num_patches :]
 
     def _decode_features(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(images [B, C, H, W], what is known of each patch [B, N, decoder width]) of the first ``lengths`` int64 [B]
         of n tokens, features [B, n, decoder width]."""
-        masks = self.masks.expand(len(features), self.num_patches, -1).to(features.dtype)
-        there = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
-        present = torch.cat([there.new_ones(len(features), self.num_patches), there], dim=1)
+        batch, number = features.shape[:2]  # len() would make the batch of an exported program a constant
+        masks = self.masks.expand(batch, self.num_patches, -1).to(features.dtype)
+        there = torch.arange(number, device=features.device) < lengths[:, None]
+        present = torch.cat([there.new_ones(batch, self.num_patches), there], dim=1)
         hidden, tokens = self.decoder(torch.cat([masks, features], dim=1), present).split(
-            [self.num_patches, features.shape[1]], dim=1
+            [self.num_patches, number], dim=1
         )
         patches = self.to_patches(hidden)
         with torch.autocast(features.device.type, enabled=False):
@@ -231,7 +232,7 @@ class NestedTokenizer(HeadedTokenizer):
         if number == 0:
             raise InputError("no tokens to decode")
         features = self.quantizer.lookup(tokens.ids)
-        pixels, places = self._decode_features(features, self._all(len(tokens), number))
+        pixels, places = self._decode_features(features, self._all(tokens.ids.shape[0], number))
         return pixels.clamp(-1, 1), places
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:

@@ -90,8 +90,12 @@ class Quantizer(nn.Module, ABC):
             return self.project_out(self.codes(ids))
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError when an id lies outside its vocabulary."""
+        """Raise ValueError when an id lies outside its vocabulary; an exported program raises RuntimeError."""
         for index, part in enumerate(self.fields):
+            if torch.compiler.is_exporting():
+                inside = (ids[..., index] >= 0) & (ids[..., index] < part.vocabulary_size)
+                torch._assert_async(inside.all(), f"an id of field {part.name} is not 0 to {part.vocabulary_size - 1}")
+                continue
             low, high = int(ids[..., index].min()), int(ids[..., index].max())
             if low < 0 or high >= part.vocabulary_size:
                 seen = low if low < 0 else high

@@ -12,22 +12,31 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.spectral.dct import dct_matrix
+
+
+def count(numbers: Tensor, length: int) -> Tensor:
+    """How often each of 0 … length - 1 is among ``numbers`` int64 [n]: int64 [length]."""
+    return numbers.new_zeros(length).index_add(0, numbers, torch.ones_like(numbers))
 
 
 def shares_of(widths: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(share of every frequency, int64 [H, W]; share of every token, int64 [N]): who has what, numbered from 0.
 
-    A ring has the frequencies of one of the ``widths`` int64 [N] that the one below has not. Tokens of one width share
-    its ring among them, each some neighbours by direction; where it has fewer frequencies than tokens, several have
-    the same one.
+    A ring has the frequencies of one of the ``widths`` int64 [N], never falling, that the one below has not. Tokens of
+    one width share its ring among them, each some neighbours by direction; where it has fewer frequencies than tokens,
+    several have the same one.
     """
     rows, columns = torch.meshgrid(*[torch.arange(side, device=widths.device) for side in size], indexing="ij")
-    different, ring_of_token, tokens = widths.unique(return_inverse=True, return_counts=True)
+    # There may be as many rings as tokens; where widths are equal there are fewer, and the last ones are empty. Shapes
+    # must not depend on the widths: a program of the tokenizer could not be exported.
+    ring_of_token = functional.pad(widths.diff() > 0, (1, 0)).cumsum(0)
+    tokens = count(ring_of_token, len(widths))
     # the last width is the longer side, so every frequency has a ring
-    ring = torch.searchsorted(different, torch.maximum(rows, columns) + 1).flatten()
-    frequencies = torch.bincount(ring, minlength=len(different))
+    ring = ring_of_token[torch.searchsorted(widths, torch.maximum(rows, columns) + 1)].flatten()
+    frequencies = count(ring, len(widths))
     shares = torch.minimum(tokens, frequencies)
     before = shares.cumsum(0) - shares
     order = torch.atan2(rows.double(), columns.double()).flatten().argsort(stable=True)
@@ -61,9 +70,9 @@ class RingSummaries(nn.Module):
         of_frequency, of_token = shares_of(widths, (height, width))
         coefficients = dct_matrix(height).to(pixels) @ pixels @ dct_matrix(width).to(pixels).T / self.deviation
         weighted = torch.einsum("bchw,kchw->bkhw", coefficients, self.gather).flatten(2)
-        count = len(of_token)  # shares, or more
-        sums = weighted.new_zeros(*weighted.shape[:2], count).index_add(2, of_frequency.flatten(), weighted)
-        sizes = torch.bincount(of_frequency.flatten(), minlength=count) * channels
+        most = len(of_token)  # shares, or more
+        sums = weighted.new_zeros(*weighted.shape[:2], most).index_add(2, of_frequency.flatten(), weighted)
+        sizes = count(of_frequency.flatten(), most) * channels
         told = (sums / sizes.clamp(min=1) ** 0.5)[:, :, of_token]
         return torch.einsum("bkn,nkd->bnd", told, self.tell)
 
