@@ -12,7 +12,7 @@ PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 # what only these commands understand must not reach the stages that they may have to run first
-OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% mask=% host=% port=% runs=% repeats=% programs=% license=%
+OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% mask=% host=% port=% runs=% repeats=% parts=% programs=% license=%
 KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio export rates bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
 SOURCES := octaves.py data stages pipeline tests
 
@@ -90,7 +90,7 @@ studio: $(PRIOR) ## Draw, upsample and edit in a browser: ARGS="port=8000"
 
 rates: | install ## Bits beside PSNR of evaluations and image formats: ARGS="runs=runs/a/eval/default,runs/b/eval/default"
 	$(OCTAVES) rates $(PLACES) $(ARGS)
-bench: $(TOKENIZER) ## How fast the tokenizer is, and memory of a prior over lists: ARGS="repeats=5 memory=64,128"
+bench: | install ## How fast every part is beside what it can be compared with: ARGS="parts=prior,sampling repeats=5"
 	$(OCTAVES) bench $(PLACES) $(ARGS)
 
 text: install ## Install the text encoders that tokens.text_encoder can name
