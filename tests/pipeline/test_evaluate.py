@@ -48,7 +48,11 @@ from tests.pipeline.mean_colour import MeanColourConfig
 CLASSES = ["bright", "dark"]
 PICTURES = (
     "reconstructions",
+    "extremes",
+    "errors",
     "prefixes",
+    "frequencies",
+    "calibration",
     "samples",
     "growing",
     "neighbours",
@@ -160,7 +164,8 @@ def test_everything_is_written_and_every_number_has_its_company(evaluated: Path)
     assert names == pictures | {"metrics.json", "report.html", "samples.npz"}
     metrics = read(evaluated)
     samples, rate = metrics["samples"], metrics["rate"]
-    assert [line.split(":")[0] for line in metrics["skipped"]] == ["R² of tokens from earlier ones"]  # 16 images
+    # no weights of Inception, and 16 images
+    assert [line.split(":")[0] for line in metrics["skipped"]] == ["fid", "R² of tokens from earlier ones"]
     assert len(metrics["settings"]["tokenizer"]["sha256"]) == 64
     assert metrics["settings"]["config"]["eval"]["num_samples"] == 6
     assert (
