@@ -12,6 +12,8 @@ edit              keep coarse scales, redraw fine ones: input=… frozen=… mas
 studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
 rates             bits beside PSNR of evaluations and of image formats: runs=folder,folder out=…
 orders            whose tokens follow best from those before them: runs=folder,folder out=…
+sweep             one prior under a grid of settings: guidances=1,2 temperatures=0.9,1 top_ks=0,100 out=…
+compare           evaluations side by side, no CONFIG: runs=folder,folder out=…
 bench             how fast the tokenizer is: repeats=… memory=64,128 (of a prior over lists) out=…
 text-tokens       the bytes of a text as a token cache: file=… length=… (then train-prior condition.kind=none)
 photos            gather colour photos from installed packages: size=64
@@ -46,12 +48,14 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "studio": ("pipeline.studio", "run_studio", "StudioRequest"),
     "rates": ("pipeline.rates", "compare_rates", "RatesRequest"),
     "orders": ("pipeline.orders", "compare_orders", "OrdersRequest"),
+    "sweep": ("pipeline.sweep", "sweep", "SweepRequest"),
+    "compare": ("pipeline.compare", "compare_runs", None),
     "bench": ("pipeline.bench", "run_bench", "BenchRequest"),
     "text-tokens": ("pipeline.text_tokens", "cache_text", "TextTokensRequest"),
     "photos": ("pipeline.photos", "run_photos", None),
     "fit-inr": ("pipeline.fit_inr", "run_fit", None),
 }
-WITHOUT_CONFIG = ("photos", "fit-inr")
+WITHOUT_CONFIG = ("photos", "fit-inr", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

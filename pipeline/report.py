@@ -20,7 +20,7 @@ from pipeline.report_order import order_part
 from pipeline.report_samples import FEATURES, spaces_part
 from pipeline.report_scales import editing_part, head_part, ladder_part, upsampling_part
 from pipeline.report_streams import growing_part, streams_part
-from pipeline.report_tables import bias, class_table, code_table, prefix_table, same_backbone, section
+from pipeline.report_tables import bias, class_table, code_table, figure, prefix_table, same_backbone, section
 
 CREDIT = "Icons: Twemoji by Twitter, Inc. and other contributors, CC-BY 4.0 (creativecommons.org/licenses/by/4.0)."
 
@@ -223,14 +223,16 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
 def frechet_row(name: str, key: str, entry: dict[str, Any], baseline: dict[str, Any] | None) -> Row:
     """A row for a Fréchet distance, with its N and its caveats."""
     beside = (
-        "0 at best" if baseline is None else f"{baseline['value']:.4g} for {baseline['num_judged']:,} training images"
+        "0 at best"
+        if baseline is None
+        else f"{figure(baseline['value'])} for {baseline['num_judged']:,} training images"
     )
     features = FEATURES[key.removeprefix("fd_")]
     meaning = (
         f"Fréchet distance in {features} of {entry['num_judged']:,} against {entry['num_reference']:,} images; lower "
         "is better."
     )
-    return Row(name, f"{entry['value']:.4g}", beside, meaning + bias(entry) + same_backbone(entry))
+    return Row(name, figure(entry["value"]), beside, meaning + bias(entry) + same_backbone(entry))
 
 
 def headline(rows: list[Row]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report_tables import bias, heading, percent, same_backbone, table
+from pipeline.report_tables import bias, figure, heading, percent, same_backbone, table
 from stages.measures.samples import frechet_key
 
 FEATURES = {
@@ -39,7 +39,7 @@ def spaces_part(metrics: dict[str, Any]) -> str:
     flattered = [name for name in names if samples[frechet_key(name)]["same_backbone_as_loss"]]
     if flattered:
         words += f" {' and '.join(flattered)} (*):{same_backbone(samples[frechet_key(flattered[0])])}"
-    head = ["Features", "Fréchet distance", "Kernel distance x1000", "Precision", "Recall", "Density", "Coverage"]
+    head = ["Features", "Fréchet distance", "Kernel distance", "Precision", "Recall", "Density", "Coverage"]
     return heading("Samples as a set", words) + table(head, rows)
 
 
@@ -49,14 +49,14 @@ def row_of(title: str, key: str, samples: dict[str, Any]) -> list[str]:
     distance, real = samples[key], samples[f"{key}_of_real_images"]
     cells = [
         title + " *" * distance["same_backbone_as_loss"],
-        f"{distance['value']:.4g} ({real['value']:.4g})",
+        f"{figure(distance['value'])} ({figure(real['value'])})",
     ]
     kernel, manifold, covered = (samples.get(f"{kind}_{name}") for kind in ("kd", "manifold", "coverage"))
     if kernel is None:
         cells.append("–")
     else:
-        spread = f"{1000 * kernel['mean']:.4g} ± {1000 * kernel['std']:.2g}"
-        cells.append(f"{spread} ({1000 * kernel['baseline_of_real_images']:.2g})")
+        spread = f"{figure(kernel['mean'])} ± {figure(kernel['std'])}"
+        cells.append(f"{spread} ({figure(kernel['baseline_of_real_images'])})")
     for kind in ("precision", "recall", "density"):
         if manifold is None:
             cells.append("–")

@@ -97,6 +97,11 @@ def class_table(metrics: dict[str, Any]) -> str:
     return table(["Class", "Samples in class", "Held-out images in class"], rows)
 
 
+def figure(value: float) -> str:
+    """A number in four digits, without exponent where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
 def percent(share: float | None) -> str:
     """A share as text; a dash for None."""
     return "–" if share is None else f"{share:.1%}"

@@ -21,11 +21,12 @@ FLOOR = 1e-12
 
 
 def power_spectrum(pixels: Tensor) -> Tensor:
-    """Radially averaged power of uint8 images [N, C, s, s] at 1, 2, … s // 2 cycles a side: float64 [s // 2].
+    """Radially averaged power of uint8 images [N, C, s, s] below s / 2 cycles a side: float64 [R], 1, 2, … cycles.
 
     The mean over images, channels and the frequencies of each ring (rounded to whole radii) of the squared modulus of
     the windowed Fourier transform, so normalised that a wave has the same power at every size. An image's own mean is
-    taken out. Pixels count in [-1, 1]. Raises ValueError for sides that differ or are under 4 px.
+    taken out. Pixels count in [-1, 1]; s / 2 itself is left out, for there a wave may be sampled at its zeros. Raises
+    ValueError for sides that differ or are under 4 px.
     """
     side = pixels.shape[-1]
     if pixels.shape[-2] != side or side < SMALLEST_SIDE:
@@ -42,14 +43,14 @@ def power_spectrum(pixels: Tensor) -> Tensor:
     frequency = torch.fft.fftfreq(side, 1 / side).double()
     radius = (frequency[:, None].square() + frequency.square()).sqrt().round().long()
     sums = torch.zeros(int(radius.max()) + 1, dtype=torch.float64).index_add(0, radius.flatten(), power.flatten())
-    return (sums / torch.bincount(radius.flatten()))[1 : side // 2 + 1]
+    return (sums / torch.bincount(radius.flatten()))[1 : (side + 1) // 2]
 
 
 def octaves_of(spectrum: Tensor) -> Tensor:
     """Power in the octaves [1, 2), [2, 4), … cycles a side of a spectrum [R]: float64 [bands], the last may be cut."""
     cycles = torch.arange(1, len(spectrum) + 1)
     # a ring has as many frequencies as it is long
-    weighted = spectrum * cycles
+    weighted = spectrum.double() * cycles
     band = cycles.double().log2().floor().long()
     return torch.zeros(int(band.max()) + 1, dtype=torch.float64).index_add(0, band, weighted)
 
