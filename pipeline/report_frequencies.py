@@ -49,8 +49,9 @@ def frequencies_part(metrics: dict[str, Any], folder: Path) -> str:
         return ""
     words = (
         "Radially averaged power of the reconstructions over that of the images (Hann window), in dB: 0 where they are "
-        "as strong, negative where detail is lost. In brackets: what these scales should carry, which is the image "
-        "reduced to their size; at its last frequencies averaging takes some dB."
+        "as strong, negative where detail is lost. In brackets: what these scales should carry, by the tokenizer's own "
+        "reference; where that is the image reduced to their size, averaging takes some dB of its last frequencies. "
+        "Rounding to 8 bits keeps what is lost altogether from falling further than some -30 dB."
     )
     octaves = found["octaves_from"]
     rows = []

@@ -21,6 +21,8 @@ from stages.measures.perceptual import SMALLEST_PERCEPTUAL, Lite0Perceptual
 from stages.measures.rate import rates, total_rate
 
 ORIGINALS = "the originals of these reconstructions"
+JUDGED_PREFIX_IMAGES = 500
+"""Images of every prefix that the judge looks at: a layout may report many prefixes, and it takes longer than they."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,18 @@ def measure_distortion(pixels: Tensor, made: Tensor, judge: Judge | None, refere
     if side >= SMALLEST_SSIM:
         parts = zip(made.split(256), pixels.split(256), strict=True)
         measured["ssim"] = float(torch.cat([ssim(a, b) for a, b in parts]).mean())
-    if judge is not None and side >= SMALLEST_PERCEPTUAL:
+    return measured if judge is None else measured | measure_judged(pixels, made, judge, reference)
+
+
+def measure_judged(pixels: Tensor, made: Tensor, judge: Judge, reference: str) -> dict[str, Any]:
+    """The parts of ``measure_distortion`` that need a judge."""
+    measured: dict[str, Any] = {}
+    if min(pixels.shape[-2:]) >= SMALLEST_PERCEPTUAL:
         measured["perceptual_lite0"] = {
             "mean": float(judge.distance(made, pixels).mean()),
             "same_backbone_as_loss": judge.same_backbone_as_loss,
         }
-    if judge is not None:
-        measured["fd_lite0"] = judge.frechet(judge.features(pixels), judge.features(made), reference)
-    return measured
+    return measured | {"fd_lite0": judge.frechet(judge.features(pixels), judge.features(made), reference)}
 
 
 @dataclass(frozen=True)
@@ -143,12 +149,18 @@ def decode_prefixes(
 
 
 def measure_prefix(prefix: Prefix, pixels: Tensor, judge: Judge | None) -> dict[str, Any]:
-    """Distortion of a prefix against its reference, and its PSNR against the uint8 ``pixels`` if it is as large."""
+    """Distortion of a prefix against its reference, and its PSNR against the uint8 ``pixels`` if it is as large.
+
+    The perceptual parts are of the first ``JUDGED_PREFIX_IMAGES``.
+    """
+    reference, some = "what these scales should look like", slice(JUDGED_PREFIX_IMAGES)
     measured = {
         "num_scales": prefix.num_scales,
         "image_size": list(prefix.decoded.shape[-2:]),
-        **measure_distortion(prefix.wanted, prefix.decoded, judge, "what these scales should look like"),
+        **measure_distortion(prefix.wanted, prefix.decoded, None, reference),
     }
+    if judge is not None:
+        measured |= measure_judged(prefix.wanted[some], prefix.decoded[some], judge, reference)
     if prefix.decoded.shape[-2:] == pixels.shape[-2:]:
         parts = zip(prefix.decoded.split(256), pixels.split(256), strict=True)
         measured["psnr_against_images"] = float(torch.cat([psnr(a, b) for a, b in parts]).mean())
