@@ -12,11 +12,11 @@ PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 # what only these commands understand must not reach the stages that they may have to run first
-OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% mask=% host=% port=% runs=% repeats=% parts=% programs=% license=%
-KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio export rates bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
+OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% temperatures=% top_ks=% mask=% host=% port=% runs=% repeats=% parts=% programs=% license=%
+KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio export rates sweep bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
 SOURCES := octaves.py data stages pipeline tests
 
-.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit colorize studio export rates bench text photos clean
+.PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit colorize studio export rates sweep bench text photos clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -90,6 +90,8 @@ studio: $(PRIOR) ## Draw, upsample and edit in a browser: ARGS="port=8000"
 
 rates: | install ## Bits beside PSNR of evaluations and image formats: ARGS="runs=runs/a/eval/default,runs/b/eval/default"
 	$(OCTAVES) rates $(PLACES) $(ARGS)
+sweep: $(PRIOR) ## One prior under a grid of sampling settings: ARGS="guidances=1,2,4 temperatures=0.9,1.0 top_ks=0,100"
+	$(OCTAVES) sweep $(PLACES) $(ARGS)
 bench: | install ## How fast every part is beside what it can be compared with: ARGS="parts=prior,sampling repeats=5"
 	$(OCTAVES) bench $(PLACES) $(ARGS)
 

@@ -13,6 +13,8 @@ export            tokenizer, prior and model card in one folder, to publish or t
 studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
 rates             bits beside PSNR of evaluations and of image formats: runs=folder,folder out=…
 orders            whose tokens follow best from those before them: runs=folder,folder out=…
+sweep             one prior under a grid of settings: guidances=1,2 temperatures=0.9,1 top_ks=0,100 out=…
+compare           evaluations side by side, no CONFIG: runs=folder,folder out=…
 bench             how fast every part is: parts=… repeats=… memory=64,128 (of a prior over lists) out=…
 plan              what training would take on many GPUs: gpus=8 teraflops=989 utilisation=0.4 out=…
 text-tokens       the bytes of a text as a token cache: file=… length=… (then train-prior condition.kind=none)
@@ -49,13 +51,15 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "studio": ("pipeline.studio", "run_studio", "StudioRequest"),
     "rates": ("pipeline.rates", "compare_rates", "RatesRequest"),
     "orders": ("pipeline.orders", "compare_orders", "OrdersRequest"),
+    "sweep": ("pipeline.sweep", "sweep", "SweepRequest"),
+    "compare": ("pipeline.compare", "compare_runs", None),
     "bench": ("pipeline.bench.command", "run_bench", "BenchRequest"),
     "plan": ("pipeline.plan", "run_plan", "PlanRequest"),
     "text-tokens": ("pipeline.text_tokens", "cache_text", "TextTokensRequest"),
     "photos": ("pipeline.photos", "run_photos", None),
     "fit-inr": ("pipeline.fit_inr", "run_fit", None),
 }
-WITHOUT_CONFIG = ("photos", "fit-inr")
+WITHOUT_CONFIG = ("photos", "fit-inr", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

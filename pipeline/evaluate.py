@@ -12,54 +12,47 @@ What is notable here:
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from data.images.reading import pixels_of
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_colours import check_order, measure_colouring
-from pipeline.evaluate_grids import show_grids, show_growing, shown_settings
+from pipeline.evaluate_frequencies import measure_scales
+from pipeline.evaluate_grids import shown_settings
 from pipeline.evaluate_heads import measure_head
 from pipeline.evaluate_lists import measure_lists
 from pipeline.evaluate_order import measure_order
+from pipeline.evaluate_samples import Judges, Reference, measure_decoded, measure_samples
 from pipeline.evaluate_scales import check_scales, load_baseline, measure_editing, measure_ladder, measure_upsampling
 from pipeline.evaluate_streams import bits_of_scales, measure_rates, show_finished
 from pipeline.evaluation_images import Images, prompts_of, read_images
-from pipeline.evaluation_pictures import (
-    show_captioned,
-    show_neighbours,
-    show_prefixes,
-    show_reconstructions,
-    show_samples,
-)
+from pipeline.evaluation_pictures import show_errors, show_extremes, show_prefixes, show_reconstructions
 from pipeline.models import Models, assemble, check_images
 from pipeline.report import write_report
+from pipeline.report_calibration import draw_calibration
 from pipeline.run import RunError, device_of, need
 from stages.contract import Tokenizer
 from stages.measures.backbones import BackboneError
-from stages.measures.classifier import Classifier, accuracy, thumbnails, train_classifier
+from stages.measures.calibration import measure_calibration
+from stages.measures.classifier import Classifier, train_classifier
+from stages.measures.inception import Inception
 from stages.measures.ladder import Contender
 from stages.measures.perceptual import Lite0Perceptual
 from stages.measures.rate import sums_of_scales
 from stages.measures.reconstruction import (
+    ORIGINALS,
     Judge,
+    Said,
     measure_nll,
-    measure_prefixes,
     measure_rate,
     measure_reconstruction,
     reconstruct,
 )
-from stages.measures.samples import measure_coverage, measure_memorised
 from stages.tokenizer.heads import NO_HEAD
 from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer, tokens_sha256
 
@@ -78,6 +71,7 @@ def evaluate(config: Config) -> Path:
     models = load_matching_prior(config, tokenizer, path)
     skipped: list[str] = []
     judge = load_judge(metadata.get("perceptual", config.tokenizer_training.perceptual), device, skipped)
+    inception = load_inception(config, device, skipped)
     baseline = load_baseline(config, tokenizer, judge, device)
     source = open_source(config.images, "val")
     if models is not None:
@@ -88,18 +82,22 @@ def evaluate(config: Config) -> Path:
     val = read_images(source, config.images, config.eval.num_images)
     made = reconstruct(tokenizer, val.pixels, config.eval.batch_size, device)
     measured = measure_reconstruction(val.pixels, made, judge)
-    measured["prefixes"] = measure_prefixes(tokenizer, val.pixels, made.tokens, config.eval.batch_size, device)
+    measured["prefixes"], spectrum = measure_scales(config, folder, tokenizer, val, made, judge, device)
     show_reconstructions(folder, val.pixels, made.pixels)
+    show_extremes(folder, val.pixels, made.pixels)
+    show_errors(folder, val.pixels, made.pixels)
     show_prefixes(folder, tokenizer, val.pixels, made.tokens, device)
 
     metrics: dict[str, Any] = {"settings": settings(config, path, metadata["kind"], device), "tokenizer": measured}
     own = Contender(tokenizer, judge)
+    metrics["spectrum"] = spectrum
     metrics["ladder"] = measure_ladder(config, own, baseline, models, val, made, device, skipped)
     metrics["head"] = measure_head(config, folder, tokenizer, source, val, made, judge, device, skipped)
     streams = metrics["streams"] = measure_rates(config, tokenizer, models, val, made, measured)
     metrics["lists"] = measure_lists(config, tokenizer, val, made)
     bits, header_bits = (None, 0.0) if streams is None else (bits_of_scales(streams), streams["header_bits"])
     bits_by_position: list[float] | None = None
+    classifier = None
     if models is None:
         skipped.append(f"samples and prior bits: no prior at {config.prior.path}; the tokenizer was evaluated alone")
         if config.eval.upsample_from or config.eval.edit_frozen or config.eval.num_colorized:
@@ -107,13 +105,18 @@ def evaluate(config: Config) -> Path:
     else:
         asked = prompts_of(models, val.labels, val.texts)
         if streams is None:
-            bits_by_position = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
+            said = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
+            bits_by_position = said.bits
             bits = sums_of_scales(bits_by_position, tokenizer.layout)
+            metrics["calibration"] = calibration_of(folder, tokenizer, said)
+        else:
+            skipped.append("calibration of the prior: it is measured for tokens of fixed length")
         train_source = open_source(config.images, "train")
         train = read_images(train_source, config.images, config.eval.num_train_reference, small=True)
         classifier = fit_classifier(config, train, len(source.class_names), device, skipped)
-        reference = Reference(val, made.pixels, train, train_source, classifier)
-        metrics["samples"] = measure_samples(config, folder, models, reference, judge, skipped)
+        judges = Judges(judge, classifier, inception)
+        reference = Reference(val, train, train_source)
+        metrics["samples"] = measure_samples(config, folder, models, reference, made.pixels, judges, skipped)
         if config.eval.upsample_from:
             metrics["upsampling"] = measure_upsampling(config, folder, models, val, made, judge)
         if config.eval.num_colorized:
@@ -123,6 +126,7 @@ def evaluate(config: Config) -> Path:
             metrics["editing"] = measure_editing(
                 config, folder, models, val, made, classifier, source.class_names, skipped
             )
+    measured |= measure_decoded(val.pixels, made.pixels, Judges(None, classifier, inception), ORIGINALS)
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured, header_bits)
     metrics["codes"] = [use.to_dict() for use in uses]
     metrics["order"] = measure_order(
@@ -182,7 +186,9 @@ def empty_folder(folder: Path) -> Path:
 def settings(config: Config, path: Path, kind: str, device: torch.device) -> dict[str, Any]:
     """All that the numbers depend on."""
     prior = Path(config.prior.path)
-    baseline = None if config.eval.baseline is None else Path(config.eval.baseline)
+    baseline, inception = (
+        None if each is None else Path(each) for each in (config.eval.baseline, config.eval.inception)
+    )
     return {
         "config": to_plain(config),
         "tokenizer": {"path": str(path), "sha256": file_sha256(path), "kind": kind},
@@ -191,6 +197,8 @@ def settings(config: Config, path: Path, kind: str, device: torch.device) -> dic
         "choice_of_images": "the first of a permutation of each side, fixed by images.split_seed",
         "pixel_range": [-1, 1],
         "fd_lite0": "timm tf_efficientnet_lite0 (ImageNet), mean of block 10, 112 channels; under 64 px enlarged to 64",
+        "sfd_lite0": "the same network, first 7 channels of the map of stride 8, averaged to 8x8 places",
+        "inception": None if inception is None else {"path": str(inception), "sha256": file_sha256(inception)},
         "precision": "networks float32, classifier's training bfloat16 autocast, Fréchet distance and PSNR float64",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -210,117 +218,19 @@ def load_judge(trained_with: str, device: torch.device, skipped: list[str]) -> J
         return None
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What samples are compared with."""
-
-    val: Images
-    val_decoded: Tensor
-    """The same after a pass through the tokenizer."""
-    train: Images
-    """Thumbnails."""
-    train_source: ImageSource
-    classifier: Classifier | None
-    """Of the training images."""
-
-
-def measure_samples(
-    config: Config, folder: Path, models: Models, reference: Reference, judge: Judge | None, skipped: list[str]
-) -> dict[str, Any]:
-    """Draw images, write them and their pictures, and measure them against held-out and training images."""
-    count, prior, device, tokenizer = config.eval.num_samples, models.prior, models.device, models.tokenizer
-    val, train, train_source, classifier = reference.val, reference.train, reference.train_source, reference.classifier
-    by_text = prior.condition.uses_text
-    conditional = prior.condition.uses_labels or (by_text and bool((val.labels >= 0).any()))
-    class_names = train_source.class_names
-    num_classes = len(class_names)
-    texts = [""] * count
-    rows = torch.arange(count) % len(val.labels)
-    if by_text:  # the captions of held-out images: what the prior has never read
-        labels, texts = val.labels[rows], [val.texts[row] for row in rows.tolist()]
-        asked_by = f"{'classes and ' if prior.condition.uses_labels else ''}captions of held-out images"
-    else:
-        labels = torch.arange(count) % num_classes if conditional else torch.full((count,), -1)
-        asked_by = "classes in equal shares" if conditional else "none"
-    seeds = [config.eval.seed + index for index in range(count)]
-    prompts = prompts_of(models, labels, texts)
-    started = time.perf_counter()
-    tokens = models.draw(prompts, config.sampling, seeds)
-    drawn = models.decode(tokens)
-    seconds = time.perf_counter() - started
-    np.savez_compressed(folder / "samples.npz", arr_0=drawn.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
-
-    real, fake = thumbnails(val.pixels), thumbnails(drawn)
-    measured: dict[str, Any] = {
-        "num_samples": count,
-        "prompts": asked_by,
-        "seeds": [seeds[0], seeds[-1]],
-        "sampling": to_plain(config.sampling),
-        "seconds": seconds,
-        "images_per_second": count / seconds,
-        "memorised_in_pixels": measure_memorised(fake, train.pixels, real, f"pixels of {real.shape[-1]} px"),
-    }
-    # A copied sequence of tokens decodes to the training image *as the tokenizer sees it*: against the originals the
-    # tokenizer's own error would hide the copy.
-    train_decoded = decoded_thumbnails(tokenizer, train_source, train.indices, config, device)
-    measured["memorised_as_decoded"] = measure_memorised(
-        fake, train_decoded, thumbnails(reference.val_decoded), "pixels, all sides decoded by the tokenizer"
-    )
-    spaces: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    if judge is not None:
-        clean = read_images(train_source, config.images, count).pixels
-        features = judge.features(val.pixels), judge.features(drawn), judge.features(clean)
-        spaces["lite0"] = features
-        described = "held-out images, in the set's own shares of classes"
-        measured["fd_lite0"] = judge.frechet(features[0], features[1], described)
-        measured["fd_lite0_of_real_images"] = judge.frechet(features[0], features[2], described)
-    if classifier is not None:
-        known = val.labels >= 0
-        held_out, decoded = (
-            classifier.accuracy(pixels[known], val.labels[known]) for pixels in (val.pixels, reference.val_decoded)
-        )
-        measured["classifier"] = {
-            "steps": config.eval.classifier_steps,
-            "seed": config.eval.seed,
-            "class_names": list(class_names),
-            "held_out": held_out.to_dict(),
-            "held_out_decoded": decoded.to_dict(),
-        }
-        if conditional:
-            known = labels >= 0
-            judged = accuracy(classifier.predict(drawn[known]), labels[known], num_classes)
-            measured["class_accuracy"] = {**judged.to_dict(), "baseline_held_out": held_out.balanced}
-        else:
-            skipped.append("class accuracy of samples: the prior knows neither classes nor captions of labelled images")
-        features = classifier.features(real), classifier.features(fake), classifier.features(train.pixels)
-        spaces["classifier"] = features
-        measured["memorised_in_features"] = measure_memorised(features[1], features[2], features[0], "classifier")
-    for space, (held, judged_features, others) in spaces.items():
-        if len(held) > config.eval.neighbours:
-            found = measure_coverage(held, judged_features, others, config.eval.neighbours, space)
-            measured[f"coverage_{space}"] = found
-    if by_text:
-        show_captioned(folder, drawn, val.pixels[rows], texts)
-    else:
-        show_samples(folder, drawn, labels, class_names if conditional else ())
-    show_growing(folder, models, tokens[:6])
-    show_grids(config, folder, models, tuple(class_names) if conditional and not by_text else ())
-    show_neighbours(
-        folder, config.images, drawn, fake, train.pixels, train.indices, train_source, spaces.get("classifier")
-    )
-    return measured
-
-
-def decoded_thumbnails(
-    tokenizer: Tokenizer, source: ImageSource, indices: list[int], config: Config, device: torch.device
-) -> Tensor:
-    """Images of a source after a pass through the tokenizer, uint8 [n, C, ≤32, ≤32]."""
-    size = config.eval.batch_size
-    parts = []
-    for start in tqdm(range(0, len(indices), size), "Decoding training images", disable=not config.trainer.progress):
-        pixels = pixels_of(source, indices[start : start + size], config.images)
-        parts.append(thumbnails(reconstruct(tokenizer, pixels, size, device).pixels))
-    return torch.cat(parts)
+def load_inception(config: Config, device: torch.device, skipped: list[str]) -> Inception | None:
+    """Inception with the weights of ``eval.inception``, or None and a line in ``skipped``. Raises RunError."""
+    path = config.eval.inception
+    if path is None:
+        skipped.append("fid: no weights of Inception; give their file as eval.inception=<path>")
+        return None
+    if not Path(path).is_file():
+        raise RunError(f"eval.inception={path}: no such file; give the weights of Inception, or leave it out")
+    try:
+        return Inception(path, device)
+    except BackboneError as error:
+        skipped.append(f"fid: {error}")
+        return None
 
 
 def fit_classifier(
@@ -330,7 +240,18 @@ def fit_classifier(
     known = train.labels >= 0
     if not config.eval.classifier or num_classes < 2 or not known.any():
         reason = "eval.classifier is off" if not config.eval.classifier else "the images have no classes"
-        skipped.append(f"class accuracy, and coverage and memorisation in the classifier's features: {reason}")
+        skipped.append(f"class accuracy, and all that is measured in the classifier's features: {reason}")
         return None
     steps = config.eval.classifier_steps
     return train_classifier(train.pixels[known], train.labels[known], num_classes, steps, config.eval.seed, device)
+
+
+def calibration_of(folder: Path, tokenizer: Tokenizer, said: Said) -> dict[str, Any] | None:
+    """Calibration of what a prior says of held-out tokens; None where it does not say. Draws ``calibration.png``."""
+    if said.confidence is None or said.hit is None:
+        return None
+    layout = tokenizer.layout
+    ends = dict(zip((scale.name for scale in layout.scales), layout.ends_of_scales, strict=True))
+    found = measure_calibration(said.confidence, said.hit, ends)
+    draw_calibration(found, folder / "calibration.png")
+    return found

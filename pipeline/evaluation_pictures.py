@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from data.images.config import ImagesConfig
@@ -13,7 +15,9 @@ from data.images.reading import pixels_of
 from data.images.source import ImageSource
 from data.images.views import to_uint8
 from data.layout import TokenLayout, Tokens
+from pipeline.report_curves import INK
 from stages.contract import Tokenizer
+from stages.measures.distortion import psnr
 from stages.measures.neighbours import nearest
 from stages.measures.pictures import error_picture, sheet
 
@@ -34,6 +38,38 @@ def show_reconstructions(folder: Path, pixels: Tensor, decoded: Tensor) -> None:
     original, made = pixels[:NUM_SHOWN], decoded[:NUM_SHOWN]
     rows = (original, made, error_picture(made, original))
     sheet(rows, ("original", "decoded", "error x4")).save(folder / "reconstructions.png")
+
+
+def show_extremes(folder: Path, pixels: Tensor, decoded: Tensor) -> None:
+    """The images that the tokenizer keeps worst and best, by PSNR, with what differs."""
+    error = torch.cat([psnr(a, b) for a, b in zip(decoded.split(256), pixels.split(256), strict=True)])
+    order = error.argsort()
+    count = min(NUM_SHOWN, len(order) // 2)
+    if not count:
+        return
+    rows: list[Tensor] = []
+    labels: list[str] = []
+    for name, chosen in (("worst", order[:count]), ("best", order.flip(0)[:count])):
+        low, high = sorted((float(error[chosen[0]]), float(error[chosen[-1]])))
+        original, made = pixels[chosen], decoded[chosen]
+        rows += [original, made, error_picture(made, original)]
+        labels += [f"{name}: {low:.1f} to {high:.1f} dB", "decoded", "error x4"]
+    sheet(rows, labels).save(folder / "extremes.png")
+
+
+def show_errors(folder: Path, pixels: Tensor, decoded: Tensor) -> None:
+    """Where in the frame the tokenizer errs: root mean squared error of every place over all images and channels."""
+    total = torch.zeros(pixels.shape[-2:], dtype=torch.float64)
+    for a, b in zip(decoded.split(256), pixels.split(256), strict=True):
+        total += (a.double() - b.double()).square().mean(1).sum(0)
+    with matplotlib.rc_context({"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
+        figure = Figure(figsize=(3.9, 3.1), dpi=110, layout="constrained")
+        axis = figure.subplots()
+        shown = axis.imshow((total / len(pixels)).sqrt().numpy(), vmin=0, cmap="magma")
+        figure.colorbar(shown, ax=axis).ax.tick_params(labelsize=7)
+        axis.set_title("error of each place, grey levels (RMS)", fontsize=9)
+        axis.tick_params(labelsize=7)
+        figure.savefig(folder / "errors.png", transparent=True)
 
 
 @torch.inference_mode()

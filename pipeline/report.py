@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from pipeline.report_calibration import calibration_part
 from pipeline.report_curves import draw_curves
+from pipeline.report_frequencies import frequencies_part
 from pipeline.report_lists import colouring_part, lists_part
 from pipeline.report_order import order_part
+from pipeline.report_samples import FEATURES, spaces_part
 from pipeline.report_scales import editing_part, head_part, ladder_part, upsampling_part
 from pipeline.report_streams import growing_part, streams_part
-from pipeline.report_tables import class_table, code_table, prefix_table, same_backbone, section
+from pipeline.report_tables import bias, class_table, code_table, figure, prefix_table, same_backbone, section
 
 CREDIT = "Icons: Twemoji by Twitter, Inc. and other contributors, CC-BY 4.0 (creativecommons.org/licenses/by/4.0)."
 
@@ -78,11 +81,22 @@ def write_report(folder: Path, metrics: dict[str, Any], run: Path) -> Path:
             folder / "reconstructions.png",
         ),
         section(
+            "Worst and best",
+            "The held-out images that the tokenizer keeps worst and best, by PSNR.",
+            folder / "extremes.png",
+        ),
+        section(
+            "Error by place",
+            "Where in the frame it errs: lines are borders of patches, a frame is the border of the image.",
+            folder / "errors.png",
+        ),
+        section(
             "Scale by scale",
             "The first k scales decoded alone, coarse to fine, each at its own size (enlarged).",
             folder / "prefixes.png",
         ),
         prefix_table(metrics),
+        frequencies_part(metrics, folder),
         head_part(metrics, folder),
         ladder_part(metrics),
         section(
@@ -91,7 +105,9 @@ def write_report(folder: Path, metrics: dict[str, Any], run: Path) -> Path:
             folder / "samples.png",
         ),
         class_table(metrics),
+        spaces_part(metrics),
         order_part(metrics, folder),
+        calibration_part(metrics, folder),
         growing_part(folder),
         streams_part(metrics),
         lists_part(metrics),
@@ -169,10 +185,12 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
                 "What held-out images cost the prior; lower is a better prior only for the same tokenizer.",
             )
         )
-    if "fd_lite0" in tokenizer:
-        rows.append(frechet_row("Fréchet distance of reconstructions", tokenizer["fd_lite0"], None))
-    if "fd_lite0" in samples:
-        rows.append(frechet_row("Fréchet distance of samples", samples["fd_lite0"], samples["fd_lite0_of_real_images"]))
+    for key in ("fd_lite0", "fd_classifier", "fid"):
+        if key in tokenizer:
+            rows.append(frechet_row(f"{key} of reconstructions", key, tokenizer[key], None))
+    for key in ("fd_lite0", "fd_classifier", "fid"):
+        if key in samples:
+            rows.append(frechet_row(f"{key} of samples", key, samples[key], samples[f"{key}_of_real_images"]))
     if "class_accuracy" in samples:
         entry = samples["class_accuracy"]
         rows.append(
@@ -184,12 +202,6 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
                 "Share that a classifier of the training set puts in the class asked for (or the caption's).",
             )
         )
-    for space, words in (("classifier", "the classifier's features"), ("lite0", "EfficientNet-Lite0's features")):
-        if f"coverage_{space}" in samples:
-            entry = samples[f"coverage_{space}"]
-            beside = f"{entry['baseline_of_real_images']:.1%} by {entry['num_baseline']:,} training images"
-            meaning = f"Share of held-out images with a sample in their neighbourhood, in {words}: lost modes lower it."
-            rows.append(Row(f"Coverage ({space})", f"{entry['value']:.1%}", beside, meaning))
     for key, space in (
         ("memorised_as_decoded", "pixels after the tokenizer"),
         ("memorised_in_pixels", "pixels"),
@@ -208,17 +220,19 @@ def rows_of(metrics: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def frechet_row(name: str, entry: dict[str, Any], baseline: dict[str, Any] | None) -> Row:
-    """A row for fd_lite0, with its N and its caveats."""
+def frechet_row(name: str, key: str, entry: dict[str, Any], baseline: dict[str, Any] | None) -> Row:
+    """A row for a Fréchet distance, with its N and its caveats."""
     beside = (
-        "0 at best" if baseline is None else f"{baseline['value']:.1f} for {baseline['num_judged']:,} training images"
+        "0 at best"
+        if baseline is None
+        else f"{figure(baseline['value'])} for {baseline['num_judged']:,} training images"
     )
+    features = FEATURES[key.removeprefix("fd_")]
     meaning = (
-        f"fd_lite0 (no FID) of {entry['num_judged']:,} against {entry['num_reference']:,} images; lower is better."
+        f"Fréchet distance in {features} of {entry['num_judged']:,} against {entry['num_reference']:,} images; lower "
+        "is better."
     )
-    if entry["too_few_images"]:
-        meaning += " Too few images for an unbiased value: compare at this N only."
-    return Row(name, f"{entry['value']:.1f}", beside, meaning + same_backbone(entry))
+    return Row(name, figure(entry["value"]), beside, meaning + bias(entry) + same_backbone(entry))
 
 
 def headline(rows: list[Row]) -> str:

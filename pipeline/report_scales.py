@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.report_tables import heading, percent, same_backbone, section, table
+from pipeline.report_tables import caveats, distortion_cells, heading, percent, section, table
 
 MEASURES = {"psnr": "PSNR", "perceptual_lite0": "perceptual", "fd_lite0": "fd_lite0"}
 UPSAMPLED = {
@@ -20,25 +20,6 @@ UPSAMPLED = {
 def size_of(entry: dict[str, Any]) -> str:
     """Height and width as text."""
     return "x".join(map(str, entry["image_size"]))
-
-
-def distortion_cells(entry: dict[str, Any]) -> list[str]:
-    """PSNR, perceptual distance and fd_lite0; dashes for what was not measured."""
-    perceptual, distance = entry.get("perceptual_lite0"), entry.get("fd_lite0")
-    return [
-        f"{entry['psnr_mean_of_images']:.2f}",
-        "–" if perceptual is None else f"{perceptual['mean']:.3f}",
-        "–" if distance is None else f"{distance['value']:.1f}",
-    ]
-
-
-def caveats(entry: dict[str, Any]) -> str:
-    """What to know of fd_lite0 before comparing it; nothing where it was not measured."""
-    found = entry.get("fd_lite0")
-    if found is None:
-        return ""
-    few = " Too few images for an unbiased fd_lite0: compare at this N only." if found["too_few_images"] else ""
-    return few + same_backbone(found)
 
 
 def ladder_part(metrics: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-PLOTS = ("curves.png", "tokens.png")
+PLOTS = ("curves.png", "tokens.png", "frequencies.png", "calibration.png", "errors.png")
 """Pictures that may shrink with the page; sheets of images keep their pixels."""
 MOST_ROWS = 16
 """Rows of the table of codes; of more scales only those are shown whose prefixes are."""
@@ -16,6 +16,11 @@ MOST_ROWS = 16
 def same_backbone(entry: dict[str, Any]) -> str:
     """A warning where the judge also was the teacher."""
     return " The tokenizer's loss used the same network, which flatters it." if entry["same_backbone_as_loss"] else ""
+
+
+def bias(entry: dict[str, Any]) -> str:
+    """A warning where a Fréchet distance has too few images."""
+    return f" {entry['bias']}." if entry["bias"] else ""
 
 
 def heading(title: str, words: str) -> str:
@@ -46,19 +51,37 @@ def table(head: list[str], rows: list[list[str]], share_last: bool = False) -> s
     return f'<div class="wide"><table class="figures{" barred" * share_last}">{inner}</table></div>'
 
 
+def distortion_cells(entry: dict[str, Any]) -> list[str]:
+    """PSNR, perceptual distance and fd_lite0; dashes for what was not measured."""
+    perceptual, distance = entry.get("perceptual_lite0"), entry.get("fd_lite0")
+    return [
+        f"{entry['psnr_mean_of_images']:.2f}",
+        "–" if perceptual is None else f"{perceptual['mean']:.3f}",
+        "–" if distance is None else f"{distance['value']:.1f}",
+    ]
+
+
+def caveats(entry: dict[str, Any]) -> str:
+    """What to know of fd_lite0 before comparing it; nothing where it was not measured."""
+    found = entry.get("fd_lite0")
+    return "" if found is None else (f" fd_lite0:{bias(found)}" if found["bias"] else "") + same_backbone(found)
+
+
 def prefix_table(metrics: dict[str, Any]) -> str:
-    """PSNR of every prefix of scales, and of those as large as the image against it."""
+    """Distortion of every prefix of scales, and PSNR of those as large as the image against it."""
     found = metrics["tokenizer"]["prefixes"]
     if not found:
         return ""
-    head, rows = ["Scales", "Image", "PSNR, dB"], []
+    head = ["Scales", "Image", "PSNR, dB", "Perceptual", "fd_lite0", "SSIM"]
+    rows = []
     several = sum("psnr_against_images" in entry for entry in found) > 1  # of one alone it is the same figure
     for entry in found:
-        size = "x".join(map(str, entry["image_size"]))
-        row = [str(entry["num_scales"]), size, f"{entry['psnr_mean_of_images']:.2f}"]
-        whole = entry.get("psnr_against_images")
+        similar, whole = entry.get("ssim"), entry.get("psnr_against_images")
+        row = [str(entry["num_scales"]), "x".join(map(str, entry["image_size"])), *distortion_cells(entry)]
+        row.append("–" if similar is None else f"{similar:.3f}")
         rows.append(row + ["–" if whole is None else f"{whole:.2f}"] * several)
-    return table(head + ["Against the original, dB"] * several, rows)
+    words = f"Each prefix against what its scales should look like.{caveats(found[-1])}"
+    return f'<p class="soft">{escape(words)}</p>' + table(head + ["Against the original, dB"] * several, rows)
 
 
 def class_table(metrics: dict[str, Any]) -> str:
@@ -72,6 +95,11 @@ def class_table(metrics: dict[str, Any]) -> str:
     )
     rows = [[name, percent(drawn), percent(real)] for name, drawn, real in pairs]
     return table(["Class", "Samples in class", "Held-out images in class"], rows)
+
+
+def figure(value: float) -> str:
+    """A number in four digits, without exponent where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def percent(share: float | None) -> str:

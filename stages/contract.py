@@ -243,6 +243,11 @@ class PriorOutput:
 
     judged: Tensor | None = None
     """bool [B, L]: the elements that it speaks of, where training takes a part of each sample; None for all."""
+    confidence: Tensor | None = None
+    """float32 [B, L, F]: probability of the most likely id of every field; None while training, and where a prior does
+    not say."""
+    hit: Tensor | None = None
+    """bool [B, L, F]: whether that is the id given; None like ``confidence``."""
 
     @property
     def illegal(self) -> Tensor | None:

@@ -23,6 +23,7 @@ BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 # Stages after which a map of stride 2, 4, 8, 16 and 32 is complete.
 TAPPED_STAGES = (0, 1, 2, 4, 6)
 POOLED_STAGE = 4
+SPATIAL_STAGE = 2
 
 OUTER_KEYS = {
     "_conv_stem": "conv_stem",
@@ -100,6 +101,8 @@ class Lite0Features(nn.Module):
     num_features = 112
     minimum_size = 64
     """Smaller images are enlarged before pooling: at 32 px the stride-16 map is 2x2, mostly padding."""
+    spatial_channels, spatial_side = 7, 8
+    """Channels and side of the map that spatial features are made of: as small as pooled ones, at any image size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,11 +131,24 @@ class Lite0Features(nn.Module):
 
         Pixels [B, 1 or 3, H, W] in [-1, 1]; a shorter side under 64 px is enlarged to 64 (bilinear), the other with it.
         """
+        return self._up_to(POOLED_STAGE, pixels).mean(dim=(2, 3))
+
+    def spatial(self, pixels: Tensor) -> Tensor:
+        """The first 7 channels of the map of stride 8, averaged to 8x8 places: [B, 448] float32.
+
+        Pixels as for ``pooled``. The mean over places is not taken, so a distance of these features sees where things
+        are: the idea of sFID, which takes the first 7 channels of Inception's 17x17 map (Nash et al. 2021).
+        """
+        maps = self._up_to(SPATIAL_STAGE, pixels)[:, : self.spatial_channels]
+        return F.adaptive_avg_pool2d(maps, self.spatial_side).flatten(1)
+
+    def _up_to(self, stage: int, pixels: Tensor) -> Tensor:
+        """The map behind a stage, of images whose shorter side is at least ``minimum_size``."""
         shorter = min(pixels.shape[-2:])
         if shorter < self.minimum_size:
             height, width = (round(side * self.minimum_size / shorter) for side in pixels.shape[-2:])
             pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
         x = self.stem(as_rgb(pixels).contiguous(memory_format=torch.channels_last))
-        for blocks in self.stages[: POOLED_STAGE + 1]:
+        for blocks in self.stages[: stage + 1]:
             x = blocks(x)
-        return x.mean(dim=(2, 3))
+        return x

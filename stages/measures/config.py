@@ -24,7 +24,9 @@ class EvalConfig:
     classifier_steps: int = 1500
     """Its training steps of 128 images."""
     neighbours: int = 5
-    """k of coverage: a real image's neighbourhood reaches to its k-th nearest real image."""
+    """k of precision, recall, density and coverage: a neighbourhood reaches to the k-th nearest image of its set."""
+    inception: str | None = None
+    """File of Inception's weights as torch-fidelity ships them, for FID beside the other distances; none by default."""
     num_train_reference: int = 60000
     """Training images among which nearest neighbours are searched; the whole set where it is smaller."""
     grids: list[str] = field(default_factory=list)

@@ -8,9 +8,13 @@ same N.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+FRECHET_MINIMUM = 2048
+"""Below this many images a Fréchet distance is mostly the bias of its covariance; such values are marked."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,21 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def frechet(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of two sets of features [N, D] and [M, D]."""
     return frechet_distance(fit_gaussian(a), fit_gaussian(b))
+
+
+def measure_frechet(real: Tensor, judged: Tensor, reference: str, same_backbone_as_loss: bool) -> dict[str, Any]:
+    """Fréchet distance of two sets of features [N, D] and [M, D], with all that it depends on.
+
+    ``bias`` is the warning to print beside the value: which N is too small for it, or None.
+    """
+    fewest = min(len(real), len(judged))
+    too_few = fewest < FRECHET_MINIMUM
+    return {
+        "value": frechet(real, judged),
+        "num_reference": len(real),
+        "num_judged": len(judged),
+        "reference": reference,
+        "too_few_images": too_few,
+        "bias": f"N = {fewest:,} < {FRECHET_MINIMUM:,}: biased; compare only at equal N" if too_few else None,
+        "same_backbone_as_loss": same_backbone_as_loss,
+    }

@@ -1,4 +1,4 @@
-"""Nearest neighbours: coverage (are all modes there?) and memorisation (are they copies of the training images?)."""
+"""Nearest neighbours: precision, recall, density and coverage of samples, and memorisation (are they copies?)."""
 
 from __future__ import annotations
 
@@ -56,6 +56,38 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
     # The nearest of all is the point itself.
     radii = nearest(real, real, k + 1).distances[:, -1]
     return float((nearest(real, fake, 1).distances[:, 0] <= radii).float().mean())
+
+
+class Manifolds(NamedTuple):
+    """How two sets of points lie in each other's neighbourhoods."""
+
+    precision: float
+    """Share of fake points inside the neighbourhood of any real one: quality."""
+    recall: float
+    """Share of real points inside the neighbourhood of any fake one: variety."""
+    density: float
+    """Mean number of real neighbourhoods that a fake point lies in, over k: like precision, but a single outlier with
+    a wide neighbourhood does not raise it to the top; 1 is what real points reach, more is possible."""
+
+
+def manifolds(real: Tensor, fake: Tensor, k: int = 5) -> Manifolds:
+    """Precision and recall (Kynkäänniemi et al. 2019) and density (Naeem et al. 2020) of points [N, D].
+
+    A neighbourhood reaches to the k-th nearest other point of its own set. The values depend on both sizes and on k.
+    Raises ValueError where a set has no more than k points.
+    """
+    real_radii, fake_radii = (nearest(points, points, k + 1).distances[:, -1] for points in (real, fake))
+    neighbourhoods = torch.zeros(len(fake))
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    for start in range(0, len(real), CHUNK):
+        rows = slice(start, start + CHUNK)
+        # the direct form: a copy has distance 0, not a rounding error
+        distances = torch.cdist(real[rows].float(), fake.float(), compute_mode="donot_use_mm_for_euclid_dist")
+        neighbourhoods += (distances <= real_radii[rows, None]).sum(0)
+        recalled[rows] = (distances <= fake_radii).any(1)
+    return Manifolds(
+        float((neighbourhoods > 0).float().mean()), float(recalled.float().mean()), float(neighbourhoods.mean()) / k
+    )
 
 
 class Memorised(NamedTuple):

@@ -70,6 +70,13 @@ class Lite0Perceptual(Guest):
             assert isinstance(backbone, Lite0Features)
             return backbone.pooled(pixels.float())
 
+    def spatial(self, pixels: Tensor) -> Tensor:
+        """Spatial features [B, 448] of pixels [B, 1 or 3, H, W] in [-1, 1], see ``Lite0Features.spatial``."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            backbone = self.guest
+            assert isinstance(backbone, Lite0Features)
+            return backbone.spatial(pixels.float())
+
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps with unit length over channels, those of at least 2x2. Raises ValueError under 4 px."""
         features = [maps for maps in self.guest(pixels.float()) if min(maps.shape[-2:]) >= 2]

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.images.views import to_float, to_uint8
 from data.layout import Tokens
-from stages.contract import Prior, Prompts, Tokenizer
+from stages.contract import Prior, PriorOutput, Prompts, Tokenizer
 from stages.measures.codes import CodeUse, code_use
 from stages.measures.distortion import SMALLEST_SSIM, decibels, mean_squared_error, psnr, ssim
-from stages.measures.frechet import frechet
+from stages.measures.frechet import measure_frechet
 from stages.measures.perceptual import SMALLEST_PERCEPTUAL, Lite0Perceptual
 from stages.measures.rate import rates, total_rate
 
-FRECHET_MINIMUM = 2048
-"""Below this many images a Fréchet distance is mostly the bias of its covariance; such values are marked."""
+ORIGINALS = "the originals of these reconstructions"
+JUDGED_PREFIX_IMAGES = 500
+"""Images of every prefix that the judge looks at: a layout may report many prefixes, and it takes longer than they."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,18 @@ class Judge:
         """Pooled features [N, 112] of uint8 images."""
         return torch.cat([self.perceptual.features(self.floats(part)).cpu() for part in pixels.split(size)])
 
+    @torch.inference_mode()
+    def spatial(self, pixels: Tensor, size: int = 64) -> Tensor:
+        """Spatial features [N, 448] of uint8 images."""
+        return torch.cat([self.perceptual.spatial(self.floats(part)).cpu() for part in pixels.split(size)])
+
     def floats(self, pixels: Tensor) -> Tensor:
         """uint8 images as floats on the device."""
         return to_float(pixels.to(self.device))
 
     def frechet(self, real: Tensor, judged: Tensor, reference: str) -> dict[str, Any]:
-        """``fd_lite0`` of two sets of features, with all that it depends on."""
-        return {
-            "value": frechet(real, judged),
-            "num_reference": len(real),
-            "num_judged": len(judged),
-            "reference": reference,
-            "too_few_images": min(len(real), len(judged)) < FRECHET_MINIMUM,
-            "same_backbone_as_loss": self.same_backbone_as_loss,
-        }
+        """The Fréchet distance of two sets of its features, with all that it depends on."""
+        return measure_frechet(real, judged, reference, self.same_backbone_as_loss)
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,15 @@ def reconstruct(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: t
 
 def measure_reconstruction(pixels: Tensor, made: Reconstructed, judge: Judge | None) -> dict[str, Any]:
     """Distortion and speed of reconstructions of uint8 ``pixels``; perceptual parts only with a judge."""
-    return {
+    measured = {
         "num_images": len(pixels),
         "encode_images_per_second": len(pixels) / made.encode_seconds,
         "decode_images_per_second": len(pixels) / made.decode_seconds,
-        **measure_distortion(pixels, made.pixels, judge, "the originals of these reconstructions"),
+        **measure_distortion(pixels, made.pixels, judge, ORIGINALS),
     }
+    if judge is not None:
+        measured["sfd_lite0"] = judge.frechet(judge.spatial(pixels), judge.spatial(made.pixels), ORIGINALS)
+    return measured
 
 
 def measure_distortion(pixels: Tensor, made: Tensor, judge: Judge | None, reference: str) -> dict[str, Any]:
@@ -107,49 +109,92 @@ def measure_distortion(pixels: Tensor, made: Tensor, judge: Judge | None, refere
     if side >= SMALLEST_SSIM:
         parts = zip(made.split(256), pixels.split(256), strict=True)
         measured["ssim"] = float(torch.cat([ssim(a, b) for a, b in parts]).mean())
-    if judge is not None and side >= SMALLEST_PERCEPTUAL:
+    return measured if judge is None else measured | measure_judged(pixels, made, judge, reference)
+
+
+def measure_judged(pixels: Tensor, made: Tensor, judge: Judge, reference: str) -> dict[str, Any]:
+    """The parts of ``measure_distortion`` that need a judge."""
+    measured: dict[str, Any] = {}
+    if min(pixels.shape[-2:]) >= SMALLEST_PERCEPTUAL:
         measured["perceptual_lite0"] = {
             "mean": float(judge.distance(made, pixels).mean()),
             "same_backbone_as_loss": judge.same_backbone_as_loss,
         }
+    return measured | {"fd_lite0": judge.frechet(judge.features(pixels), judge.features(made), reference)}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the first scales of held-out images decode to."""
+
+    num_scales: int
+    wanted: Tensor
+    """uint8 [N, C, h, w]: the tokenizer's reference for these scales."""
+    decoded: Tensor
+    """uint8, of the same shape."""
+
+
+@torch.inference_mode()
+def decode_prefixes(
+    tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, batch_size: int, device: torch.device
+) -> Iterator[Prefix]:
+    """Every prefix of scales that the layout reports, one after the other; none where prefixes do not decode."""
+    layout = tokenizer.layout
+    for k in layout.prefixes if layout.decodes_prefixes else ():
+        wanted, decoded = [], []
+        for images, part in zip(pixels.split(batch_size), tokens.split(batch_size), strict=True):
+            wanted.append(to_uint8(tokenizer.reference(to_float(images.to(device)), k)).cpu())
+            decoded.append(to_uint8(tokenizer.decode(tokenizer.first_scales(part, k).to(device))).cpu())
+        yield Prefix(k, torch.cat(wanted), torch.cat(decoded))
+
+
+def measure_prefix(prefix: Prefix, pixels: Tensor, judge: Judge | None) -> dict[str, Any]:
+    """Distortion of a prefix against its reference, and its PSNR against the uint8 ``pixels`` if it is as large.
+
+    The perceptual parts are of the first ``JUDGED_PREFIX_IMAGES``.
+    """
+    reference, some = "what these scales should look like", slice(JUDGED_PREFIX_IMAGES)
+    measured = {
+        "num_scales": prefix.num_scales,
+        "image_size": list(prefix.decoded.shape[-2:]),
+        **measure_distortion(prefix.wanted, prefix.decoded, None, reference),
+    }
     if judge is not None:
-        measured["fd_lite0"] = judge.frechet(judge.features(pixels), judge.features(made), reference)
+        measured |= measure_judged(prefix.wanted[some], prefix.decoded[some], judge, reference)
+    if prefix.decoded.shape[-2:] == pixels.shape[-2:]:
+        parts = zip(prefix.decoded.split(256), pixels.split(256), strict=True)
+        measured["psnr_against_images"] = float(torch.cat([psnr(a, b) for a, b in parts]).mean())
     return measured
 
 
-@torch.inference_mode()
-def measure_prefixes(
-    tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, batch_size: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """PSNR of the first k scales against ``tokenizer.reference``, and against the images where they are as large.
+class Said(NamedTuple):
+    """What a prior says of held-out tokens of fixed length."""
 
-    Empty where prefixes do not decode.
-    """
-    layout = tokenizer.layout
-    found = []
-    for k in layout.prefixes if layout.decodes_prefixes else ():
-        values, whole = [], []
-        for images, part in zip(pixels.split(batch_size), tokens.split(batch_size), strict=True):
-            wanted = to_uint8(tokenizer.reference(to_float(images.to(device)), k))
-            decoded = to_uint8(tokenizer.decode(tokenizer.first_scales(part, k).to(device)))
-            values.append(psnr(decoded, wanted).cpu())
-            if decoded.shape[-2:] == images.shape[-2:]:
-                whole.append(psnr(decoded.cpu(), images.cpu()))
-        size = list(layout.scales[k - 1].image_size)
-        entry = {"num_scales": k, "image_size": size, "psnr_mean_of_images": float(torch.cat(values).mean())}
-        found.append(entry | ({"psnr_against_images": float(torch.cat(whole).mean())} if whole else {}))
-    return found
+    bits: list[float]
+    """Mean bits of each token."""
+    confidence: Tensor | None
+    """float32 [N, L, F], as ``PriorOutput`` has it."""
+    hit: Tensor | None
+    """bool [N, L, F]"""
 
 
 @torch.inference_mode()
-def measure_nll(prior: Prior, tokens: Tokens, prompts: Prompts, batch_size: int, device: torch.device) -> list[float]:
-    """Mean bits of each token of a layout of fixed length, for held-out tokens with their prompts under the prior."""
+def measure_nll(prior: Prior, tokens: Tokens, prompts: Prompts, batch_size: int, device: torch.device) -> Said:
+    """What the prior says of held-out tokens of a layout of fixed length, with their prompts."""
     starts = range(0, len(prompts), batch_size)
     some = (prompts[start : start + batch_size].to(device) for start in starts)
     total = torch.zeros(prior.layout.length, dtype=torch.float64)
+    confidence, hit = [], []
     for part, asked in zip(tokens.split(batch_size), some, strict=True):
-        total += prior.nll(part.to(device), asked).cpu().double().sum((0, 2)) / math.log(2)
-    return (total / len(tokens)).tolist()
+        output: PriorOutput = prior(part.to(device), asked)
+        total += output.nll.cpu().double().sum((0, 2)) / math.log(2)
+        if output.confidence is not None and output.hit is not None:
+            confidence.append(output.confidence.cpu())
+            hit.append(output.hit.cpu())
+    known = bool(confidence)
+    return Said(
+        (total / len(tokens)).tolist(), torch.cat(confidence) if known else None, torch.cat(hit) if known else None
+    )
 
 
 def measure_rate(

@@ -2,11 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from stages.measures.neighbours import coverage, memorised_share
+from stages.measures.frechet import measure_frechet
+from stages.measures.kernel import kernel_distance
+from stages.measures.neighbours import coverage, manifolds, memorised_share
+
+HELD_OUT = "held-out images, in the set's own shares of classes"
+
+
+def frechet_key(name: str) -> str:
+    """The key of the Fréchet distance in a backbone's features; Inception's alone is the one known as FID."""
+    return "fid" if name == "inception" else f"fd_{name}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The features of one backbone, and where real images lie in them."""
+
+    name: str
+    """lite0, classifier or inception: the end of the keys of its figures."""
+    features: Callable[[Tensor], Tensor]
+    """float32 [N, D] of uint8 images [N, C, H, W]."""
+    held_out: Tensor
+    """[M, D] of the held-out images."""
+    real: Tensor
+    """[N, D] of as many training images as there are samples."""
+    same_backbone_as_loss: bool
+    """Whether the tokenizer was trained against this backbone, which flatters it."""
+
+    def measure(self, drawn: Tensor, k: int, seed: int) -> dict[str, Any]:
+        """Fréchet and kernel distance, precision, recall, density and coverage of the features [N, D] of samples.
+
+        Coverage and manifolds are left out where a side has no more than ``k`` points, the kernel distance where it has
+        fewer than 4.
+        """
+        same = {"same_backbone_as_loss": self.same_backbone_as_loss}
+        fewest = min(len(self.held_out), len(drawn), len(self.real))
+        measured: dict[str, Any] = {}
+        key = frechet_key(self.name)
+        for ending, judged in (("", drawn), ("_of_real_images", self.real)):
+            measured[key + ending] = measure_frechet(self.held_out, judged, HELD_OUT, self.same_backbone_as_loss)
+        if fewest >= 4:
+            measured[f"kd_{self.name}"] = {
+                **asdict(kernel_distance(self.held_out, drawn, seed)),
+                "baseline_of_real_images": kernel_distance(self.held_out, self.real, seed).mean,
+                **same,
+            }
+        if fewest > k:
+            measured[f"manifold_{self.name}"] = {
+                **manifolds(self.held_out, drawn, k)._asdict(),
+                "baseline_of_real_images": manifolds(self.held_out, self.real, k)._asdict(),
+                "k": k,
+                "num_reference": len(self.held_out),
+                "num_judged": len(drawn),
+                **same,
+            }
+            measured[f"coverage_{self.name}"] = measure_coverage(self.held_out, drawn, self.real, k, self.name) | same
+        return measured
 
 
 def measure_coverage(held_out: Tensor, drawn: Tensor, train: Tensor, k: int, space: str) -> dict[str, Any]:

@@ -234,7 +234,10 @@ class TransformerPrior(Prior):
 
     def forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
         output = self._forward(self.to_own_order(tokens.prefix(self.max_length)), prompts)
-        return output if self.order == "natural" else replace(output, nll=output.nll.flip(1))
+        if self.order == "natural":
+            return output
+        confidence, hit = (None if each is None else each.flip(1) for each in (output.confidence, output.hit))
+        return replace(output, nll=output.nll.flip(1), confidence=confidence, hit=hit)
 
     def _forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
         """What it says of tokens in its own order."""
@@ -256,26 +259,31 @@ class TransformerPrior(Prior):
             allowed, loosely = (self.grammar.allowed(notes, none, strict) for strict in (True, False))
             nll, legal_nll, saved = judge(logits, ids[..., 0], allowed, loosely, tokens.counted)
             return PriorOutput(nll.unsqueeze(-1), legal_nll, saved)
-        parts = []
+        costs: list[Tensor] = []
+        sure: list[Tensor] = []
+        right: list[Tensor] = []
         for codebook, start, stop in self.runs:
             stop = min(stop, length)
             if start >= stop:
                 break
             part = ids[:, start:stop]
-            parts.append(
-                torch.stack(
-                    [
-                        functional.cross_entropy(
-                            self._field_logits(hidden[:, start:stop], codebook, start, part[..., :index]).flatten(0, 1),
-                            part[..., index].flatten(),
-                            reduction="none",
-                        ).view(part.shape[:2])
-                        for index in range(part.shape[2])
-                    ],
-                    dim=-1,
-                )
-            )
-        return PriorOutput(torch.cat(parts, dim=1))
+            for index in range(part.shape[2]):
+                logits = self._field_logits(hidden[:, start:stop], codebook, start, part[..., :index])
+                wanted = part[..., index]
+                each = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+                costs.append(each.view(wanted.shape))
+                if not self.training:
+                    most, likely = logits.max(-1)
+                    sure.append((most - logits.logsumexp(-1)).exp())
+                    right.append(likely == wanted)
+
+        def together(values: list[Tensor]) -> Tensor:
+            fields = range(ids.shape[2])
+            return torch.stack([torch.cat(values[field :: len(fields)], dim=1) for field in fields], dim=-1)
+
+        if self.training:
+            return PriorOutput(together(costs))
+        return PriorOutput(together(costs), confidence=together(sure), hit=together(right))
 
     # ------------------------------------------------------------------ one element at a time
 

@@ -25,6 +25,7 @@ from data.images.sources import open_source
 from pipeline.config import Config, load_config
 from pipeline.edit import edit_pixels
 from pipeline.evaluate import evaluate
+from pipeline.evaluate_samples import save_samples
 from pipeline.evaluation_images import read_images
 from pipeline.models import Models, load_models
 from pipeline.report_curves import panels_of, read_scalars, smoothed
@@ -48,7 +49,11 @@ from tests.pipeline.mean_colour import MeanColourConfig
 CLASSES = ["bright", "dark"]
 PICTURES = (
     "reconstructions",
+    "extremes",
+    "errors",
     "prefixes",
+    "frequencies",
+    "calibration",
     "samples",
     "growing",
     "neighbours",
@@ -160,7 +165,8 @@ def test_everything_is_written_and_every_number_has_its_company(evaluated: Path)
     assert names == pictures | {"metrics.json", "report.html", "samples.npz"}
     metrics = read(evaluated)
     samples, rate = metrics["samples"], metrics["rate"]
-    assert [line.split(":")[0] for line in metrics["skipped"]] == ["R² of tokens from earlier ones"]  # 16 images
+    # no weights of Inception, and 16 images
+    assert [line.split(":")[0] for line in metrics["skipped"]] == ["fid", "R² of tokens from earlier ones"]
     assert len(metrics["settings"]["tokenizer"]["sha256"]) == 64
     assert metrics["settings"]["config"]["eval"]["num_samples"] == 6
     assert (
@@ -175,6 +181,80 @@ def test_everything_is_written_and_every_number_has_its_company(evaluated: Path)
     assert [entry["num_scales"] for entry in metrics["tokenizer"]["prefixes"]] == [1, 2]
     # all scales are the image itself
     assert metrics["tokenizer"]["prefixes"][-1]["psnr_mean_of_images"] == pytest.approx(rate["psnr_mean_of_images"])
+
+
+def test_every_frechet_distance_names_its_few_images_and_its_backbone(evaluated: Path) -> None:
+    metrics = read(evaluated)
+    found = {key: metrics[part][key] for part in ("tokenizer", "samples") for key in metrics[part] if "fd_" in key}
+    assert {"fd_lite0", "sfd_lite0", "fd_classifier", "fd_classifier_of_real_images"} <= set(found)
+    for key, entry in found.items():
+        assert entry["bias"].endswith("< 2,048: biased; compare only at equal N")
+        # the tokenizer's loss was lite0's; the classifier is of the data set
+        assert entry["same_backbone_as_loss"] == ("lite0" in key)
+    assert metrics["samples"]["fd_lite0"]["bias"].startswith("N = 6 <")
+    assert metrics["samples"]["kd_lite0"]["subset_size"] == 3
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert "Samples as a set" in page and "N = 6 &lt; 2,048" in page and "fd_classifier of samples" in page
+
+
+def test_every_prefix_has_its_distortion_and_its_frequencies(evaluated: Path) -> None:
+    metrics = read(evaluated)
+    tokenizer, pixels = held_out_of(evaluated)
+    first, whole = metrics["tokenizer"]["prefixes"]
+    for key in ("psnr_mean_of_images", "ssim", "perceptual_lite0"):
+        assert whole[key] == metrics["tokenizer"][key]
+    assert whole["fd_lite0"]["value"] == pytest.approx(metrics["tokenizer"]["fd_lite0"]["value"])
+    assert first["image_size"] == [8, 8] and "ssim" not in first and first["fd_lite0"]["value"] > 0
+    wanted = functional.avg_pool2d(pixels.float(), 2).round()
+    tokens = reconstruct(tokenizer, pixels, 4, torch.device("cpu")).tokens
+    with torch.inference_mode():
+        decoded = ((tokenizer.decode(tokenizer.first_scales(tokens, 1)) + 1) * 127.5).round()
+    assert first["psnr_mean_of_images"] == pytest.approx(mean_psnr(decoded, wanted), abs=0.05)
+    rows = metrics["spectrum"]["rows"]
+    assert [(row["num_scales"], len(row["decoded"])) for row in rows] == [(1, 3), (2, 7)]
+    assert rows[1]["wanted"] == [0] * 7
+    # the images are noise: averaging two pixels takes much of their power, most at the highest frequency
+    assert rows[0]["wanted"][2] < rows[0]["wanted"][0] < 0
+    assert "cycles a side" in (evaluated / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_priors_calibration_is_that_of_its_own_probabilities(evaluated: Path, tmp_path: Path) -> None:
+    found = read(evaluated)["calibration"]
+    assert [scale["scale"] for scale in found["scales"]] == [
+        scale.name for scale in held_out_of(evaluated)[0].layout.scales
+    ]
+    models, labels, _ = models_of(evaluated, tmp_path)
+    tokenizer, pixels = held_out_of(evaluated)
+    tokens = reconstruct(tokenizer, pixels, 4, torch.device("cpu")).tokens
+    confidence, hits = torch.zeros(16, 8), torch.zeros(16, 8)
+    with torch.inference_mode():
+        state = models.prior.begin(models.prompts(labels, [""] * 16), None, 8)
+        for position in range(8):
+            share, likely = models.prior.logits(state, tokens.ids[:, position, :0]).softmax(-1).max(-1)
+            confidence[:, position], hits[:, position] = share, (likely == tokens.ids[:, position, 0]).float()
+            models.prior.advance(state, tokens.ids[:, position])
+    assert found["confidence_by_position"] == pytest.approx(confidence.mean(0).tolist(), rel=1e-4)
+    assert found["accuracy_by_position"] == pytest.approx(hits.mean(0).tolist())
+    assert sum(found["bins"]["count"]) == 16 * 8
+
+
+def test_gray_samples_get_the_three_channels_that_evaluators_take(tmp_path: Path) -> None:
+    drawn = torch.arange(2 * 16, dtype=torch.uint8).reshape(2, 1, 4, 4)
+    save_samples(tmp_path / "samples.npz", drawn, torch.tensor([0, -1]))
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as arrays:
+        found = arrays["arr_0"]
+        assert found.shape == (2, 4, 4, 3) and found.dtype == np.uint8 and not np.isfortran(found)
+        assert all((found[..., channel] == drawn[:, 0].numpy()).all() for channel in range(3))
+
+
+def test_inceptions_weights_are_a_file_or_refused(tmp_path: Path, images: Path) -> None:
+    config = toy_run(tmp_path, images, with_prior=False)
+    config.eval.inception = str(tmp_path / "nowhere.pth")
+    with pytest.raises(RunError, match=r"eval.inception=.*nowhere.pth: no such file"):
+        evaluate(config)
+    Path(config.eval.inception).write_bytes(b"no weights")
+    metrics = read(evaluate(config))
+    assert any("holds no weights of Inception" in line for line in metrics["skipped"])
 
 
 def held_out_of(evaluated: Path) -> tuple[SIT, Tensor]:

@@ -63,6 +63,21 @@ def test_features_are_frozen_and_deterministic_at_five_strides() -> None:
 
 
 @needs_weights
+def test_spatial_features_see_places_that_pooled_ones_hardly_see() -> None:
+    features = Lite0Features()
+    image = picture(64)
+    assert features.spatial(picture(32)[:, :1]).shape == features.spatial(picture(128)).shape == (1, 7 * 8 * 8)
+    expected = F.adaptive_avg_pool2d(features(image)[2][:, :7], 8).flatten(1)
+    torch.testing.assert_close(features.spatial(image), expected)
+    moved = image.roll(24, 3)
+
+    def change(of) -> float:
+        return float((of(moved) - of(image)).norm() / (of(picture(64, 1)) - of(image)).norm())
+
+    assert change(features.spatial) > 1.3 * change(features.pooled)
+
+
+@needs_weights
 @pytest.mark.parametrize("size", [32, 128])
 def test_perceptual_distance_orders_damage(perceptual: Lite0Perceptual, size: int) -> None:
     image = picture(size)

@@ -45,6 +45,20 @@ def test_cached_logits_equal_the_full_pass(num_fields, forced, order):
 
 
 @pytest.mark.parametrize("num_fields", [1, 2])
+@pytest.mark.parametrize("order", ["natural", "reversed"])
+def test_the_likeliest_id_is_told_with_the_likelihood(num_fields, order):
+    model, sample = prior(layout(num_fields=num_fields), order=order), tokens(layout(num_fields=num_fields), batch=60)
+    asked = classes(*[0, 2, -1] * 20)
+    said = model(sample, asked)
+    likelihood = (-said.nll).exp()
+    assert said.confidence.shape == said.hit.shape == said.nll.shape and 0 < said.hit.sum() < said.hit.numel()
+    # the id given is the likeliest one exactly where its probability is the highest
+    torch.testing.assert_close(likelihood[said.hit], said.confidence[said.hit])
+    assert (likelihood[~said.hit] < said.confidence[~said.hit]).all()
+    assert model.train()(sample, asked).confidence is None
+
+
+@pytest.mark.parametrize("num_fields", [1, 2])
 def test_the_likelihood_is_normalised(num_fields):
     """Over all values of the last element the probabilities sum to one: nothing peeks at its own answer."""
     model = prior(layout(vocabulary=3, num_fields=num_fields, scales=1))
