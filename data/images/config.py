@@ -12,7 +12,7 @@ class ImagesConfig:
     kind: str = "folder"
     """folder (class = subfolder), webdataset, fashion, demo, or photos."""
     path: str | None = None
-    """Folder of images, or folder or brace pattern of shards; has train and val below it, or is split by val_share.
+    """Folder of images; folder, brace pattern or URLs of shards. Has train and val below it, or is split by val_share.
     None: the place where `make` puts the set."""
     val_path: str | None = None
     """Held-out images; None: a folder `val` beside `train`, else a seeded split."""

@@ -27,6 +27,7 @@ from data.images.captions import caption_of, clean
 from data.images.config import ImagesConfig
 from data.images.folder import split_roots
 from data.images.home import data_home
+from data.images.remote import is_remote, local_copy
 from data.images.source import (
     CorruptImage,
     ImagesError,
@@ -241,10 +242,12 @@ def label_of(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], key: str
 
 
 def find_shards(pattern: str | Path) -> list[Path]:
-    """Shards of a folder (every .tar in it) or of a pattern with braces, ``*`` or ``?``.
+    """Shards of a folder (every .tar in it), of a pattern with braces, ``*`` or ``?``, or of URLs with braces.
 
-    Raises ImagesError that names what is missing.
+    Those at URLs are fetched. Raises ImagesError that names what is missing.
     """
+    if is_remote(str(pattern)):
+        return [local_copy(url) for url in braceexpand(str(pattern))]
     path = Path(pattern).expanduser()
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))
@@ -266,7 +269,12 @@ def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSo
     """One side of the shards at ``config.path``. Raises ImagesError without a path, and like ``ShardSource``."""
     if not config.path:
         raise ImagesError("images.kind=webdataset needs images.path=<folder or pattern of .tar shards>")
-    train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)
+    train_root: str | Path
+    val_root: str | Path | None
+    if is_remote(config.path):
+        train_root, val_root = config.path, config.val_path
+    else:
+        train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)
     train = ShardSource(find_shards(train_root))
     if val_root is None:
         return seeded_split(train, split, config.val_share, config.split_seed)

@@ -1,0 +1,86 @@
+"""Shards at URLs: fetched once, whole or not at all, the same images as from the disk."""
+
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from data.images.config import ImagesConfig
+from data.images.remote import is_remote, local_copy
+from data.images.source import ImagesError
+from data.images.sources import open_source
+from tests.data.test_images_sources import encoded, keys, write_tar
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCTAVES_DATA", str(tmp_path / "home"))
+    return tmp_path / "home/shards"
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Two shards of three images and their labels."""
+    for number in range(2):
+        members = {}
+        for row in range(3):
+            members |= {f"{row}.png": encoded(10 * number + row), f"{row}.cls": b"%d" % row}
+        write_tar(tmp_path / f"store/shard-{number}.tar", members)
+    return tmp_path / "store"
+
+
+def test_urls_are_told_from_paths():
+    for name in ("pipe:cat a.tar", "https://a.b/{0..3}.tar", "s3://bucket/a.tar", "file:///a.tar"):
+        assert is_remote(name)
+    for name in ("a.tar", "/data/a{0..3}.tar", "C:/a.tar", "folder"):
+        assert not is_remote(name)
+
+
+def test_a_pipe_gives_the_images_of_the_disk_and_runs_once(stored, home, tmp_path):
+    urls = f"pipe:echo x >> {tmp_path}/calls; cat {stored}/shard-{{0..1}}.tar"
+    config = ImagesConfig(kind="webdataset", path=urls, size=4)
+    remote, local = (
+        open_source(config, "train"),
+        open_source(ImagesConfig(kind="webdataset", path=str(stored)), "train"),
+    )
+    assert len(remote) + len(open_source(config, "val")) == 6
+    assert (tmp_path / "calls").read_text() == "x\nx\n"
+    shades = sorted(remote[index].image.getpixel((0, 0))[0] for index in range(len(remote)))
+    assert len(keys(remote)) == len(remote) and set(shades) <= {0, 1, 2, 10, 11, 12}
+    assert list(remote.class_names) == list(local.class_names) == ["0", "1", "2"]
+    assert sorted(path.suffix for path in home.iterdir()) == [".lock", ".lock", ".tar", ".tar"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset asks curl")
+def test_a_web_server_is_asked_once_by_two_at_a_time(stored, home):
+    asked = []
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(stored)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/shard-0.tar"
+    found = []
+    both = [threading.Thread(target=lambda: found.append(local_copy(url))) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    server.shutdown()
+    assert asked == ["/shard-0.tar"] and found[0] == found[1]
+    assert found[0].read_bytes() == (stored / "shard-0.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "url", ["pipe:cat {store}/none.tar", "pipe:true", "what://is/this.tar", "pipe:head -c 700 {file}; false"]
+)
+def test_what_does_not_come_is_one_line_and_leaves_nothing(stored, home, url):
+    url = url.format(store=stored, file=stored / "shard-0.tar")
+    with pytest.raises(ImagesError) as error:
+        open_source(ImagesConfig(kind="webdataset", path=url, size=4), "train")
+    assert str(error.value).startswith(url) and "\n" not in str(error.value)
+    assert not list(home.glob("*.tar*"))
