@@ -120,7 +120,7 @@ class Manifest:
             values["layout"] = TokenLayout.from_dict(values["layout"])
             values["splits"] = {name: SplitInfo.from_dict(split) for name, split in values["splits"].items()}
             return cls(**values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CacheError(
                 f"{path}: entries are missing or foreign ({error}); delete the folder and {MEND}"
             ) from error

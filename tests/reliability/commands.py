@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -13,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.reliability.prepared"])
-TIMEOUT = 100
+TIMEOUT = 60
 Setup = Callable[[], object]
 
 
@@ -113,7 +115,7 @@ def _living(group: int) -> list[int]:
 
 def signal_at(number: int, where: str, call: int) -> Setup:
     """A setup that sends the process a signal at a call of a function, ``module:name`` or ``module:class.name``."""
-    return partial(_patch, where, call, partial(_send, number))
+    return partial(patch, where, call, partial(_send, number))
 
 
 def kill_at(where: str, call: int) -> Setup:
@@ -125,23 +127,31 @@ def _send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def _patch(where: str, call: int, action: Callable[[], None]) -> None:
+def patch(where: str, call: int, action: Callable[[], object]) -> None:
+    """A setup: ``action`` happens before a call of a function."""
+
+    def acting(original, calls, *args, **kwargs):
+        if calls == call:
+            action()
+        return original(*args, **kwargs)
+
+    wrap(where, acting)
+
+
+def wrap(where: str, around: Callable[..., object]) -> None:
+    """A setup: a function is called as ``around(function, number of the call, *its arguments)``."""
     module, _, path = where.partition(":")
     *outer, name = path.split(".")
     owner = import_module(module)
     for part in outer:
         owner = getattr(owner, part)
-    original, calls = getattr(owner, name), 0
+    original, calls = getattr(owner, name), count(1)
 
     @wraps(original)
-    def counting(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            action()
-        return original(*args, **kwargs)
+    def wrapped(*args, **kwargs):
+        return around(original, next(calls), *args, **kwargs)
 
-    setattr(owner, name, counting)
+    setattr(owner, name, wrapped)
 
 
 def _run(log: Path, arguments: list[str], setup: Setup | None, environment: dict[str, str]) -> None:
@@ -153,9 +163,13 @@ def _run(log: Path, arguments: list[str], setup: Setup | None, environment: dict
     os.environ.update(environment)
     import torch
 
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of the command line
     from pipeline.__main__ import main
 
     torch.set_num_threads(1)
-    if setup is not None:
-        setup()
-    sys.exit(main(arguments))
+    then = setup() if setup is not None else None
+    faulthandler.dump_traceback_later(TIMEOUT - 5)  # where it hangs; its thread may not be there before a namespace
+    code = main(arguments)
+    if callable(then):
+        then()
+    sys.exit(code)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.reliability.commands import kill_at, nobody_left, octaves, start, start_two, two
+from tests.reliability.stages import arguments, before, result
 
 PUBLISH = "data.tokens.files:os.replace"
 SYNC = "data.tokens.files:os.fsync"
@@ -54,55 +52,6 @@ MOMENTS: dict[str, dict[str, tuple[str, int]]] = {
     },
 }
 RANDOM = 2  # further moments for each stage, anywhere between start and end
-
-
-@pytest.fixture(scope="session")
-def stages(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
-    """A run whose stages were made one after the other by processes like those that are killed."""
-    folder = tmp_path_factory.mktemp("stages")
-    for command in MOMENTS:
-        started = time.monotonic()
-        assert octaves(folder, *arguments(command, finished, folder / "run")).code == 0
-        (folder / f"{command}.seconds").write_text(str(time.monotonic() - started))
-    return folder
-
-
-def arguments(command: str, finished: Path, run: Path) -> list[str]:
-    return [command, str(finished / "tiny.yaml"), f"run={run}", "tokens.blocks_per_shard=1"]
-
-
-FOLDERS = {"train-tokenizer": "tokenizer", "cache-tokens": "tokens", "train-prior": "prior", "eval": "eval"}
-
-
-def before(command: str, stages: Path, run: Path) -> Path:
-    """A run in which the stages before ``command`` are done."""
-    for earlier in MOMENTS:
-        if earlier == command:
-            break
-        shutil.copytree(stages / "run" / FOLDERS[earlier], run / FOLDERS[earlier])
-    run.mkdir(exist_ok=True)
-    return run
-
-
-def result(run: Path, command: str) -> dict[str, Any]:
-    """What a stage has made: its files, and the figures of an evaluation that do not tell the time."""
-    folder = run / FOLDERS[command]
-    made: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        assert ".tmp" not in path.name, f"{path} was left behind"
-        if path.suffix in (".safetensors", ".tar", ".ckpt", ".npz") or path.name in ("manifest.json", "state.json"):
-            made[str(path.relative_to(folder))] = path.read_bytes() if path.suffix != ".ckpt" else b""
-    if command == "eval":
-        metrics = json.loads((folder / "default/metrics.json").read_bytes())
-        made["figures"] = {name: without_times(metrics[name]) for name in ("tokenizer", "samples", "rate", "codes")}
-        assert (folder / "default/report.html").exists()
-    return made
-
-
-def without_times(figures: Any) -> Any:
-    if isinstance(figures, dict):
-        return {key: without_times(value) for key, value in figures.items() if "second" not in key}
-    return figures
 
 
 @pytest.mark.parametrize(
