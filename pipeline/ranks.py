@@ -84,8 +84,9 @@ def ending_together(trainer: L.Trainer) -> Iterator[None]:
         if message := _from_loader(error):
             raise OctavesError(message) from error
         raise
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # a batch that is fetched at that moment breaks its connection before torch notices
+        if "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
             raise RunError(
                 f"a loader process has ended ({str(error).splitlines()[0]}); run the same command again to continue, "
                 "with a smaller trainer.num_workers where memory is short"

@@ -45,6 +45,7 @@ FULL = {
 
 @pytest.mark.parametrize("moment", FULL)
 def test_full_disk(tmp_path: Path, stages: Path, finished: Path, namespaces: None, moment: str) -> None:
+    """A tmpfs fills up at a write: one line, no half file; after space is made, the files of an undisturbed run."""
     command, where, call = FULL[moment]
     run, out = before(command, stages, tmp_path / "run"), tmp_path / "out"
     given = arguments(command, finished, run)
@@ -57,6 +58,7 @@ def test_full_disk(tmp_path: Path, stages: Path, finished: Path, namespaces: Non
 
 @pytest.mark.parametrize("command", FOLDERS)
 def test_read_only_run(tmp_path: Path, stages: Path, finished: Path, namespaces: None, command: str) -> None:
+    """A run folder on a read-only mount: one line."""
     run = before(command, stages, tmp_path / "run")
     ended = octaves(tmp_path, *arguments(command, finished, run), setup=partial(places.read_only, run))
     assert ended.refused(str(run), "Read-only file system; choose a run= or out= that can be written"), ended
@@ -65,6 +67,7 @@ def test_read_only_run(tmp_path: Path, stages: Path, finished: Path, namespaces:
 def test_read_only_parts_of_another_run_are_enough(
     tmp_path: Path, stages: Path, finished: Path, namespaces: None
 ) -> None:
+    """Tokenizer and cache on a read-only mount: a prior is trained from them."""
     run = before("train-prior", stages, tmp_path / "run")
     parts = [f"tokens.path={run}/tokens", f"tokenizer.path={run}/tokenizer/tokenizer.safetensors"]
     given = [*arguments("train-prior", finished, tmp_path / "own"), *parts]
@@ -97,7 +100,7 @@ FILES = {
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("file", FILES)
 def test_damaged_file(tmp_path: Path, stages: Path, finished: Path, file: str, how: str) -> None:
-    """The reader refuses it; deleting it and running what the line says gives the same file again."""
+    """A file is missing, truncated, empty or has a flipped bit: one line names it, and it can be made again."""
     name, command = FILES[file]
     run = tmp_path / "run"
     shutil.copytree(stages / "run", run)
@@ -115,7 +118,7 @@ def test_damaged_file(tmp_path: Path, stages: Path, finished: Path, file: str, h
 
 @pytest.mark.parametrize("how", HOWS)
 def test_damaged_sidecar(tmp_path: Path, stages: Path, finished: Path, how: str) -> None:
-    """Only the continuation of a cache reads it: the shard is written again, with the same bytes."""
+    """The same for a sidecar of a cache that is continued: its shard is written again, with the same bytes."""
     run = tmp_path / "run"
     shutil.copytree(stages / "run", run)
     damage(run / "tokens/train/000001.json", how)
@@ -139,6 +142,7 @@ def rewrite(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["no manifest at all", "a list", "of a later version", "of another cache"])
 def test_foreign_manifest(tmp_path: Path, stages: Path, finished: Path, how: str) -> None:
+    """A manifest that is foreign, of a later version or of another cache: one line."""
     run = before("train-prior", stages, tmp_path / "run")
     rewrite(run / "tokens/manifest.json", how)
     assert octaves(tmp_path, *arguments("train-prior", finished, run)).refused("manifest|another tokenizer")
@@ -157,6 +161,7 @@ def poison(call: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nan_in_the_batch_of_one_rank(tmp_path: Path, stages: Path, finished: Path, rank: int) -> None:
+    """A pixel in one rank's batch is NaN: a line on both ranks, that rank's names the images; nothing is updated."""
     setups = [None, None]
     setups[rank] = partial(poison, 5)
     given = arguments("train-tokenizer", finished, tmp_path / "run")
@@ -181,6 +186,7 @@ def kill_children() -> None:
     ],
 )
 def test_a_loader_process_dies(tmp_path: Path, stages: Path, finished: Path, command: str, where: str) -> None:
+    """kill -9 of a loader process: one line (or all was read already), and the same files in the end."""
     run = before(command, stages, tmp_path / "run")
     given = [*arguments(command, finished, run), "trainer.num_workers=1"]
     ended = octaves(tmp_path, *given, setup=partial(patch, where, 2, kill_children))
@@ -190,6 +196,7 @@ def test_a_loader_process_dies(tmp_path: Path, stages: Path, finished: Path, com
 
 
 def test_a_loader_process_meets_a_corrupt_image(tmp_path: Path, stages: Path, finished: Path) -> None:
+    """A loader process meets an unreadable image: one line."""
     run = before("cache-tokens", stages, tmp_path / "run")
     images = next(line for line in (finished / "tiny.yaml").read_text().splitlines() if "path: " in line)
     shutil.copytree(images.split("path: ")[1].split(",")[0], tmp_path / "images")
@@ -202,8 +209,10 @@ def test_a_loader_process_meets_a_corrupt_image(tmp_path: Path, stages: Path, fi
 NAMES = {"not ASCII": "прогон 日本語 é ️🦉", "1600 characters": "/".join(["x" * 200] * 8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_a_path_that_is(tmp_path: Path, stages: Path, finished: Path, name: str) -> None:
+    """Paths that are not ASCII or very long: all stages."""
     run = tmp_path / name
     for command in FOLDERS:
         ended = octaves(tmp_path, *arguments(command, finished, run))
@@ -213,5 +222,6 @@ def test_a_path_that_is(tmp_path: Path, stages: Path, finished: Path, name: str)
 
 @pytest.mark.parametrize("command", FOLDERS)
 def test_a_name_longer_than_file_systems_take(tmp_path: Path, finished: Path, command: str) -> None:
+    """A name of 300 characters: one line."""
     ended = octaves(tmp_path, *arguments(command, finished, tmp_path / ("x" * 300)))
     assert ended.refused("File name too long; choose a shorter|is missing"), ended

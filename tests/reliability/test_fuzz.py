@@ -86,6 +86,7 @@ def cache(tmp_path: Path, finished: Path) -> Path:
 @EXAMPLES
 @given(st.data())
 def test_manifest(cache: Path, finished: Path, data: st.DataObject) -> None:
+    """Random entries of a manifest: read, or one line."""
     whole = json.loads((finished / "run/tokens/manifest.json").read_bytes())
     del whole["sha256"]
     foreign = data.draw(mutations(whole))
@@ -98,6 +99,7 @@ def test_manifest(cache: Path, finished: Path, data: st.DataObject) -> None:
 @EXAMPLES
 @given(st.binary(max_size=200))
 def test_manifest_of_any_bytes(cache: Path, content: bytes) -> None:
+    """Random bytes as a manifest: read, or one line."""
     (cache / "manifest.json").write_bytes(content)
     read(read_all, cache)
 
@@ -105,7 +107,7 @@ def test_manifest_of_any_bytes(cache: Path, content: bytes) -> None:
 @EXAMPLES
 @given(st.data())
 def test_shard(cache: Path, finished: Path, data: st.DataObject) -> None:
-    """Flipped bytes, members that are missing, doubled, renamed or of other bytes; the manifest believes them."""
+    """Random bytes and members of a shard that the manifest believes: read, or one line."""
     path = cache / "train/000000.tar"
     whole = finished / "run/tokens/train/000000.tar"
     if data.draw(st.booleans()):
@@ -141,6 +143,7 @@ def test_shard(cache: Path, finished: Path, data: st.DataObject) -> None:
 @EXAMPLES
 @given(data=st.data())
 def test_weights_metadata(tmp_path: Path, finished: Path, part: str, data: st.DataObject) -> None:
+    """Random metadata of weights: read, or one line."""
     content = (finished / f"run/{part}/{part}.safetensors").read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -157,6 +160,7 @@ def test_weights_metadata(tmp_path: Path, finished: Path, part: str, data: st.Da
 @EXAMPLES
 @given(data=st.data())
 def test_weights_of_any_bytes(tmp_path: Path, finished: Path, part: str, data: st.DataObject) -> None:
+    """Random bytes in a weights file: read, or one line."""
     content = bytearray((finished / f"run/{part}/{part}.safetensors").read_bytes())
     for at in data.draw(st.lists(st.integers(0, 3000), min_size=1, max_size=4)):
         content[at] = data.draw(st.integers(0, 255))
@@ -168,6 +172,7 @@ def test_weights_of_any_bytes(tmp_path: Path, finished: Path, part: str, data: s
 @EXAMPLES
 @given(st.data())
 def test_config(tmp_path: Path, tiny: Path, data: st.DataObject) -> None:
+    """Random entries of a config: read, or one line."""
     path = tmp_path / "foreign.yaml"
     path.write_text(yaml.safe_dump(data.draw(mutations(yaml.safe_load(tiny.read_text()))), allow_unicode=True))
     read(load_config, path)
@@ -176,6 +181,7 @@ def test_config(tmp_path: Path, tiny: Path, data: st.DataObject) -> None:
 @EXAMPLES
 @given(st.binary(max_size=100) | st.text(alphabet="{}[]:!&*-|>%@`$?, \n'\"#ab1", max_size=40).map(str.encode))
 def test_config_of_any_bytes(tmp_path: Path, content: bytes) -> None:
+    """Random text and bytes as a config: read, or one line."""
     (tmp_path / "foreign.yaml").write_bytes(content)
     read(load_config, tmp_path / "foreign.yaml")
 
@@ -190,6 +196,7 @@ VALUES = st.sampled_from(
 @EXAMPLES
 @given(st.lists(st.builds("{}{}={}".format, SECTIONS, KEYS, VALUES | st.text(max_size=8)), min_size=1, max_size=3))
 def test_overrides(tiny: Path, overrides: list[str]) -> None:
+    """Random overrides: read, or one line."""
     read(load_config, tiny, overrides)
 
 
@@ -197,6 +204,7 @@ def test_overrides(tiny: Path, overrides: list[str]) -> None:
     "text", ["!!python/object/apply:os.system ['touch {}']", "name: !!python/object/apply:os.system ['touch {}']"]
 )
 def test_a_config_runs_nothing(tmp_path: Path, text: str) -> None:
+    """A YAML that asks for code to be run: it is not."""
     path = tmp_path / "foreign.yaml"
     path.write_text(text.format(tmp_path / "ran"))
     read(load_config, path)

@@ -58,6 +58,7 @@ RANDOM = 2  # further moments for each stage, anywhere between start and end
     ("command", "moment"), [(command, moment) for command, moments in MOMENTS.items() for moment in moments]
 )
 def test_killed_at_a_moment(tmp_path: Path, stages: Path, finished: Path, command: str, moment: str) -> None:
+    """kill -9 at a chosen call of a function: the next call makes the files of an undisturbed run."""
     run = before(command, stages, tmp_path / "run")
     killed = octaves(tmp_path, *arguments(command, finished, run), setup=kill_at(*MOMENTS[command][moment]))
     assert killed.code == -signal.SIGKILL, killed.said
@@ -66,8 +67,10 @@ def test_killed_at_a_moment(tmp_path: Path, stages: Path, finished: Path, comman
     assert result(run, command) == result(stages / "run", command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "number"), [(command, n) for command in MOMENTS for n in range(RANDOM)])
 def test_killed_at_any_time(tmp_path: Path, stages: Path, finished: Path, command: str, number: int) -> None:
+    """kill -9 after a random (seeded) share of a command's time: the same."""
     run = before(command, stages, tmp_path / "run")
     share = random.Random(f"{command} {number}").random()
     running = start(tmp_path, *arguments(command, finished, run))
@@ -78,10 +81,11 @@ def test_killed_at_any_time(tmp_path: Path, stages: Path, finished: Path, comman
     assert result(run, command) == result(stages / "run", command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["first process", "second process"])
 @pytest.mark.parametrize("command", ["train-tokenizer", "cache-tokens", "train-prior"])
 def test_one_of_two_ranks_killed(tmp_path: Path, stages: Path, finished: Path, command: str, victim: str) -> None:
-    """Ranks that a launcher started: the other one ends by itself with one line, and both go on in the next call."""
+    """kill -9 of one of two ranks that a launcher started: one line from the other, the same files in the end."""
     run, whole = (before(command, stages, tmp_path / name) for name in ("run", "whole"))
     kill = kill_at(
         {
@@ -102,9 +106,10 @@ def test_one_of_two_ranks_killed(tmp_path: Path, stages: Path, finished: Path, c
     assert result(run, command) == result(whole, command)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_rank_that_the_command_started_itself_is_killed(tmp_path: Path, stages: Path, finished: Path) -> None:
-    """The real command line with two ranks and their loaders: one line says which rank ended and how."""
+    """kill -9 of a rank of the real command line with two ranks and loaders: one line says which, nobody left."""
     run = before("train-prior", stages, tmp_path / "run")
     command = [sys.executable, "-m", "pipeline", *arguments("train-prior", finished, run)]
     overrides = ["trainer.devices=2", "trainer.num_workers=1", "prior_training.max_steps=100000"]

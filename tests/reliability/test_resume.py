@@ -53,6 +53,7 @@ def preempted(ended: Ended) -> bool:
 def test_sigterm_saves_and_the_next_call_ends_with_the_same_bits(
     tmp_path: Path, finished: Path, stage: str, accumulate: int, call: int
 ) -> None:
+    """SIGTERM at a micro-batch, also inside an accumulated update: saved, 75, and the same bits in the end."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert octaves(tmp_path, *keys(finished, stage, whole, accumulate)).code == 0
     command = keys(finished, stage, broken, accumulate)
@@ -68,6 +69,7 @@ def test_sigterm_saves_and_the_next_call_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
 def test_sigterm_to_one_of_two_ranks_stops_both_and_both_go_on(tmp_path: Path, finished: Path, stage: str) -> None:
+    """SIGTERM to one of two ranks inside an accumulated update: both end with 75, the same bits in the end."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert [rank.code for rank in two(tmp_path, *keys(finished, stage, whole, 2))] == [0, 0]
     command = keys(finished, stage, broken, 2)
@@ -79,6 +81,7 @@ def test_sigterm_to_one_of_two_ranks_stops_both_and_both_go_on(tmp_path: Path, f
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
 def test_sigterm_in_a_validation_does_not_wait_for_its_end(tmp_path: Path, finished: Path, stage: str) -> None:
+    """SIGTERM in a validation: it is not waited for, and the same bits in the end."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert octaves(tmp_path, *keys(finished, stage, whole, 1)).code == 0
     command = keys(finished, stage, broken, 1)
@@ -89,7 +92,7 @@ def test_sigterm_in_a_validation_does_not_wait_for_its_end(tmp_path: Path, finis
 
 
 def test_a_scheduler_that_signals_every_process_gets_the_code_to_requeue_on(tmp_path: Path, finished: Path) -> None:
-    """The real command line: two ranks that the first one starts, a loader process each, SIGTERM to all of them."""
+    """SIGTERM to every process of the real command line, two ranks and their loaders: 75, nobody left."""
     arguments = [*keys(finished, "prior", tmp_path / "run", 1), "trainer.devices=2", "trainer.num_workers=1"]
     arguments += ["prior_training.max_steps=100000", "prior_training.checkpoint_every=2"]
     process = subprocess.Popen(
@@ -113,6 +116,7 @@ def test_a_scheduler_that_signals_every_process_gets_the_code_to_requeue_on(tmp_
 
 
 def test_sigterm_between_two_shards_keeps_the_finished_ones(tmp_path: Path, finished: Path) -> None:
+    """SIGTERM between two shards: the finished ones stay, and the cache has the same bytes in the end."""
     command = ["cache-tokens", finished / "tiny.yaml", f"run={tmp_path}/run", "tokens.blocks_per_shard=1"]
     command += [f"tokenizer.path={finished}/run/tokenizer/tokenizer.safetensors"]
     at = "pipeline.encoding:Encoding.predict_step"
@@ -142,6 +146,7 @@ def damaged(how: str, path: Path) -> None:
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, finished: Path, how: str
 ) -> None:
+    """The newest checkpoint is damaged: it is named, the one before it is used, the same bits in the end."""
     run = tmp_path / "run"
     shutil.copytree(finished / "run/prior", run / "prior")
     (run / "prior/prior.safetensors").unlink()
@@ -155,6 +160,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
 
 
 def test_without_a_whole_checkpoint_the_user_decides(tmp_path: Path, finished: Path) -> None:
+    """All checkpoints are truncated: one line, and nothing is begun again unasked."""
     run = tmp_path / "run"
     shutil.copytree(finished / "run/prior", run / "prior")
     (run / "prior/prior.safetensors").unlink()
@@ -167,6 +173,7 @@ def test_without_a_whole_checkpoint_the_user_decides(tmp_path: Path, finished: P
 
 
 def test_a_command_that_has_nothing_to_save_ends_at_once(tmp_path: Path, finished: Path) -> None:
+    """SIGTERM to an evaluation: 75 at once, and no figures."""
     running = start(
         tmp_path,
         "eval",
