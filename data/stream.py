@@ -11,6 +11,9 @@ What is notable here:
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +98,22 @@ class BucketedStream(IndexStream):
             for row in shuffled[skip:]:
                 yield [pairs[place] for place in row[self.rank * self.batch_size :][: self.batch_size]]
             skip = 0
+
+
+def heed_parent_only(worker: int) -> None:
+    """Worker function of loaders: SIGTERM ends them where the parent sent it.
+
+    Schedulers send it to every process, and the parent still needs batches until its checkpoint.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def as_it_is(batch: Any) -> Any:

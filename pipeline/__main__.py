@@ -26,6 +26,7 @@ CONFIG is a YAML or the name of a shipped experiment; every key of it can be ove
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -34,7 +35,7 @@ from typing import Any, get_type_hints
 
 from data.errors import OctavesError
 from pipeline.config import ConfigError, load_config
-from pipeline.processes import end_with_parent
+from pipeline.processes import REQUEUE, Preempted, end_with_parent, ending_on_sigterm
 
 # command: (module, function, the dataclass of its own keys or None)
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
@@ -60,10 +61,22 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "fit-inr": ("pipeline.fit_inr", "run_fit", None),
 }
 WITHOUT_CONFIG = ("photos", "fit-inr", "compare")
+AGAIN = "then run the same command again to continue"
+# What a machine can say to any write or read; every other OSError is a defect.
+ENVIRONMENT_ERRORS = {
+    errno.ENOSPC: f"free some, {AGAIN}",
+    errno.EDQUOT: f"free some, {AGAIN}",
+    errno.EROFS: "choose a run= or out= that can be written",
+    errno.EACCES: "choose a folder that you may use",
+    errno.EPERM: "choose a folder that you may use",
+    errno.EIO: f"the disk fails; move the folder, {AGAIN}",
+    errno.ENAMETOOLONG: "choose a shorter run=, path or key",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, or 2 with one line on stderr for what the user can mend."""
+    """Run a command. Returns the exit code: 0, or one line on stderr and 2 for what the user can mend, REQUEUE after
+    SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
@@ -74,9 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     end_with_parent()
     try:
-        run(command, rest)
+        with ending_on_sigterm():
+            run(command, rest)
+    except Preempted as preempted:
+        print(f"octaves: {preempted}", file=sys.stderr)
+        return REQUEUE
     except OctavesError as error:
         print(f"octaves: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"octaves: {place}{error.strerror}; {ENVIRONMENT_ERRORS[error.errno]}", file=sys.stderr)
         return 2
     return 0
 

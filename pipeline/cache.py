@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from data.images.source import CorruptImage, ImageSource, sha256_of
 from data.images.sources import open_source
@@ -29,6 +28,7 @@ from pipeline.config import Config
 from pipeline.encoding import Encoding, SplitPlan
 from pipeline.models import check_images
 from pipeline.processes import end_with_parent, is_first_process
+from pipeline.ranks import ending_together
 from pipeline.run import need, stage_folder
 from pipeline.train import placement, quiet_lightning
 from stages.conditions.encoders import TextEncoder, build_text_encoder
@@ -76,8 +76,6 @@ def cache_tokens(config: Config) -> Path:
                 "sources": {split: source.fingerprint() for split, source in sources.items()},
             }
             hold_to_state(folder, state)
-            for stale in folder.glob("*/*.tmp-*"):
-                stale.unlink()
         missing = [(name, number) for name, plan in plans.items() for number in plan.missing()]
         if not missing and (folder / FILE).exists():
             print(f"{folder}: the token cache is complete, nothing to do")
@@ -133,9 +131,7 @@ def encode(
     missing: list[tuple[str, int]],
 ) -> None:
     """Write the missing shards, (split, number) each, on all devices; returns on every rank when all are done."""
-    place = placement(config.trainer)
-    if place["strategy"] == "ddp":
-        place["strategy"] = DDPStrategy(timeout=RANK_TIMEOUT)
+    place = placement(config.trainer, RANK_TIMEOUT)
     quiet_lightning()
     # 32 means 32 here: tokens are written once and read for ever, and codes near a border notice TF32.
     torch.set_float32_matmul_precision("highest")
@@ -144,7 +140,8 @@ def encode(
     )
     encoding = Encoding(tokenizer, text_encoder, plans, missing, config)
     try:
-        trainer.predict(encoding, return_predictions=False)
+        with ending_together(trainer):
+            trainer.predict(encoding, return_predictions=False)
     finally:
         encoding.abort()
 

@@ -89,6 +89,18 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError(f"CONFIG={name}: no such file, and no shipped experiment of that name ({shipped})")
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML holds. Raises ConfigError for a file that is no text, or that holds a single value."""
+    try:
+        return OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error})") from error
+    except OSError as error:
+        if error.errno is None:  # OmegaConf's own
+            raise ConfigError(f"{path}: a config is a mapping of sections") from error
+        raise
+
+
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a YAML and ``key=value`` overrides. Raises ConfigError with one line."""
     path = find_config(name)
@@ -96,7 +108,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         if "=" not in override or override.startswith("-"):
             raise ConfigError(f"{override!r} is no override; write key=value, e.g. prior_training.max_steps=1000")
     try:
-        raw = OmegaConf.load(path)
+        raw = read_yaml(path)
         if not isinstance(raw, DictConfig):
             raise ConfigError(f"{path}: a config is a mapping of sections")
         chosen = OmegaConf.from_dotlist(list(overrides))

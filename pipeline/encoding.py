@@ -27,10 +27,11 @@ from data.images.reading import read_eval
 from data.images.source import ImageSource
 from data.images.views import to_float
 from data.layout import Tokens
-from data.stream import as_it_is
+from data.stream import as_it_is, heed_parent_only
 from data.tokens import order
 from data.tokens.shards import Block, ShardWriter, finished_shard, total_remarks
 from pipeline.config import Config
+from pipeline.processes import Preempted, defer_sigterm, sigterm_received
 from stages.conditions.encoders import TextEncoder
 from stages.contract import RefusedImage, Tokenizer
 
@@ -143,17 +144,26 @@ class Encoding(L.LightningModule):
         self._pieces = [piece for split, shard in mine for piece in self._plans[split].pieces(shard)]
 
     def on_predict_start(self) -> None:
-        """Captions are encoded on this rank's device."""
+        """Captions are encoded on this rank's device; SIGTERM is asked for between pieces."""
+        defer_sigterm()
         if self._text_encoder is not None:
             self._text_encoder.to(self.device)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's pieces in order; a batch of the loader is a piece."""
         images = PieceImages(self._pieces, self._plans, self._config)
-        return DataLoader(images, batch_size=None, num_workers=self._config.trainer.num_workers, collate_fn=as_it_is)
+        return DataLoader(
+            images,
+            batch_size=None,
+            num_workers=self._config.trainer.num_workers,
+            collate_fn=as_it_is,
+            worker_init_fn=heed_parent_only,
+        )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Encode a piece in every view; write the block, and commit the shard, that it ends. Returns the images."""
+        if sigterm_received():
+            raise Preempted("SIGTERM: the finished shards stay")
         if not batch:
             return 0
         piece = self._pieces[batch["piece"]]

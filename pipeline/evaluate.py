@@ -19,6 +19,7 @@ import torch
 
 from data.images.source import ImageSource
 from data.images.sources import open_source
+from data.tokens.files import write_atomically
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_colours import check_order, measure_colouring
@@ -135,10 +136,9 @@ def evaluate(config: Config) -> Path:
     metrics["skipped"] = skipped
     metrics = {key: value for key, value in metrics.items() if value is not None}
     write_report(folder, metrics, Path(config.run))
-    temporary = folder / "metrics.json.tmp"
     # A value that is not finite would not be JSON: better to fail here than in the reader.
-    temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / "metrics.json")
+    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "metrics.json", text.encode() + b"\n")
     return folder
 
 

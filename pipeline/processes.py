@@ -2,6 +2,9 @@
 
 Lightning starts the other ranks by running the command line again; loader processes are forked. When the first one is
 killed with -9, nobody tells them. Each asks the kernel to be killed with its parent (Linux), or watches it (elsewhere).
+
+SIGTERM is how schedulers take a machine back. A command that gets it ends with exit code ``REQUEUE``, and does the rest
+when it is called again; a training loop first saves where it is.
 """
 
 from __future__ import annotations
@@ -12,12 +15,74 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from data.errors import OctavesError
+
+REQUEUE = 75
+"""Exit code of a command that SIGTERM ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 _FIRST = "OCTAVES_FIRST_PROCESS"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WATCH_SECONDS = 0.5
 _forking: tuple[int, bool] = (0, False)
 _prepared = False
+_sigterm_received = False
+
+
+class Preempted(OctavesError):
+    """SIGTERM came. What was done is kept, and the same command goes on from there."""
+
+    def __init__(self, done: str = "ended by SIGTERM") -> None:
+        super().__init__(f"{done}; run the same command again to continue (exit code {REQUEUE})")
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises Preempted, or is only noted after ``defer_sigterm``."""
+    global _sigterm_received
+    _sigterm_received = False
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_preempted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def defer_sigterm() -> None:
+    """From now on SIGTERM is only noted: the loop that runs now asks ``sigterm_received`` where it can stop.
+
+    Call it when a Trainer has begun. This replaces Lightning's handler, which starts a collective wherever the process
+    happens to be; the Trainer puts back what was there before when it ends.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _note_sigterm)
+
+
+def sigterm_received() -> bool:
+    """True after a SIGTERM in this command."""
+    return _sigterm_received
+
+
+def _note_sigterm(number: int, frame: FrameType | None) -> None:
+    global _sigterm_received
+    _sigterm_received = True
+
+
+def _raise_preempted(number: int, frame: FrameType | None) -> None:
+    if not sigterm_received():  # schedulers repeat it
+        _note_sigterm(number, frame)
+        raise Preempted
+
+
+def is_follower() -> bool:
+    """True in a rank that the user's process started by running the command line again."""
+    return _FIRST in os.environ and int(os.environ[_FIRST]) != os.getpid()
 
 
 def is_first_process() -> bool:
@@ -50,6 +115,9 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     parent, from_main_thread = _forking
     if from_main_thread:
+        if hasattr(signal, "pthread_sigmask"):
+            # a loader process must not end by a scheduler's SIGTERM before it can tell who sent it (data.stream)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         _follow(parent)
 
 

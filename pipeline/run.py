@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.errors import OctavesError
+from data.tokens.files import remove_temporaries, write_atomically
 from pipeline.config import Config, to_plain
 from pipeline.processes import is_first_process
 
@@ -59,6 +60,7 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(f"{folder} is in use by another process; wait for it, or choose another RUN=") from error
+        remove_temporaries(folder)
         hold_to_config(folder, stage_config(config, stage), defaults_of(config))
         yield folder
 
@@ -88,9 +90,7 @@ def hold_to_config(folder: Path, plain: dict[str, Any], defaults: dict[str, dict
                 f"{folder} was made with another config ({difference}); choose another RUN=, or delete the folder"
             )
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
-    temporary.replace(path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(plain)).encode())
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> str | None:

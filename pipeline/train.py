@@ -6,15 +6,17 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from data.errors import InputError
 from data.images.module import ImageDataModule
@@ -27,8 +29,10 @@ from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
 from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
+from pipeline.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints, newest_checkpoint
 from pipeline.config import Config, TrainerConfig
 from pipeline.processes import is_first_process
+from pipeline.ranks import WatchedDDP, ending_together
 from pipeline.run import RunError, need, stage_folder
 from stages.conditions.text import TextCondition
 from stages.contract import Prior, Prompts, RefusedImage, Tokenizer
@@ -41,8 +45,6 @@ from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
 from stages.weights import load_tokenizer, save_prior, save_tokenizer, take_over, tokens_sha256
-
-CHECKPOINT_PATTERN = "step????????.ckpt"
 
 
 def train_tokenizer(config: Config) -> Path:
@@ -125,6 +127,9 @@ def train_prior(config: Config) -> Path:
             bucket_batches=training.bucket_batches,
         )
         manifest = tokens.manifest
+        if is_first_process():
+            for split in sorted(manifest.splits):
+                TokenReader(config.tokens.path, split).verify()  # a flipped bit would only make a worse prior
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
         settings = dataclasses.replace(config.sampling, compile=False, scales=0)
@@ -191,21 +196,16 @@ def fit(
     num_optimizers: int,
     pictures: Sequence[Callback] = (),
 ) -> L.Trainer:
-    """Train to ``max_steps``, from the newest checkpoint in ``folder`` if there is one."""
+    """Train to ``max_steps``, from the newest whole checkpoint in ``folder`` if there is one.
+
+    Raises Preempted after SIGTERM and a checkpoint, and RunError when another process of the run has ended.
+    """
     quiet_lightning()
-    checkpoints = ModelCheckpoint(
-        folder / "checkpoints",
-        filename="step{step:08.0f}",
-        auto_insert_metric_name=False,
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        every_n_train_steps=trainer_steps(training.checkpoint_every, num_optimizers),
-    )
     micro_batches = training.max_steps * training.accumulate_batches
-    callbacks: list[Callback] = [checkpoints, Throughput(training.max_steps, training.log_every), *pictures]
+    callbacks: list[Callback] = [Throughput(training.max_steps, training.log_every), *pictures]
     if place.progress:
         callbacks.append(StepProgressBar(micro_batches))
+    callbacks.append(Checkpoints(folder / FOLDER, training.checkpoint_every))
     manual = not module.automatic_optimization
     trainer = L.Trainer(
         **placement(place),
@@ -220,19 +220,25 @@ def fit(
         gradient_clip_val=None if manual else training.gradient_clip_norm,
         logger=TensorBoardLogger(folder, name="", version="logs"),
         callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,  # Lightning's own
         default_root_dir=folder,
     )
-    saved = sorted((folder / "checkpoints").glob(CHECKPOINT_PATTERN))
-    if saved:
-        print(f"continuing from {saved[-1]}")
-    trainer.fit(module, loader, ckpt_path=saved[-1] if saved else None, weights_only=True)
+    checkpoint = newest_checkpoint(folder / FOLDER)
+    if checkpoint:
+        print(f"continuing from {checkpoint}")
+    with ending_together(trainer):
+        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     if module.step < training.max_steps:
         raise RunError(f"stopped at step {module.step} of {training.max_steps}; run the same command to continue")
     return trainer
 
 
-def placement(place: TrainerConfig) -> dict[str, Any]:
-    """Trainer arguments that say where work runs; data modules split the data themselves."""
+def placement(place: TrainerConfig, timeout: timedelta = default_pg_timeout) -> dict[str, Any]:
+    """Trainer arguments that say where work runs; data modules split the data themselves.
+
+    ``timeout``: how long a rank waits for the others.
+    """
     devices = place.devices
     if place.accelerator == "gpu" and not torch.cuda.is_available():
         raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
@@ -243,7 +249,7 @@ def placement(place: TrainerConfig) -> dict[str, Any]:
         "accelerator": place.accelerator,
         "devices": devices,
         "num_nodes": place.num_nodes,
-        "strategy": "ddp" if many else "auto",
+        "strategy": WatchedDDP(timeout=timeout) if many else "auto",
         "use_distributed_sampler": False,
         "enable_progress_bar": place.progress,
         "enable_model_summary": False,
@@ -255,10 +261,8 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for hint in (
         "does not have many workers",
-        "Checkpoint directory",
         r"Found \d+ module",  # the averaged copy and the perceptual network belong in eval mode
         "isinstance\\(treespec",
-        "Using ModelCheckpoint with manual optimization",  # the state after the step is the one that is wanted
         "predict returned None",
     ):
         warnings.filterwarnings("ignore", message=f".*{hint}")

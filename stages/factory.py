@@ -48,7 +48,7 @@ PRIORS: Registry = {
 
 
 def _look_up(registry: Registry, section: str, kind: str) -> tuple[Any, Any]:
-    if kind not in registry:
+    if not isinstance(kind, str) or kind not in registry:  # a YAML can hold anything
         raise InputError(f"{section}.kind={kind!r}; allowed: {', '.join(sorted(registry))}")
     module, config, cls = registry[kind]
     loaded = import_module(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -65,10 +65,23 @@ class NamesSamples(Protocol):
     def __call__(self, indices: list[int]) -> list[str]: ...
 
 
-def check_finite(terms: Mapping[str, Tensor], step: int, indices: Tensor, names: NamesSamples) -> None:
-    """Raise NonFiniteLoss for the first term that is NaN or infinite; ``indices`` [B] are the batch's samples."""
-    if bool(torch.isfinite(torch.stack(list(terms.values()))).all()):
+def check_finite(
+    terms: Mapping[str, Tensor],
+    step: int,
+    indices: Tensor,
+    names: NamesSamples,
+    any_process: Callable[[bool], bool],
+) -> None:
+    """Raise NonFiniteLoss for the first term that is NaN or infinite; ``indices`` [B] are the batch's samples.
+
+    ``any_process`` says whether something is true of any process of the run: one that stopped alone would leave the
+    others waiting for its gradients.
+    """
+    finite = bool(torch.isfinite(torch.stack(list(terms.values()))).all())
+    if not any_process(not finite):
         return
+    if finite:
+        raise NonFiniteLoss(f"step {step}: the loss of another process is not finite; its message names the samples")
     name, value = next((name, value) for name, value in terms.items() if not torch.isfinite(value))
     raise NonFiniteLoss(
         f"step {step}: {name} is {value.item()}; samples: {', '.join(names(indices.tolist()))}. "

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from data.errors import OctavesError
 from data.layout import TokenLayout
-from data.tokens.files import file_sha256
+from data.tokens.files import file_sha256, write_atomically
 from stages.contract import Prior, Tokenizer
 from stages.factory import (
     build_prior,
@@ -33,28 +34,47 @@ PARTS_WITH_KINDS = {"quantizer": quantizer_kind, "head": head_kind}
 """Parts of a tokenizer's config whose dataclass their ``kind`` chooses."""
 
 
+MEND = "delete it and run the command that makes it again"
+
+
 class WeightsError(OctavesError, ValueError):
     """A weights file that is missing, damaged or of another kind."""
 
 
 def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the module's state and JSON metadata atomically: a temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    """Write the module's state and JSON metadata atomically, with a checksum of both."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "octaves": json.dumps(metadata, sort_keys=True)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(metadata, sort_keys=True)
+    header = {"format": FORMAT, "octaves": text, "sha256": checksum(text, tensors)}
+    write_atomically(path, in_order(save(tensors, metadata=header)))
+
+
+def in_order(content: bytes) -> bytes:
+    """A safetensors file with its header in order: safetensors shuffles metadata, and equal weights are equal bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+def checksum(metadata: str, tensors: dict[str, Tensor]) -> str:
+    """Hex sha256 of metadata and of names, types, shapes and bytes of tensors."""
+    digest = hashlib.sha256(metadata.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, tensors by name). Raises WeightsError for anything but a file that ``save_weights`` wrote."""
     with _opened(path) as (file, metadata):
-        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        header = file.metadata()
+        # files from before there was one have none
+        if header.get("sha256", (found := checksum(header["octaves"], tensors))) != found:
+            raise WeightsError(f"{path}: damaged, its checksum is not the one that was written; {MEND}")
+        return metadata, tensors
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -73,7 +93,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise WeightsError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
-            yield file, json.loads(header["octaves"])
+            metadata = json.loads(header["octaves"])
+            if not isinstance(metadata, dict):
+                raise WeightsError(f"{path}: its metadata are no mapping")
+            yield file, metadata
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise WeightsError(f"{path}: damaged or not a weights file ({error})") from error
 
@@ -115,7 +138,7 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
         tokenizer = build_tokenizer(config, (height, width), metadata["channels"])
         tokenizer.restore(metadata.get("statistics", {}))
         layout = TokenLayout.from_dict(metadata["layout"])
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a model of foreign numbers breaks on
         raise WeightsError(f"{path}: metadata do not describe a tokenizer ({error})") from error
     load_state(path, tokenizer, tensors)
     if layout != tokenizer.layout:
@@ -182,7 +205,7 @@ def load_prior(path: str | Path) -> tuple[Prior, dict[str, Any]]:
         condition = from_plain(condition_kind(metadata["condition"]["kind"])[0], metadata["condition"])
         layout = TokenLayout.from_dict(metadata["layout"])
         prior = build_prior(config, condition, layout, metadata["class_names"], metadata.get("text"))
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a model of foreign numbers breaks on
         raise WeightsError(f"{path}: metadata do not describe a prior ({error})") from error
     load_state(path, prior, tensors)
     return prior.eval().requires_grad_(False), metadata

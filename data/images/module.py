@@ -26,7 +26,7 @@ from data.images.reading import EvalView, PreloadedDataset, TrainDataset, read_e
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.images.views import DETERMINISTIC_VIEWS, to_float
-from data.stream import IndexStream, as_it_is
+from data.stream import IndexStream, as_it_is, heed_parent_only
 
 MAX_PRELOADED_BYTES = 1 << 30
 Batch = dict[str, Tensor]
@@ -117,6 +117,7 @@ class ImageDataModule(L.LightningDataModule):
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=as_it_is,
+            worker_init_fn=heed_parent_only,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),

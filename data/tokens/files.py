@@ -13,9 +13,10 @@ class CacheError(OctavesError):
     """A token cache that is missing, damaged, or does not belong; the message says what to do."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write through a temporary name in the same folder, so that a reader sees all of it or nothing."""
     temporary = temporary_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -29,6 +30,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 def temporary_name(path: Path) -> Path:
     """The name under which this process writes ``path`` until it is whole."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left in ``folder`` and its folders; nobody else may be writing there."""
+    for pattern in ("*.tmp-*", "*/*.tmp-*"):
+        for stale in folder.glob(pattern):
+            stale.unlink()
 
 
 def publish(temporary: Path, path: Path) -> None:

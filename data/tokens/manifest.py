@@ -5,6 +5,7 @@ It is written last. A folder without a manifest is a cache in the making; one wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,8 +88,9 @@ class Manifest:
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/manifest.json`` atomically."""
-        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, sort_keys=True)
+        """Write ``folder/manifest.json`` atomically, with a checksum of all its other entries."""
+        data = self.to_dict()
+        text = json.dumps({**data, "sha256": checksum(data)}, ensure_ascii=False, indent=1, sort_keys=True)
         write_atomically(folder / FILE, text.encode() + b"\n")
 
     @classmethod
@@ -107,6 +109,10 @@ class Manifest:
             raise CacheError(
                 f"{path} has schema {data.get('schema')}, this version reads {SCHEMA}; delete the folder and {MEND}"
             )
+        # manifests from before there was a checksum have none
+        written = data.pop("sha256", None)
+        if written is not None and written != checksum(data):
+            raise CacheError(f"{path} is damaged: its checksum is not the one that was written; delete it and {MEND}")
         values = {key: value for key, value in data.items() if key not in ("format", "schema")}
         try:
             for key in ("image_size", "views", "class_names", "pixel_range"):
@@ -114,7 +120,7 @@ class Manifest:
             values["layout"] = TokenLayout.from_dict(values["layout"])
             values["splits"] = {name: SplitInfo.from_dict(split) for name, split in values["splits"].items()}
             return cls(**values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CacheError(
                 f"{path}: entries are missing or foreign ({error}); delete the folder and {MEND}"
             ) from error
@@ -124,6 +130,11 @@ class Manifest:
         if name not in self.splits:
             raise CacheError(f"the cache has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
+
+
+def checksum(data: dict[str, Any]) -> str:
+    """Hex sha256 of a manifest's entries, however they are laid out as JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def check_belongs(manifest: Manifest, path: str | Path, found: str) -> None:

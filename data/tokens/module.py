@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.layout import Tokens
-from data.stream import BucketedStream, IndexStream, as_it_is
+from data.stream import BucketedStream, IndexStream, as_it_is, heed_parent_only
 from data.tokens.manifest import Manifest
 from data.tokens.order import random_bits
 from data.tokens.reader import TokenReader
@@ -194,6 +194,7 @@ class TokenDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=as_it_is,
+            worker_init_fn=heed_parent_only,
             # Workers' seeds from a generator of its own: reading must not move torch's random numbers (exact resume).
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,

@@ -54,7 +54,7 @@ class TokenReader:
         indices: list[np.ndarray] = []
         for shard in info.shards:
             for members in _index_shard(self.folder / split / shard.file, shard):
-                block, label, index = self._open_block(members)
+                block, label, index = self._open_block(members, self.folder / split / shard.file)
                 self._blocks.append(block)
                 labels.append(label)
                 indices.append(index)
@@ -188,7 +188,7 @@ class TokenReader:
         stored: memoryview | None = getattr(self._blocks[number], name)
         return "" if stored is None else json.loads(bytes(stored))[int(position) - int(self._starts[number])]
 
-    def _open_block(self, members: dict[str, memoryview]) -> tuple[_StoredBlock, np.ndarray, np.ndarray]:
+    def _open_block(self, members: dict[str, memoryview], path: Path) -> tuple[_StoredBlock, np.ndarray, np.ndarray]:
         try:
             label, index = read_npy(members["label.npy"]), read_npy(members["index.npy"])
             tokens = read_npy(members["tokens.npy"])
@@ -200,13 +200,11 @@ class TokenReader:
             texts = members.get("text.json")
             block = _StoredBlock(tokens, offsets, header, members["keys.json"], texts, captions, caption_offsets)
         except (KeyError, CacheError) as error:
-            raise CacheError(
-                f"{self.folder / self.split}: a record of a shard is foreign or damaged ({error})"
-            ) from error
+            raise CacheError(f"{path}: a record is foreign or damaged ({error}); delete it and {MEND}") from error
         fields = () if self.layout.num_fields == 1 else (self.layout.num_fields,)
         wanted = (len(label), len(self.manifest.views), self.layout.length, *fields)
         if self.layout.ends == "fixed" and tokens.shape != wanted:
-            raise CacheError(f"{self.folder / self.split}: a block has tokens {tokens.shape}, expected {wanted}")
+            raise CacheError(f"{path}: a block has tokens {tokens.shape}, expected {wanted}; delete it and {MEND}")
         return block, label, index
 
     def _open_captions(self, members: dict[str, memoryview], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,15 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Drop what was written; nothing happens after a commit."""
-        if not self._file.closed:
-            self._tar.close()
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            if not self._file.closed:
+                # a full disk takes the end of the tar no more than the rest
+                with suppress(OSError):
+                    self._tar.close()
+                with suppress(OSError):
+                    self._file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def _members(self, block: Block) -> dict[str, bytes]:
         ids = np.asarray(block.ids)
@@ -200,11 +206,12 @@ class ShardWriter:
 
 
 def finished_shard(folder: Path, number: int) -> ShardInfo | None:
-    """What the sidecar says of a whole shard, or None where the shard is still to be written."""
+    """What the sidecar says of a whole shard, or None where the shard is to be written, again where it is damaged."""
     path = folder / shard_name(number)
     try:
         info = ShardInfo.from_dict(json.loads(path.with_suffix(".json").read_bytes()))
-        return info if path.stat().st_size == info.bytes else None
+        whole = path.stat().st_size == info.bytes and file_sha256(path) == info.sha256
+        return info if whole else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

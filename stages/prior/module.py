@@ -69,7 +69,7 @@ class PriorModule(L.LightningModule):
         terms = {"nll": nll.sum() / (count * nll.shape[2])}
         if output.legal_nll is not None:
             terms["illegal"] = output.legal_nll.sum() / (count * nll.shape[2])
-        check_finite(terms, self.step, batch["index"], self.names)
+        check_finite(terms, self.step, batch["index"], self.names, self._any_process)
         self.batches_seen += 1
         bits_per_token = terms["nll"].detach() * nll.shape[2] / NATS_PER_BIT
         self.log("bits_per_token", bits_per_token, prog_bar=True, logger=False)
@@ -82,6 +82,9 @@ class PriorModule(L.LightningModule):
                 values["padding_share"] = 1 - tokens.counted.float().mean()
             self._log({f"train/{name}": value for name, value in values.items()})
         return torch.stack(list(terms.values())).sum()
+
+    def _any_process(self, true_here: bool) -> bool:
+        return bool(self.trainer.strategy.reduce_boolean_decision(true_here, all=False))
 
     def _by_scale(self, nll: Tensor, tokens: Tokens, counted: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, mean bits of an element, elements) of all scales together and of each worth reporting.

@@ -168,7 +168,7 @@ class TokenizerModule(L.LightningModule):
                 size = self.tokenizer.layout.image_size
                 pixels = functional.interpolate(large, size, mode="bicubic", antialias=True).clamp(-1, 1)
             terms, logs, ids = self.loss_terms(pixels, large)
-            check_finite(terms, step, batch["index"], self.names)
+            check_finite(terms, step, batch["index"], self.names, self._any_process)
             self.manual_backward(torch.stack(list(terms.values())).sum() / config.accumulate_batches)
         self.recent_ids.append(ids)
         if self.lecam is not None:
@@ -179,6 +179,9 @@ class TokenizerModule(L.LightningModule):
         self.log("psnr", -10 * torch.log10(logs["loss/pixel"] / 4), prog_bar=True, logger=False)
         if last and ((step + 1) % config.log_every == 0 or step == 0):
             self._log(logs | self._code_use("codes", self.recent_ids), step)
+
+    def _any_process(self, true_here: bool) -> bool:
+        return bool(self.trainer.strategy.reduce_boolean_decision(true_here, all=False))
 
     def _update(self, step: int, logs: dict[str, Tensor]) -> None:
         optimizers = self.optimizers()

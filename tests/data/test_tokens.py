@@ -160,7 +160,7 @@ def damage(folder: Path, how: str) -> None:
     elif how == "other schema":
         manifest.write_text(json.dumps({**data, "schema": 99}))
     elif how == "incomplete manifest":
-        del data["layout"]["scales"]
+        del data["layout"]["scales"], data["sha256"]
         manifest.write_text(json.dumps(data))
     elif how == "no tar":
         shard.write_bytes(b"x" * shard.stat().st_size)
