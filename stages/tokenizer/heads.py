@@ -8,7 +8,7 @@ the algebra of complex wavelets (Roddenberry et al., arXiv 2310.00545), which fi
   the plane, products of them too (``x + a x²``), so high frequencies never make low ones;
 - in place of an initialisation at the image's singularities the cells say where their atoms stand;
 - an output coarser than the tokenizer's own pixels is drawn finer and averaged. Damping every atom by a Gaussian as
-  wide as its pixel costs less, but the squares escape it: photos at 8 to 20 px came out 1 to 7 dB worse;
+  wide as its pixel costs less, but the squares escape it;
 - complex numbers are pairs of real ones, which bfloat16 and compilers understand;
 - features and pixels come detached: no gradient of it reaches the tokens (clipping the gradients takes all together).
 """
