@@ -104,7 +104,7 @@ class NestedTokenizer(HeadedTokenizer):
         length = self.num_patches + config.num_tokens
         # patches first: what they see ends before the queries, which see them and one another in order
         # Much of what these tokens know comes through attention, which is blind at first with a ViT's small weights and
-        # positions: with larger ones 200 steps on 32-px crops gave 23.5 dB in place of 21.9 (one seed, an earlier form).
+        # positions: larger ones gave 23.5 dB instead of 21.9 after 200 steps on 32-px crops (one seed, an early form).
         self.encoder = Transformer(
             config.encoder,
             [length],
