@@ -82,7 +82,7 @@ def test_a_side_that_is_no_rung_is_named(models, pixels, side, to, message):
 
 def test_the_prompt_matters(models, pixels):
     small = reduce_to(pixels, 8)
-    settings = SamplingConfig(guidance=8.0)
+    settings = SamplingConfig(guidance=50.0)
     one, other = (
         models.draw(Prompts.of_labels(torch.full((4,), label)), settings, range(4), prefix=models.encode(small))
         for label in (0, 2)

@@ -46,7 +46,7 @@ MOMENTS: dict[str, dict[str, tuple[str, int]]] = {
     "eval": {
         "before the first figure": ("pipeline.evaluate:read_images", 1),
         "while samples are drawn": ("pipeline.evaluate:measure_samples", 1),
-        "samples, no pictures": ("pipeline.evaluate:show_samples", 1),
+        "samples, no pictures": ("pipeline.evaluate_samples:show_samples", 1),
         "before the report": ("pipeline.evaluate:write_report", 1),
         "a report, no figures": ("pipeline.evaluate:write_atomically", 1),
     },
