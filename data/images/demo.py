@@ -6,6 +6,7 @@ their countries), so an icon, its skin tones and everything that looks the same 
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -133,7 +134,7 @@ def file_name(unified: str, folder: Path) -> str | None:
 
 def held_out_icons(icons: list[Icon], folder: Path, config: ImagesConfig) -> np.ndarray:
     """bool [n]: which icons are held out. Whole groups of look-alikes are, up to ``val_share`` of the icons."""
-    groups = look_alikes(icons, folder, config)
+    groups = look_alikes(tuple(icons), folder, tuple(config.background))
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(int(group), []).append(index)
@@ -148,12 +149,13 @@ def held_out_icons(icons: list[Icon], folder: Path, config: ImagesConfig) -> np.
     return held_out
 
 
-def look_alikes(icons: list[Icon], folder: Path, config: ImagesConfig) -> np.ndarray:
+@functools.cache  # every command opens both sides, and each looks at all icons for it
+def look_alikes(icons: tuple[Icon, ...], folder: Path, background: tuple[int, ...]) -> np.ndarray:
     """int64 [n]: for each icon the first index of its group: same base icon, or as good as the same picture.
 
     Pictures are compared in colour on the run's own background.
     """
-    seen = ImagesConfig(size=TWIN_SIZE, channels=3, background=config.background)
+    seen = ImagesConfig(size=TWIN_SIZE, channels=3, background=list(background))
     images = (decode(folder / f"{icon.name}.png", icon.name) for icon in icons)
     pixels = np.stack([view_pixels(image, seen, "center").numpy() for image in images]).astype(np.float32) / 255
     parent = np.arange(len(icons))

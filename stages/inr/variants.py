@@ -23,8 +23,8 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    # Rates: the best of 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2 (4e-2 where it still rose) after 400 steps on two photos of
-    # 96 px, width 64. The papers: 1e-3 (Tancik et al. 2020), 1e-4 over many more steps (SIREN), 5e-3 (WIRE).
+    # Rates: the best of 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2 (4e-2 where it still rose) after 400 steps on two photos
+    # of 96 px, width 64. The papers: 1e-3 (Tancik et al. 2020), 1e-4 over many more steps (SIREN), 5e-3 (WIRE).
     "fourier-relu": Variant(lambda image, hidden, layers: FourierRelu(hidden, layers, len(image)), 2e-2),
     "siren": Variant(lambda image, hidden, layers: Siren(hidden, layers, len(image)), 2.5e-3),
     "wire-real": Variant(lambda image, hidden, layers: WireReal(hidden, layers, len(image)), 5e-3),
