@@ -3,7 +3,8 @@
 What is notable here:
 
 - nothing is guessed from formulas: FLOPs and the bytes that a training step keeps are counted on the config's own
-  networks with one and two layers, one sample, on the CPU. Every layer adds the same, so the full depth follows;
+  networks with one and two layers, one sample, on the CPU with a GPU's kind of attention. Every layer adds the same,
+  so the full depth follows;
 - what cannot be known without the GPUs is an input and stands in the result: their peak, and the share of it that
   training reaches (``octaves bench parts=prior`` measures it).
 """
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.layout import TokenLayout, Tokens
 from pipeline.config import Config
 from pipeline.run import RunError
+from stages.attention import fused_attention
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer
 from stages.measures.memory import bytes_saved_by
@@ -135,40 +137,39 @@ def stage_plan(network: nn.Module, cost: Cost, training: Any, request: PlanReque
 
 def tokenizer_cost(config: Config) -> Cost:
     """One image through encoder, quantiser and decoder, forward and backward."""
+    full = {part: getattr(config.tokenizer, part).depth for part in ("encoder", "decoder")}
+    return at_depth(lambda depths: tokenizer_cost_of(config, depths), full)
+
+
+def tokenizer_cost_of(config: Config, depths: dict[str, int]) -> Cost:
+    """The same of encoder and decoder with so many layers, counted."""
     section, side = config.tokenizer, config.images.size
-    full = {part: getattr(section, part).depth for part in ("encoder", "decoder")}
+    parts = {part: dataclasses.replace(getattr(section, part), depth=depth) for part, depth in depths.items()}
+    tokenizer = build_tokenizer(dataclasses.replace(section, **parts), (side, side), config.images.channels)
     training = TokenizerTrainingConfig(adversarial_weight=0, perceptual="none")
-
-    def cost(depths: dict[str, int]) -> Cost:
-        parts = {part: dataclasses.replace(getattr(section, part), depth=depth) for part, depth in depths.items()}
-        tokenizer = build_tokenizer(dataclasses.replace(section, **parts), (side, side), config.images.channels)
-        module = TokenizerModule(tokenizer.train(), training, config.seed)
-        pixels = torch.rand(1, config.images.channels, side, side) * 2 - 1
-
-        def step() -> Tensor:
-            return torch.stack(list(module.loss_terms(pixels)[0].values())).sum()
-
-        return measured(step, tokenizer)
-
-    return at_depth(cost, full)
+    module = TokenizerModule(tokenizer.train(), training, config.seed)
+    pixels = torch.rand(1, config.images.channels, side, side) * 2 - 1
+    return measured(lambda: torch.stack(list(module.loss_terms(pixels)[0].values())).sum(), tokenizer)
 
 
 def prior_cost(config: Config, layout: TokenLayout) -> Cost:
     """One sequence, forward and backward; recomputed layers count again."""
     section: Any = config.prior
+    return at_depth(lambda depths: prior_cost_of(config, layout, depths), {"depth": section.depth})
+
+
+def prior_cost_of(config: Config, layout: TokenLayout, depths: dict[str, int]) -> Cost:
+    """The same of a prior with so many layers, counted."""
+    section: Any = config.prior
+    prior = build_prior(dataclasses.replace(section, **depths), config.condition, layout, CLASSES, TEXT).train()
     ids = torch.zeros(1, layout.length, layout.num_fields, dtype=torch.int64)
     prompts = Prompts.of_labels(torch.zeros(1, dtype=torch.int64))
-
-    def cost(depths: dict[str, int]) -> Cost:
-        prior = build_prior(dataclasses.replace(section, **depths), config.condition, layout, CLASSES, TEXT).train()
-        return measured(lambda: prior(Tokens.fixed(ids), prompts).nll.mean(), prior)
-
-    return at_depth(cost, {"depth": section.depth})
+    return measured(lambda: prior(Tokens.fixed(ids), prompts).nll.mean(), prior)
 
 
 def measured(step: Callable[[], Tensor], network: nn.Module) -> Cost:
     """FLOPs of a step, forward and backward, and bytes that it keeps between them."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, fused_attention():
         saved, loss = bytes_saved_by(step, network)
         loss.backward()
     return Cost(counter.get_total_flops(), saved)

@@ -1,8 +1,8 @@
-"""Shards at a URL or behind a pipe, copied here once: ``https://…``, ``s3://…``, ``gs://…``, ``pipe:command``.
+"""Shards at a URL or behind a pipe, copied here once: ``https://…``, ``gs://…``, ``hf://…``, ``pipe:command``.
 
-``webdataset.gopen`` opens them; what it cannot open by itself it asks of the store's own program (``gsutil``, …). The
-copies lie in ``$OCTAVES_DATA/shards`` under a hash of the URL, so each machine fetches a shard once, whichever of its
-processes asks first.
+``webdataset.gopen`` opens them, by curl or the store's own program; any other store is a pipe to its program (for S3
+``pipe:aws s3 cp s3://bucket/name.tar -``). The copies lie in ``$OCTAVES_DATA/shards`` under a hash of the URL, so each
+machine fetches a shard once, whichever of its processes asks first. Who changed a shard deletes its copy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import webdataset
@@ -19,6 +20,8 @@ import webdataset
 from data.images.home import data_home
 from data.images.source import ImagesError
 from data.tokens.files import publish, temporary_name
+
+PART = 1 << 20
 
 
 def is_remote(name: str) -> bool:
@@ -36,25 +39,45 @@ def local_copy(url: str) -> Path:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be fetching it
         if not path.is_file():
+            for stale in folder.glob(f"{path.name}.tmp-*"):  # of a process that was killed
+                stale.unlink()
             fetch(url, path)
     return path
 
 
 def fetch(url: str, path: Path) -> None:
-    """Copy what is at ``url`` to ``path``, which is whole or not there. Raises ImagesError."""
+    """Copy what is at ``url`` to ``path``, which is a whole tar or not there.
+
+    Raises ImagesError for what does not come or is no tar, OSError where the local disk is at fault.
+    """
+    scheme = url.partition(":")[0]
+    known = ("file", *(name for name in webdataset.gopen_schemes if name != "__default__"))
+    if scheme not in known:
+        raise ImagesError(
+            f"{url}: no way to read {scheme}:; allowed: {', '.join(known)} (a store's own program: pipe:program …)"
+        )
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
-            with webdataset.gopen(url) as stream:
-                shutil.copyfileobj(stream, file, 1 << 20)
+            for part in parts_of(url):
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        if not temporary.stat().st_size:
-            raise ImagesError(f"{url}: nothing came")
+        try:
+            with tarfile.open(temporary, "r:") as tar:
+                tar.getmembers()
+        except tarfile.TarError as error:
+            raise ImagesError(f"{url}: what came is no complete, uncompressed tar ({error})") from error
         publish(temporary, path)
-    except ImagesError:
-        raise
-    except Exception as error:  # each store's program and library has errors of its own
-        raise ImagesError(f"{url}: {' '.join(str(error).split()) or type(error).__name__}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def parts_of(url: str) -> Iterator[bytes]:
+    """What is at ``url``, in parts. Raises ImagesError."""
+    try:
+        with webdataset.gopen(url) as stream:
+            while part := stream.read(PART):
+                yield part
+    except Exception as error:  # each store's program and library has errors of its own
+        raise ImagesError(f"{url}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -269,12 +269,11 @@ def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSo
     """One side of the shards at ``config.path``. Raises ImagesError without a path, and like ``ShardSource``."""
     if not config.path:
         raise ImagesError("images.kind=webdataset needs images.path=<folder or pattern of .tar shards>")
-    train_root: str | Path
-    val_root: str | Path | None
-    if is_remote(config.path):
-        train_root, val_root = config.path, config.val_path
-    else:
-        train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)
+    train_root: str | Path = config.path
+    val_root: str | Path | None = config.val_path
+    if not is_remote(config.path):
+        train_root, below = split_roots(Path(config.path).expanduser(), None)
+        val_root = val_root or below
     train = ShardSource(find_shards(train_root))
     if val_root is None:
         return seeded_split(train, split, config.val_share, config.split_seed)

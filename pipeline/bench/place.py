@@ -8,12 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 
 from data.images.sources import open_source
 from data.images.views import to_float
-from data.tokens.manifest import FILE
-from pipeline.cache import cache_tokens
+from data.layout import TokenLayout
+from data.tokens.manifest import Manifest, SplitInfo
+from data.tokens.shards import NO_LABEL, Block, ShardWriter
 from pipeline.config import Config
 from pipeline.evaluation_images import read_images
 from pipeline.run import device_of
@@ -21,6 +23,9 @@ from pipeline.train import fit_statistics
 from stages.contract import Tokenizer
 from stages.factory import build_tokenizer
 from stages.weights import load_tokenizer, save_tokenizer
+
+RANDOM = {"train": 2048, "val": 16}
+"""Samples of the cache that priors are trained on."""
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Place:
             name: dataclasses.replace(getattr(self.config, name), path=str(self.folder / path))
             for name, path in (("tokenizer", "tokenizer.safetensors"), ("tokens", "tokens"))
         }
-        trainer = dataclasses.replace(self.config.trainer, progress=False)
+        # other processes would measure in folders of their own
+        trainer = dataclasses.replace(self.config.trainer, progress=False, devices=1, num_nodes=1)
         self.config = dataclasses.replace(self.config, **sections, trainer=trainer)
 
     @cached_property
@@ -60,8 +66,34 @@ class Place:
 
     @cached_property
     def tokens(self) -> Path:
-        """A token cache of the config's images by ``tokenizer``."""
-        assert self.tokenizer is not None
-        if not (Path(self.config.tokens.path) / FILE).exists():
-            cache_tokens(self.config)
-        return Path(self.config.tokens.path)
+        """A cache of random tokens in the tokenizer's layout: what they say does not change a speed."""
+        folder, layout = self.folder / "random", self.tokenizer.layout
+        splits = {name: write_random(folder / name, layout, count) for name, count in RANDOM.items()}
+        Manifest(
+            tokenizer_sha256="",
+            tokenizer_kind=self.config.tokenizer.kind,
+            tokenizer_config={},
+            layout=layout,
+            image_size=layout.image_size,
+            channels=self.config.images.channels,
+            views=("identity",),
+            permutation_seed=0,
+            encode_batch_size=1,
+            precision="32",
+            class_names=(),
+            splits=splits,
+        ).save(folder)
+        return folder
+
+
+def write_random(folder: Path, layout: TokenLayout, count: int) -> SplitInfo:
+    """One shard of ``count`` samples of a layout of fixed length, in one block."""
+    generator = np.random.default_rng(0)
+    sizes = [[part.vocabulary_size for part in scale.fields] for scale in layout.scales for _ in range(scale.length)]
+    ids = generator.integers(0, sizes, (count, 1, layout.length, layout.num_fields))
+    lengths, header = np.full((count, 1), layout.length), np.zeros((count, 1, 0), np.int64)
+    with ShardWriter(folder, 0, layout) as writer:
+        names = [str(row) for row in range(count)]
+        writer.write(Block(0, ids, lengths, header, np.full(count, NO_LABEL), np.arange(count), names))
+        shard = writer.commit([])
+    return SplitInfo(count, 0, 0, count, "", (shard,))

@@ -11,7 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.layout import Tokens
-from data.tokens.manifest import Manifest
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
 from pipeline.bench.figures import Figure, speeds
@@ -37,8 +36,9 @@ def bench_prior(place: Place) -> list[Figure]:
     For layouts of fixed length.
     """
     config = place.config
-    manifest = Manifest.load(place.tokens)
-    if manifest.layout.ends != "fixed":
+    layout = place.tokenizer.layout
+    if layout.ends != "fixed":
+        print("prior: only layouts of fixed length are measured")
         return []
     training = config.prior_training
     arms = {f"precision {name}": dataclasses.replace(training, precision=name) for name in ("32", "bf16")}
@@ -46,13 +46,13 @@ def bench_prior(place: Place) -> list[Figure]:
     def built() -> Prior:
         L.seed_everything(config.seed, verbose=False)
         # text is another story: what its encoder gives is read, not computed
-        return build_prior(config.prior, NoConditionConfig(), manifest.layout, list(manifest.class_names))
+        return build_prior(config.prior, NoConditionConfig(), layout, [])
 
     def prepared(training: PriorTrainingConfig) -> tuple[PriorModule, L.LightningDataModule]:
         data = TokenDataModule(place.tokens, training.batch_size_per_device, config.trainer.num_workers, config.seed, 1)
         return PriorModule(built(), training, config.seed), data
 
-    found = compare_steps("prior", arms, prepared, place, manifest.layout.length, "tokens/s")
+    found = compare_steps("prior", arms, prepared, place, layout.length, "tokens/s")
     flops = flops_of_token(built(), place)
     for figure, kind in zip(list(found), (torch.float32, torch.bfloat16), strict=False):
         peak = peak_of(kind, place.device)
@@ -93,6 +93,7 @@ def bench_sampling(place: Place) -> list[Figure]:
     config, device = place.config, place.device
     layout = place.tokenizer.layout
     if layout.ends != "fixed" or config.prior.kind != "transformer":
+        print("sampling: only transformers over layouts of fixed length are measured")
         return []
     L.seed_everything(config.seed, verbose=False)
     prior = build_prior(config.prior, NoConditionConfig(), layout, []).eval().requires_grad_(False).to(device)

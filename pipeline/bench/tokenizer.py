@@ -41,7 +41,7 @@ def bench_tokenizer(place: Place) -> list[Figure]:
 
 
 def bench_training(place: Place) -> list[Figure]:
-    """Images a second of training steps as the config has them, with losses left out in turn. None for a codec."""
+    """Images a second of training steps of one micro-batch, with losses left out in turn. None for a codec."""
     config = place.config
     training = dataclasses.replace(config.tokenizer_training, start_from=None)
     size = (config.images.size, config.images.size)
@@ -51,6 +51,7 @@ def bench_training(place: Place) -> list[Figure]:
         if arm not in arms.values():  # the config may train without one of them
             arms[name] = arm
     if not build_tokenizer(config.tokenizer, size, config.images.channels).trainable:
+        print("training: a codec is not trained")
         return []
 
     def prepared(training: TokenizerTrainingConfig) -> tuple[TokenizerModule, ImageDataModule]:

@@ -19,12 +19,15 @@ from data.images.views import to_float
 from data.stream import IndexStream, as_it_is
 from data.tokens.manifest import FILE, Manifest
 from data.tokens.module import TrainingTokens
+from data.tokens.order import block_size
 from data.tokens.reader import TokenReader, read_npy
 from pipeline.bench.figures import Figure, speeds
 from pipeline.bench.place import Place
 from pipeline.cache import cache_tokens
 from pipeline.text_tokens import TextTokensRequest, cache_text
 
+MOST_IMAGES = 20_000
+"""Images of the largest set that is cached: its pixels are held in memory to encode them alone."""
 READ_SAMPLES, READ_TOKENS, READ_BATCH = 40_000, 256, 64
 """Samples of the cache that is read, tokens of each, samples of a batch."""
 
@@ -38,12 +41,18 @@ def bench_cache(place: Place) -> list[Figure]:
     tokenizer, folder = place.tokenizer, Path(config.tokens.path)
     sources = [open_source(config.images, split) for split in ("train", "val")]
 
+    if sum(map(len, sources)) > MOST_IMAGES:
+        print(f"cache: more than {MOST_IMAGES} images; bench a smaller set (images.path=...) of the same size")
+        return []
+
     def read() -> torch.Tensor:
         views = [read_eval(source, index, config.images) for source in sources for index in range(len(source))]
         return torch.stack([view.pixels for view in views])
 
     pixels = read()
     flips = (False, True) if config.images.flip else (False,)
+    # a block is encoded by itself: small sets have small ones
+    batch = min(config.tokens.encode_batch_size, block_size(len(sources[0])))
 
     def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +61,7 @@ def bench_cache(place: Place) -> list[Figure]:
     @torch.inference_mode()
     def encode() -> None:
         with torch.autocast(place.device.type, torch.bfloat16, enabled=config.tokens.precision == "bf16"):
-            for part in pixels.split(config.tokens.encode_batch_size):
+            for part in pixels.split(batch):
                 for flip in flips:
                     views = to_float(part.flip(-1) if flip else part)
                     tokenizer.encode(views.to(place.device)).to("cpu")

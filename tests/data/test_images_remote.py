@@ -1,5 +1,6 @@
 """Shards at URLs: fetched once, whole or not at all, the same images as from the disk."""
 
+import errno
 import shutil
 import threading
 from functools import partial
@@ -76,11 +77,40 @@ def test_a_web_server_is_asked_once_by_two_at_a_time(stored, home):
 
 
 @pytest.mark.parametrize(
-    "url", ["pipe:cat {store}/none.tar", "pipe:true", "what://is/this.tar", "pipe:head -c 700 {file}; false"]
+    ("url", "said"),
+    [
+        ("pipe:cat {store}/none.tar", "exit"),
+        ("pipe:true", "is no complete, uncompressed tar"),
+        ("pipe:echo please log in", "is no complete, uncompressed tar"),
+        ("pipe:head -c 700 {file}", "is no complete, uncompressed tar"),
+        ("pipe:head -c 700 {file}; false", "exit"),
+        ("s3://bucket/a.tar", "no way to read s3:; allowed: file, pipe, http"),
+    ],
 )
-def test_what_does_not_come_is_one_line_and_leaves_nothing(stored, home, url):
+def test_what_does_not_come_is_one_line_and_leaves_nothing(stored, home, url, said):
     url = url.format(store=stored, file=stored / "shard-0.tar")
-    with pytest.raises(ImagesError) as error:
+    with pytest.raises(ImagesError, match=said) as error:
         open_source(ImagesConfig(kind="webdataset", path=url, size=4), "train")
     assert str(error.value).startswith(url) and "\n" not in str(error.value)
     assert not list(home.glob("*.tar*"))
+
+
+def test_a_full_disk_is_not_the_fault_of_the_store(stored, home, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("data.images.remote.publish", full)
+    with pytest.raises(OSError, match="No space left"):
+        local_copy(f"pipe:cat {stored}/shard-0.tar")
+    assert not list(home.glob("*.tar*"))
+
+
+def test_parts_of_a_killed_fetch_are_removed_and_held_out_shards_may_be_elsewhere(stored, home):
+    url = f"pipe:cat {stored}/shard-1.tar"
+    copy = local_copy(url)
+    stale = copy.with_name(f"{copy.name}.tmp-1")
+    stale.write_bytes(b"half")
+    copy.unlink()
+    config = ImagesConfig(kind="webdataset", path=str(stored / "shard-0.tar"), val_path=url, size=4)
+    assert len(open_source(config, "train")) == len(open_source(config, "val")) == 3
+    assert not stale.exists()

@@ -8,8 +8,9 @@ import torch
 
 from pipeline.__main__ import main
 from pipeline.config import load_config
-from pipeline.plan import at_depth, prior_cost, tokenizer_cost
+from pipeline.plan import prior_cost, prior_cost_of, tokenizer_cost, tokenizer_cost_of
 from stages.factory import build_prior, build_tokenizer
+from stages.measures.memory import bytes_saved_by
 
 # depth, width and vocabularies of each prior, what these imply, and what the papers say
 PRIORS = {
@@ -61,20 +62,25 @@ def test_a_prior_costs_six_flops_a_weight_and_token_and_every_layer_the_same():
     weights = 4 * (4 * width**2 + 3 * width * hidden) + width * 1000
     attention = 4 * 2 * 2 * length**2 * width * 3
     assert found.flops == pytest.approx(6 * weights * length + attention, rel=0.03)
-    # three layers more than the one that is measured, counted one by one
-    costs = [prior_cost(small(prior=depth), layout) for depth in (1, 2, 3, 4)]
-    steps = {costs[depth + 1].flops - costs[depth].flops for depth in range(3)}
-    assert len(steps) == 1 and found == costs[3]
+    # what is added up from one and two layers is what four cost
+    counted = prior_cost_of(config, layout, {"depth": 4})
+    assert found.flops == counted.flops and found.saved == pytest.approx(counted.saved, rel=1e-3)
 
 
-def test_costs_add_up_over_the_parts_of_a_tokenizer():
-    base = tokenizer_cost(small())
-    deeper = tokenizer_cost(small(encoder=3, decoder=2))
-    encoder = tokenizer_cost(small(encoder=2)) - base
-    decoder = tokenizer_cost(small(decoder=2)) - base
-    assert deeper.flops == pytest.approx((base + encoder * 2 + decoder).flops)
-    assert encoder.flops > 0 and encoder.saved > 0
-    assert at_depth(lambda depths: base * sum(depths.values()), {"a": 5, "b": 1}).flops == pytest.approx(6 * base.flops)
+def test_a_tokenizer_costs_what_its_layers_add_up_to():
+    config = small(encoder=3, decoder=2)
+    found, counted = tokenizer_cost(config), tokenizer_cost_of(config, {"encoder": 3, "decoder": 2})
+    assert found.flops == counted.flops and found.saved == pytest.approx(counted.saved, rel=1e-3)
+
+
+def test_what_is_kept_is_counted_once_and_without_weights():
+    layer = torch.nn.Linear(10, 20, bias=False)
+    x = torch.randn(5, 10, requires_grad=True)
+    # the input of the layer, and the factor by which the gradient of the product goes on
+    saved, loss = bytes_saved_by(lambda: (layer(x) * layer(x).detach()).sum(), layer)
+    assert saved == 4 * (5 * 10 + 5 * 20)
+    loss.backward()
+    assert x.grad is not None
 
 
 def test_the_table_is_printed_and_written(tmp_path, capsys):
