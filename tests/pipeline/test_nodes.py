@@ -26,28 +26,32 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def on_two_nodes(*arguments):
+def on_two_nodes(folder, *arguments):
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    logs = [folder / f"node{rank}.log" for rank in (0, 1)]
     nodes = [
         subprocess.Popen(
             [*command, f"--node-rank={rank}", "-m", "pipeline", *arguments, "trainer.num_nodes=2"],
             env=environment(),
-            stdout=subprocess.PIPE,
+            stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
-        for rank in (0, 1)
+        for rank, log in enumerate(logs)
     ]
-    outputs = [node.communicate(timeout=SECONDS)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+    try:
+        codes = [node.wait(SECONDS) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert codes == [0, 0], "".join(log.read_text() for log in logs)
 
 
 @pytest.mark.slow
 def test_two_nodes_under_torchrun_equal_two_processes(tmp_path, tiny):
     for command in COMMANDS:
-        on_two_nodes(command, str(tiny), f"run={tmp_path}/nodes")
+        on_two_nodes(tmp_path, command, str(tiny), f"run={tmp_path}/nodes")
         one = [sys.executable, "-m", "pipeline", command, str(tiny), f"run={tmp_path}/one", "trainer.devices=2"]
         done = subprocess.run(one, env=environment(), capture_output=True, text=True, timeout=SECONDS)
         assert done.returncode == 0, done.stderr
