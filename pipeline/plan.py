@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.layout import TokenLayout, Tokens
+from data.tokens.files import write_atomically
+from data.tokens.shards import token_dtype
 from pipeline.config import Config
 from pipeline.run import RunError
 from stages.attention import fused_attention
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer
-from stages.measures.memory import bytes_saved_by
+from stages.measures.memory import saved_bytes
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 
@@ -92,7 +94,8 @@ def run_plan(config: Config, request: PlanRequest) -> Path:
         "prior": stage_plan(prior, prior_cost(config, layout), config.prior_training, request),
     }
     views = 2 if config.images.flip else 1
-    # encoding is less than half of the tokenizer's forward pass, which is a third of a training step: an upper bound
+    id_bytes = token_dtype(layout.max_vocabulary_size).itemsize
+    # encoding is a part of the tokenizer's forward pass, which is a third of a training step: an upper bound
     seconds = request.images * views * stages["tokenizer"]["flops_per_sample"] / 3 / speed_of(request)
     found: dict[str, Any] = {
         "settings": {**asdict(request), "config": config.name, "image_size": config.images.size},
@@ -100,14 +103,13 @@ def run_plan(config: Config, request: PlanRequest) -> Path:
         "stages": stages,
         "cache": {
             "days_at_most": seconds / SECONDS_A_DAY,
-            "gigabytes": request.images * views * layout.length * layout.num_fields * 2 / 1e9,
+            "gigabytes": request.images * views * layout.length * layout.num_fields * id_bytes / 1e9,
         },
         "left_out": "perceptual distance and discriminator; time for reading, logging and communication",
     }
     print(table_of(found))
     out = Path(request.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out, json.dumps(found, indent=1).encode() + b"\n")
     print(f"wrote {out}")
     return out
 
@@ -170,8 +172,9 @@ def prior_cost_of(config: Config, layout: TokenLayout, depths: dict[str, int]) -
 def measured(step: Callable[[], Tensor], network: nn.Module) -> Cost:
     """FLOPs of a step, forward and backward, and bytes that it keeps between them."""
     with FlopCounterMode(display=False) as counter, fused_attention():
-        saved, loss = bytes_saved_by(step, network)
-        loss.backward()
+        losses: list[Tensor] = []
+        saved = saved_bytes(lambda: losses.append(step()), network)["rest"]
+        losses[0].backward()
     return Cost(counter.get_total_flops(), saved)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data.tokens.files import write_atomically
 from pipeline.bench.figures import Figure, line_of
 from pipeline.bench.lists import check_memory, measure_memory
 from pipeline.bench.place import Place
@@ -80,8 +81,7 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
     if sides:
         found["memory"] = measure_memory(config, sides)
     out = Path(request.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out, json.dumps(found, indent=1).encode() + b"\n")
     print(f"wrote {out}")
     return out
 

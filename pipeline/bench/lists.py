@@ -74,5 +74,6 @@ def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
 def bytes_of(prior: ChunkedPrior, tokens: Tokens) -> dict[str, int]:
     """Bytes saved by the layers of the decoders, by the encoder, and by the rest: embeddings, logits and losses."""
     # keys and values are made of what the encoder says, and each decoder is given them
-    saved = saved_bytes(prior, tokens, Prompts.of_labels(torch.tensor([-1])), prior.parts, {"decoders": "encoder"})
+    prompts = Prompts.of_labels(torch.tensor([-1]))
+    saved = saved_bytes(lambda: prior(tokens, prompts), prior, prior.parts, {"decoders": "encoder"})
     return {**saved, "total": sum(saved.values())}
