@@ -52,6 +52,9 @@ class SITConfig(TokenizerConfig):
     """Patch side of the approximation (of the image, with transform identity)."""
     attention: str = "sit"
     """sit (dense), sit-sc (scale-causal encoder and decoder), sit-scd (decoder only), sit-sce (encoder only)."""
+    groups: int = 1
+    """Consecutive groups of equally many tokens that stand in place of scales in scale-causal attention: what such a
+    mask does to a raster. Only with transform identity, where the one scale is one group otherwise."""
     specialised: bool = True
     """ADTransformer: separate weights for approximation and detail tokens."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
@@ -125,7 +128,7 @@ class SIT(HeadedTokenizer):
         separate = config.specialised and config.scales > 1
         groups = [tokens, tokens * self.levels] if separate else [tokens * config.scales]
         self.embed = nn.ModuleList([nn.Linear(width, config.encoder.width) for width in widths])
-        mask = scale_causal(scale_lengths)
+        mask = scale_causal([tokens // config.groups] * config.groups if config.groups > 1 else scale_lengths)
         self.encoder = Transformer(config.encoder, groups, mask if causal_encoder else None)
         self.decoder = Transformer(config.decoder, groups, mask if causal_decoder else None)
         self.heads = nn.ModuleList([nn.Linear(config.decoder.width, width) for width in widths])
@@ -263,6 +266,12 @@ def check_config(config: SITConfig, image_size: tuple[int, int]) -> None:
         raise InputError(f"tokenizer.transform={config.transform!r}; allowed: haar, identity")
     if config.transform == "identity" and config.scales != 1:
         raise InputError(f"tokenizer.scales={config.scales}; transform identity has 1")
+    if config.groups != 1 and config.transform != "identity":
+        raise InputError(
+            f"tokenizer.groups={config.groups} with transform {config.transform}: its scales are the groups"
+        )
+    if config.groups < 1:
+        raise InputError(f"tokenizer.groups={config.groups}; allowed: 1 or more")
     if config.scales < 1 or config.patch < 1:
         raise InputError(f"tokenizer.scales={config.scales}, tokenizer.patch={config.patch}; allowed: 1 or more")
     unit = 2 ** (config.scales - 1) * config.patch
@@ -273,6 +282,9 @@ def check_config(config: SITConfig, image_size: tuple[int, int]) -> None:
                 f"images.size={side}: {config.scales} scales with patch {config.patch} need a multiple of {unit} "
                 f"(nearest: {near[0]}, {near[1]})"
             )
+    if (image_size[0] // unit * (image_size[1] // unit)) % config.groups:
+        tokens = f"{image_size[0] // unit}x{image_size[1] // unit}"
+        raise InputError(f"tokenizer.groups={config.groups}: {tokens} tokens cannot be cut into as many equal groups")
 
 
 def _sizes(sizes: list[tuple[int, int]]) -> str:
