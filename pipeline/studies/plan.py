@@ -155,11 +155,10 @@ def build_cell(study: StudyConfig, arm: ArmConfig, seed: int, root: Path, extra:
     name = arm.config or study.config
     try:
         config = load_config(name, keys)
-        run = (
-            root
-            / f"{config.tokenizer.kind}-{digest(stage_config(config, 'tokenizer'), stage_config(config, 'tokens'))}"
-        )
-        own = digest(stage_config(config, "prior")) if prior else "none"
+        defaults = defaults_of(config)
+        tokens = [chosen_in(stage_config(config, stage), defaults) for stage in ("tokenizer", "tokens")]
+        run = root / f"{config.tokenizer.kind}-{digest(*tokens)}"
+        own = digest(chosen_in(stage_config(config, "prior"), defaults)) if prior else "none"
         places = [f"run={run}", f"prior.path={run}/priors/{own}/prior.safetensors"]
         judged = {"eval": to_plain(config.eval)} | ({"sampling": to_plain(config.sampling)} if prior else {})
         measured = digest(own, chosen_in(judged, defaults))
