@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import CONFIG_FOLDER, Config, ConfigError, load_config, read_yaml, to_plain
-from pipeline.run import stage_config
+from pipeline.run import defaults_of, stage_config
 
 FIGURES = [
     "tokenizer.psnr_mean_of_images",
