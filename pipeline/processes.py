@@ -121,6 +121,13 @@ def _after_fork() -> None:
         follow(parent)
 
 
+def prepare_child(parent: int) -> None:
+    """For ``preexec_fn`` of a command that ``parent`` starts: it ends with its parent, and SIGTERM reaches it."""
+    follow(parent)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the hook for forked loader processes
+
+
 def follow(parent: int) -> None:
     """Be killed when ``parent``, the process that started this one, ends, or now if it has ended."""
     if sys.platform == "linux":

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from data.tokens.files import write_atomically
-from pipeline.processes import REQUEUE, follow
+from pipeline.processes import REQUEUE, prepare_child
 from pipeline.studies.plan import Cell
 
 POLL_SECONDS = 0.5
@@ -100,7 +100,11 @@ def start(cell: Cell, stage: str, jobs: int) -> Job:
         log.write(f"$ octaves {shlex.join(command[3:])}\n".encode())
         log.flush()
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=partial(follow, os.getpid())
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=partial(prepare_child, os.getpid()),
         )
     return Job(cell, stage, process, time.monotonic())
 
