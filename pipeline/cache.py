@@ -9,6 +9,7 @@ What is notable here:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -131,7 +132,8 @@ def encode(
     missing: list[tuple[str, int]],
 ) -> None:
     """Write the missing shards, (split, number) each, on all devices; returns on every rank when all are done."""
-    place = placement(config.trainer, RANK_TIMEOUT)
+    # nothing is trained here, so there is nothing to share out
+    place = placement(dataclasses.replace(config.trainer, strategy="ddp"), RANK_TIMEOUT)
     quiet_lightning()
     # 32 means 32 here: tokens are written once and read for ever, and codes near a border notice TF32.
     torch.set_float32_matmul_precision("highest")

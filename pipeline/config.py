@@ -42,6 +42,8 @@ class TrainerConfig:
     """Processes on this machine; -1: every GPU."""
     num_nodes: int = 1
     """Machines."""
+    strategy: str = "ddp"
+    """What several processes of train-prior keep: ddp, each the whole training state; fsdp, each its share of it."""
     num_workers: int = 0
     """Loader processes for each training process; 0 loads in the training process itself, best for few cores."""
     progress: bool = True

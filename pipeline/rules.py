@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
     "prior_training.precision": ("32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.strategy": ("ddp", "fsdp"),
 }
 
 SHARES = (
@@ -266,10 +267,35 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: f"eval.num_colorized={c.eval.num_colorized}; allowed: 0, or 2 and more",
     ),
     (
+        lambda c: c.trainer.strategy == "fsdp" and c.prior.kind == "chunked",
+        lambda c: (
+            "trainer.strategy=fsdp with prior.kind=chunked: each process goes through lists in passes of its own, and "
+            "layers can be gathered only in common; set trainer.strategy=ddp"
+        ),
+    ),
+    (
         lambda c: c.eval.timing_repeats < 0,
         lambda c: f"eval.timing_repeats={c.eval.timing_repeats}; allowed: 0 or more",
     ),
 ]
+
+# The same where one command alone minds, by its name.
+ILLEGAL_FOR: dict[str, list[tuple[Callable[[Config], bool], Callable[[Config], str]]]] = {
+    "train-tokenizer": [
+        (
+            lambda c: c.trainer.strategy == "fsdp",
+            lambda c: (
+                "trainer.strategy=fsdp: train-tokenizer keeps whole networks in each process, and only train-prior "
+                "shares them out; set trainer.strategy=ddp here"
+            ),
+        ),
+    ],
+}
+
+
+def broken_rule_of(command: str, config: Config) -> str | None:
+    """Like ``broken_rule``, of the rules of one command."""
+    return next((message(config) for refuses, message in ILLEGAL_FOR[command] if refuses(config)), None)
 
 
 def broken_rule(config: Config) -> str | None:

@@ -30,10 +30,12 @@ from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
 from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints, newest_checkpoint
-from pipeline.config import Config, TrainerConfig
+from pipeline.config import Config, ConfigError, TrainerConfig
 from pipeline.processes import is_first_process
 from pipeline.ranks import WatchedDDP, ending_together
+from pipeline.rules import broken_rule_of
 from pipeline.run import RunError, need, stage_folder
+from pipeline.sharding import WatchedFSDP
 from stages.conditions.text import TextCondition
 from stages.contract import Prior, Prompts, RefusedImage, Tokenizer
 from stages.factory import build_grammar, build_prior, build_tokenizer, condition_kind
@@ -41,6 +43,7 @@ from stages.grammar import PlacedGrammar
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
 from stages.prior.sampling import check_sampling
+from stages.prior.sharding import whole_state
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
@@ -48,7 +51,12 @@ from stages.weights import load_tokenizer, save_prior, save_tokenizer, take_over
 
 
 def train_tokenizer(config: Config) -> Path:
-    """Train (or, for a codec, only fit) stage 1 and write its averaged weights. Returns the file."""
+    """Train (or, for a codec, only fit) stage 1 and write its averaged weights. Returns the file.
+
+    Raises ConfigError for a trainer that is for other commands.
+    """
+    if broken := broken_rule_of("train-tokenizer", config):
+        raise ConfigError(broken)
     path = Path(config.tokenizer.path)
     with stage_folder(path.parent, config, "tokenizer"):
         if path.exists():
@@ -144,7 +152,8 @@ def train_prior(config: Config) -> Path:
         if grammar is not None:
             print(tokens.lengths_report())
         pictures: list[Callback] = []
-        if Path(config.tokenizer.path).exists():
+        sharded = config.trainer.strategy == "fsdp"  # then no process alone can sample
+        if Path(config.tokenizer.path).exists() and not sharded:
             tokenizer, _ = load_tokenizer(config.tokenizer.path)
             prompts = held_out_prompts(config, prior)
             prefix = tokenizer.start_prefix(prompts.labels, range(len(prompts)))
@@ -152,6 +161,7 @@ def train_prior(config: Config) -> Path:
         module = PriorModule(prior, training, config.seed)
         module.names = lambda indices: TokenReader(config.tokens.path, "train").keys(np.array(indices))
         trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)
+        weights = whole_state(module.average.module)
         if is_first_process():
             extra = {
                 "tokenizer_sha256": manifest.tokenizer_sha256,
@@ -159,7 +169,7 @@ def train_prior(config: Config) -> Path:
                 "world_size": trainer.world_size,
                 "manifest_sha256": file_sha256(Path(config.tokens.path) / "manifest.json"),
             }
-            save_prior(path, module.average.module, config.prior, config.condition, extra)
+            save_prior(path, prior, config.prior, config.condition, extra, weights)
             print(f"wrote {path}")
     return path
 
@@ -244,12 +254,15 @@ def placement(place: TrainerConfig, timeout: timedelta = default_pg_timeout) -> 
         raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
     if devices == -1 and (place.accelerator == "cpu" or not torch.cuda.is_available()):
         devices = 1  # every GPU of none: the CPU
-    many = devices not in (1, -1) or place.num_nodes != 1 or (devices == -1 and torch.cuda.device_count() > 1)
+    processes = place.num_nodes * (torch.cuda.device_count() if devices == -1 else devices)
+    strategy: Any = "auto"
+    if processes > 1:
+        strategy = WatchedFSDP(processes, timeout) if place.strategy == "fsdp" else WatchedDDP(timeout=timeout)
     return {
         "accelerator": place.accelerator,
         "devices": devices,
         "num_nodes": place.num_nodes,
-        "strategy": WatchedDDP(timeout=timeout) if many else "auto",
+        "strategy": strategy,
         "use_distributed_sampler": False,
         "enable_progress_bar": place.progress,
         "enable_model_summary": False,

@@ -86,6 +86,17 @@ def test_what_cannot_work_together_is_refused_with_one_line_and_nothing_else_is(
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+def test_every_prior_but_the_chunked_one_may_be_shared_out(plain, kind):
+    prior = "chunked" if kind == "sparse-dct" else "transformer"
+    keys = [*overrides(kind, prior, "natural", "none", "sample", "none", "class"), "trainer.strategy=fsdp"]
+    if prior == "transformer":
+        assert load_config(plain, keys).trainer.strategy == "fsdp"
+        return
+    with pytest.raises(ConfigError, match="trainer.strategy=fsdp with prior.kind=chunked"):
+        load_config(plain, keys)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_what_can_work_together_does(plain, kind):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
