@@ -20,9 +20,10 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from data.files import write_atomically
 from data.images.source import CorruptImage, ImageSource, sha256_of
 from data.images.sources import open_source
-from data.tokens.files import CacheError, write_atomically
+from data.tokens.errors import CacheError
 from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
 from data.tokens.shards import ShardInfo, finished_shard, to_json, total_remarks
 from pipeline.config import Config

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from data.files import write_atomically
 from data.images.source import ImageSource
 from data.images.sources import open_source
-from data.tokens.files import write_atomically
 from data.tokens.manifest import FILE, Manifest, check_belongs
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_colours import check_order, measure_colouring

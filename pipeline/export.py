@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from data.tokens.files import file_sha256, publish, write_atomically
+from data.files import file_sha256, publish, write_atomically
 from data.tokens.manifest import FILE, Manifest
 from pipeline.config import Config, to_plain
 from pipeline.model_card import Facts, write_card

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.files import write_atomically
 from data.layout import TokenLayout, Tokens
-from data.tokens.files import write_atomically
 from data.tokens.shards import token_dtype
 from pipeline.config import Config
 from pipeline.run import RunError

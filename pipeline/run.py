@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.errors import OctavesError
-from data.tokens.files import remove_temporaries, write_atomically
+from data.files import remove_temporaries, write_atomically
 from pipeline.config import Config, to_plain
 from pipeline.processes import is_first_process
 

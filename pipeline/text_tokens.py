@@ -14,7 +14,7 @@ import numpy as np
 
 from data.layout import Field, Scale, TokenLayout
 from data.tokens import order
-from data.tokens.files import CacheError
+from data.tokens.errors import CacheError
 from data.tokens.manifest import FILE, Manifest, SplitInfo
 from data.tokens.shards import NO_LABEL, Block, ShardInfo, ShardWriter
 from pipeline.config import Config

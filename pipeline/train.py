@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from data.errors import InputError
+from data.files import file_sha256
 from data.images.module import ImageDataModule
 from data.images.reading import read_eval
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.images.views import smaller_side, to_float
-from data.tokens.files import file_sha256
 from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader

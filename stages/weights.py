@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.errors import OctavesError
+from data.files import file_sha256, write_atomically
 from data.layout import TokenLayout
-from data.tokens.files import file_sha256, write_atomically
 from stages.contract import Prior, Tokenizer
 from stages.factory import (
     build_prior,

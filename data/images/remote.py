@@ -17,9 +17,9 @@ from pathlib import Path
 
 import webdataset
 
+from data.files import publish, temporary_name
 from data.images.home import data_home
 from data.images.source import ImagesError
-from data.tokens.files import publish, temporary_name
 
 PART = 1 << 20
 

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomically
 from data.layout import TokenLayout
-from data.tokens.files import CacheError, write_atomically
+from data.tokens.errors import CacheError
 from data.tokens.shards import ShardInfo
 
 FORMAT = "octaves-tokens"

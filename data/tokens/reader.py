@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from data.files import file_sha256
 from data.layout import TokenLayout
-from data.tokens.files import CacheError, file_sha256
+from data.tokens.errors import CacheError
 from data.tokens.manifest import MEND, Manifest
 from data.tokens.shards import ShardInfo
 
