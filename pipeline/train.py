@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,21 +20,21 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from data.errors import InputError
-from data.files import file_sha256
 from data.images.module import ImageDataModule
 from data.images.reading import read_eval
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.images.views import smaller_side, to_float
-from data.tokens.manifest import check_belongs
+from data.remote import is_remote
+from data.tokens.manifest import check_belongs, read_manifest
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
+from data.tokens.streamed import StreamedReader
 from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints, newest_checkpoint
-from pipeline.config import Config, ConfigError, TrainerConfig
+from pipeline.config import Config, TrainerConfig, check_command
 from pipeline.processes import is_first_process
 from pipeline.ranks import WatchedDDP, ending_together
-from pipeline.rules import broken_rule_of
 from pipeline.run import RunError, need, stage_folder
 from pipeline.sharding import WatchedFSDP
 from stages.conditions.text import TextCondition
@@ -55,8 +56,7 @@ def train_tokenizer(config: Config) -> Path:
 
     Raises ConfigError for a trainer that is for other commands.
     """
-    if broken := broken_rule_of("train-tokenizer", config):
-        raise ConfigError(broken)
+    check_command("train-tokenizer", config)
     path = Path(config.tokenizer.path)
     with stage_folder(path.parent, config, "tokenizer"):
         if path.exists():
@@ -118,7 +118,8 @@ def check_large(source: ImageSource, side: int, count: int = 16) -> None:
 
 def train_prior(config: Config) -> Path:
     """Train stage 2 on the token cache and write its averaged weights. Returns the file."""
-    need(Path(config.tokens.path) / "manifest.json", "token cache", "cache-tokens", config)
+    if not is_remote(config.tokens.path):
+        need(Path(config.tokens.path) / "manifest.json", "token cache", "cache-tokens", config)
     path = Path(config.prior.path)
     with stage_folder(path.parent, config, "prior"):
         if path.exists():
@@ -133,11 +134,13 @@ def train_prior(config: Config) -> Path:
             training.validation_samples,
             with_text=condition_kind(config.condition.kind)[1].uses_text,
             bucket_batches=training.bucket_batches,
+            shuffle_shards=training.shuffle_shards,
+            local_gigabytes=config.tokens.local_gigabytes,
         )
         manifest = tokens.manifest
         if is_first_process():
             for split in sorted(manifest.splits):
-                TokenReader(config.tokens.path, split).verify()  # a flipped bit would only make a worse prior
+                tokens.reader(split).verify()  # a flipped bit would only make a worse prior
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
         settings = dataclasses.replace(config.sampling, compile=False, scales=0)
@@ -145,7 +148,7 @@ def train_prior(config: Config) -> Path:
         L.seed_everything(config.seed, verbose=False)
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names), manifest.text)
         if isinstance(prior.condition, TextCondition):
-            prior.condition.set_empty(TokenReader(config.tokens.path, "train").empty_caption())
+            prior.condition.set_empty(tokens.reader("train").empty_caption())
         grammar = build_grammar(manifest.layout)  # the loader's own: the prior's goes where the prior goes
         if isinstance(grammar, PlacedGrammar):
             tokens.cut_and_note(prior.max_length, grammar.annotate)
@@ -155,11 +158,11 @@ def train_prior(config: Config) -> Path:
         sharded = config.trainer.strategy == "fsdp"  # then no process alone can sample
         if Path(config.tokenizer.path).exists() and not sharded:
             tokenizer, _ = load_tokenizer(config.tokenizer.path)
-            prompts = held_out_prompts(config, prior)
+            prompts = held_out_prompts(tokens.reader("val"), prior)
             prefix = tokenizer.start_prefix(prompts.labels, range(len(prompts)))
             pictures.append(SamplePictures(tokenizer, settings, prompts, prefix))
         module = PriorModule(prior, training, config.seed)
-        module.names = lambda indices: TokenReader(config.tokens.path, "train").keys(np.array(indices))
+        module.names = lambda indices: tokens.reader("train").keys(np.array(indices))
         trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)
         weights = whole_state(module.average.module)
         if is_first_process():
@@ -167,16 +170,15 @@ def train_prior(config: Config) -> Path:
                 "tokenizer_sha256": manifest.tokenizer_sha256,
                 "steps": module.step,
                 "world_size": trainer.world_size,
-                "manifest_sha256": file_sha256(Path(config.tokens.path) / "manifest.json"),
+                "manifest_sha256": hashlib.sha256(read_manifest(config.tokens.path)).hexdigest(),
             }
             save_prior(path, prior, config.prior, config.condition, extra, weights)
             print(f"wrote {path}")
     return path
 
 
-def held_out_prompts(config: Config, prior: Prior, count: int = 16) -> Prompts:
-    """What the first ``count`` held-out samples of the cache would be asked for by."""
-    reader = TokenReader(config.tokens.path, "val")
+def held_out_prompts(reader: TokenReader | StreamedReader, prior: Prior, count: int = 16) -> Prompts:
+    """What the first ``count`` samples of the cache's held-out side would be asked for by."""
     positions = np.arange(count) % len(reader)
     return Prompts.from_batch(widened(to_tensors(reader.read(positions, with_text=prior.condition.uses_text))))
 
