@@ -22,11 +22,12 @@ STALL_SECONDS = 60.0
 """So long nothing may come before a store counts as stalled."""
 PAUSES = (1.0, 4.0)
 """Seconds before each new attempt."""
+REFUSED = 22
 CURL_ERRORS = {
     6: "no such host",
     7: "no connection",
     18: "the connection broke",
-    22: "no such file, or the server refuses it",
+    REFUSED: "no such file, or the server refuses it",
     28: "timed out",
     52: "the server said nothing",
     56: "the connection broke",
@@ -38,6 +39,10 @@ Result = TypeVar("Result")
 
 class RemoteError(OctavesError):
     """What does not come; the message begins with the URL."""
+
+
+class RefusedError(RemoteError):
+    """A server that was there and did not give it: to ask again does not help, and curl has done so after 5xx."""
 
 
 def is_remote(name: str) -> bool:
@@ -59,10 +64,12 @@ def parts_of(url: str) -> Iterator[bytes]:
             yield from _until_it_stalls(stream)
     except Exception as error:  # each store's program and library has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, RemoteError) and (code := getattr(stream, "status", None)):
+        code = None if isinstance(error, RemoteError) else getattr(stream, "status", None)
+        if code:
             meaning = CURL_ERRORS.get(code) if scheme in ("http", "https") else None
             reason = f"its program ended with exit code {code}" + (f" ({meaning})" if meaning else "")
-        raise RemoteError(f"{url}: {reason}") from error
+        kind = RefusedError if code == REFUSED and scheme in ("http", "https") else RemoteError
+        raise kind(f"{url}: {reason}") from error
 
 
 def _until_it_stalls(stream: Any) -> Iterator[bytes]:
@@ -83,10 +90,12 @@ def _until_it_stalls(stream: Any) -> Iterator[bytes]:
 
 
 def attempt(action: Callable[[], Result]) -> Result:
-    """The result of ``action``, tried again where it raises RemoteError, which after some attempts goes on."""
+    """The result of ``action``, tried again where it raises RemoteError; raises that after some attempts."""
     for pause in PAUSES:
         try:
             return action()
+        except RefusedError:
+            raise
         except RemoteError:
             time.sleep(pause)
     try:

@@ -41,12 +41,13 @@ def equal(one, other):
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def environment(tmp_path):
-    return {"OCTAVES_DATA": str(tmp_path / "home")}
-
-
 def run_one(tmp_path, arguments, setup=None):
-    return start(tmp_path, *arguments, setup=setup, **environment(tmp_path)).wait()
+    return start(tmp_path, *arguments, setup=setup, OCTAVES_DATA=f"{tmp_path}/home").wait()
+
+
+def at_home(tmp_path):
+    """A setup: where copies go."""
+    os.environ["OCTAVES_DATA"] = f"{tmp_path}/home"
 
 
 def limit(folder):
@@ -78,7 +79,7 @@ def test_a_run_that_streams_and_is_stopped_ends_with_the_bits_of_one_that_does_n
 def test_two_processes_fetch_each_shard_once(finished, store, tmp_path):
     folder, url = store
     for run, path in (("local", folder), ("streamed", url)):
-        setup = partial(os.environ.update, environment(tmp_path))
+        setup = partial(at_home, tmp_path)
         ended = two(tmp_path, *command(finished, tmp_path / run, path), setups=(setup, setup))
         assert [rank.code for rank in ended] == [0, 0], ended
     assert equal(weights(tmp_path / "local")[1], weights(tmp_path / "streamed")[1])
