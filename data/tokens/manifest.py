@@ -144,7 +144,7 @@ def read_manifest(place: str | Path) -> bytes:
     """The manifest's bytes, from a folder or a URL. Raises CacheError."""
     if is_remote(str(place)):
         try:
-            return attempt(lambda: b"".join(parts_of(f"{place}/{FILE}")))
+            return attempt(lambda: b"".join(parts_of(f"{str(place).rstrip('/')}/{FILE}")))
         except RemoteError as error:
             raise CacheError(f"no token cache: {error}") from error
     path = Path(place) / FILE

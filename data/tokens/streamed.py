@@ -148,7 +148,7 @@ class StreamedReader:
     """
 
     def __init__(self, url: str, split: str, limit: int) -> None:
-        self.url, self.split = url, split
+        self.url, self.split = url.rstrip("/"), split
         self.manifest = Manifest.load(url)
         self.layout = self.manifest.layout
         self.shards = self.manifest.split(split).shards

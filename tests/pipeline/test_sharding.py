@@ -204,5 +204,3 @@ def test_what_cannot_be_shared_out_is_refused_with_one_line(tiny):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="trainer.strategy=fsdp with prior.kind=chunked"):
         load_config("demo-dct", ["trainer.strategy=fsdp"])
-    with pytest.raises(ConfigError, match="trainer.strategy='zero'; allowed: ddp, fsdp"):
-        load_config(tiny, ["trainer.strategy=zero"])
