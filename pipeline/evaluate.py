@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from data.files import write_atomically
 from data.images.source import ImageSource
 from data.images.sources import open_source
-from data.tokens.files import write_atomically
-from data.tokens.manifest import FILE, Manifest, check_belongs
+from data.tokens.manifest import Manifest, check_belongs, has_manifest
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_colours import check_order, measure_colouring
 from pipeline.evaluate_frequencies import measure_scales
@@ -151,7 +151,7 @@ def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
     if config.eval.head_sizes and not tokenizer.renders:
         raise RunError(f"eval.head_sizes={config.eval.head_sizes}: {NO_HEAD}")
     shown_settings(config, tokenizer.layout)
-    if (Path(config.tokens.path) / FILE).exists():
+    if has_manifest(config.tokens.path):
         check_belongs(Manifest.load(config.tokens.path), path, tokens_sha256(path))
 
 

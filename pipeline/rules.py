@@ -9,11 +9,15 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from data.remote import is_remote
 from stages.lists import ORDERS
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+
+Rule = tuple[Callable[["Config"], bool], Callable[["Config"], str]]
+"""(refuses, one line that says what to change)"""
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "images.kind": ("folder", "webdataset", "fashion", "demo", "photos"),
@@ -27,6 +31,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
     "prior_training.precision": ("32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.strategy": ("ddp", "fsdp"),
 }
 
 SHARES = (
@@ -92,8 +97,13 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
-# Combinations of parts that cannot work together: (refuses, one line that says what to change).
-ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
+_WRITES_TO_FOLDERS: Rule = (
+    lambda c: is_remote(c.tokens.path),
+    lambda c: f"tokens.path={c.tokens.path}: a cache is written to a folder; give one, and copy it to the URL then",
+)
+
+# Combinations of parts that cannot work together.
+ILLEGAL: list[Rule] = [
     (
         lambda c: len(c.images.crop_scale) != 2 or not 0 < c.images.crop_scale[0] <= c.images.crop_scale[1] <= 1,
         lambda c: f"images.crop_scale={c.images.crop_scale}; allowed: two shares of the area, 0 < low <= high <= 1",
@@ -101,6 +111,14 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
     (
         lambda c: c.images.kind in ("folder", "webdataset") and c.images.path is None,
         lambda c: f"images.path is not set; images.kind={c.images.kind} needs images.path=<where your images lie>",
+    ),
+    (
+        lambda c: not 0 < c.tokens.local_gigabytes < math.inf,
+        lambda c: f"tokens.local_gigabytes={c.tokens.local_gigabytes}; allowed: above 0",
+    ),
+    (
+        lambda c: c.prior_training.shuffle_shards < 0,
+        lambda c: f"prior_training.shuffle_shards={c.prior_training.shuffle_shards}; allowed: 0, or 1 and more",
     ),
     (
         lambda c: c.trainer.devices == 0 or c.trainer.devices < -1,
@@ -266,10 +284,37 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: f"eval.num_colorized={c.eval.num_colorized}; allowed: 0, or 2 and more",
     ),
     (
+        lambda c: c.trainer.strategy == "fsdp" and c.prior.kind == "chunked",
+        lambda c: (
+            "trainer.strategy=fsdp with prior.kind=chunked: each process goes through lists in passes of its own, and "
+            "layers can be gathered only in common; set trainer.strategy=ddp"
+        ),
+    ),
+    (
         lambda c: c.eval.timing_repeats < 0,
         lambda c: f"eval.timing_repeats={c.eval.timing_repeats}; allowed: 0 or more",
     ),
 ]
+
+# The same where one command alone minds, by its name.
+ILLEGAL_FOR: dict[str, list[Rule]] = {
+    "train-tokenizer": [
+        (
+            lambda c: c.trainer.strategy == "fsdp",
+            lambda c: (
+                "trainer.strategy=fsdp: train-tokenizer keeps whole networks in each process, and only train-prior "
+                "shares them out; set trainer.strategy=ddp here"
+            ),
+        ),
+    ],
+    "cache-tokens": [_WRITES_TO_FOLDERS],
+    "text-tokens": [_WRITES_TO_FOLDERS],
+}
+
+
+def broken_rule_for(command: str, config: Config) -> str | None:
+    """Like ``broken_rule``, of the rules of one command."""
+    return next((message(config) for refuses, message in ILLEGAL_FOR.get(command, []) if refuses(config)), None)
 
 
 def broken_rule(config: Config) -> str | None:

@@ -106,6 +106,11 @@ class Block(nn.Module):
             x = x + self._branch(1, self.cross(x, remembered, memory_mask))
         return x + self._branch(2, self.mlp(self.mlp_norm(x)))
 
+    def remember(self, memory: Tensor) -> Tensor:
+        """Keys and values [2, B, H, M, D/H] of a memory [B, M, D]; for a block with cross-attention."""
+        assert self.cross is not None
+        return self.cross.remember(memory)
+
     def _branch(self, number: int, x: Tensor) -> Tensor:
         return self.dropout(x) if self.gates is None else self.gates[number].to(x.dtype) * self.dropout(x)
 
@@ -121,7 +126,7 @@ class Decoder(nn.Module):
 
     def remember(self, memory: Tensor) -> Tensor:
         """Keys and values of all layers [depth, 2, B, H, M, D/H] of a memory [B, M, D]."""
-        return torch.stack([block.cross.remember(memory) for block in self.blocks])  # type: ignore[union-attr, operator]
+        return torch.stack([block.remember(memory) for block in self.blocks])  # type: ignore[operator]
 
     def forward(
         self,

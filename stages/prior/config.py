@@ -32,6 +32,8 @@ class PriorTrainingConfig:
     """Token sequences in one forward pass of one process."""
     bucket_batches: int = 32
     """Streams: so many batches are drawn together and dealt out by length, so that less is padding; 1 for none."""
+    shuffle_shards: int = 0
+    """Samples are mixed from so many shards at a time, in an order of shards that every epoch draws; 0: from all."""
     accumulate_batches: int = 1
     """Forward passes per update."""
     precision: str = "bf16"

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from data.layout import Tokens
 from stages.contract import Prior, Prompts
 from stages.prior.config import PriorTrainingConfig
+from stages.prior.sharding import shard
 from stages.scales import scale_ids
 from stages.training import (
     NamesSamples,
@@ -52,6 +53,13 @@ class PriorModule(L.LightningModule):
     def step(self) -> int:
         """Optimiser updates so far."""
         return self.batches_seen // self.config.accumulate_batches
+
+    def configure_model(self) -> None:
+        """Leave this process its share of weights and average, where the strategy has a mesh of processes for that."""
+        if self.device_mesh is not None:
+            for network in (self.prior, self.average.module):
+                shard(network, self.device_mesh["data_parallel"])
+            self.average.foreach = False  # no such kernel for shares
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config

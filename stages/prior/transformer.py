@@ -188,7 +188,7 @@ class TransformerPrior(Prior):
         """What the layers keep of the condition's memory; None where there is none."""
         if states.memory is None or states.memory_mask is None:
             return None
-        remembered = torch.stack([block.cross.remember(states.memory) for block in self.blocks])  # type: ignore[union-attr, operator]
+        remembered = torch.stack([block.remember(states.memory) for block in self.blocks])  # type: ignore[operator]
         return remembered, states.memory_mask[:, None, None, :]
 
     def _blocks(
@@ -246,11 +246,13 @@ class TransformerPrior(Prior):
             notes = self.grammar.annotate(tokens).to(tokens.ids.device)
         ids = tokens.ids
         length = ids.shape[1]
-        if not length:
-            # nothing to say, but training may go backwards through it
-            nothing = torch.zeros(ids.shape, device=ids.device) + 0 * sum(each.sum() for each in self.parameters())
-            return PriorOutput(nothing, nothing[..., 0], nothing[..., 0])
         states = self.condition(prompts)
+        if not length:
+            # nothing to say, but training may go backwards through it, with other processes, through every weight
+            hidden = self._blocks(states.prefix, memory=self._remember(states))
+            others = [each for name, each in self.named_parameters() if not name.startswith("blocks.")]
+            nothing = torch.zeros(ids.shape, device=ids.device) + 0 * sum(each.sum() for each in (hidden, *others))
+            return PriorOutput(nothing, nothing[..., 0], nothing[..., 0])
         x = self._slots(states.prefix, ids[:, :-1], notes, self.inputs.common(tokens.header, states))
         hidden = self._blocks(x, memory=self._remember(states))[:, -length:]
         if self.grammar is not None and notes is not None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.config import ConfigError, load_config
+from pipeline.config import ConfigError, check_command, load_config
 from stages.contract import Prompts
 from stages.factory import TOKENIZERS, build_prior, build_tokenizer
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS
@@ -83,6 +83,41 @@ def test_what_cannot_work_together_is_refused_with_one_line_and_nothing_else_is(
         assert "\n" not in str(caught.value) and len(str(caught.value)) > 20, keys
         refused += 1
     assert refused > 50
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_every_prior_but_the_chunked_one_may_be_shared_out(plain, kind):
+    prior = "chunked" if kind == "sparse-dct" else "transformer"
+    keys = [*overrides(kind, prior, "natural", "none", "sample", "none", "class"), "trainer.strategy=fsdp"]
+    if prior == "transformer":
+        assert load_config(plain, keys).trainer.strategy == "fsdp"
+        return
+    with pytest.raises(ConfigError, match="trainer.strategy=fsdp with prior.kind=chunked"):
+        load_config(plain, keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("prior_training.shuffle_shards=-1", "prior_training.shuffle_shards=-1; allowed: 0, or 1 and more"),
+        ("tokens.local_gigabytes=0", "tokens.local_gigabytes=0.0; allowed: above 0"),
+        ("trainer.strategy=zero", "trainer.strategy='zero'; allowed: ddp, fsdp"),
+    ],
+)
+def test_values_out_of_range_are_refused(plain, key, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(plain, [key])
+    assert str(caught.value) == said
+
+
+def test_commands_refuse_what_only_others_can_do(plain):
+    url, shared = load_config(plain, ["tokens.path=s3://bucket/tokens"]), load_config(plain, ["trainer.strategy=fsdp"])
+    for command, config in (("cache-tokens", url), ("text-tokens", url), ("train-tokenizer", shared)):
+        with pytest.raises(ConfigError) as caught:
+            check_command(command, config)
+        assert "\n" not in str(caught.value)
+    for command, config in (("train-prior", url), ("train-tokenizer", url), ("cache-tokens", shared)):
+        check_command(command, config)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
