@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 from torch import nn
 
-from data.tokens.files import write_atomically
+from data.files import write_atomically
 from pipeline.compare import FIGURES, look_up
 from pipeline.rates import COLOURS
 from pipeline.report_tables import figure

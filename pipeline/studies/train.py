@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data.tokens.files import write_atomically
+from data.files import write_atomically
 from pipeline.processes import REQUEUE, prepare_child
 from pipeline.studies.plan import Cell
 
