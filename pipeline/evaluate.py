@@ -105,7 +105,12 @@ def evaluate(config: Config) -> Path:
             skipped.append("upsampling, editing and colouring: without a prior nothing writes what is missing")
     else:
         asked = prompts_of(models, val.labels, val.texts)
-        if streams is None:
+        if not models.prior.likelihood:
+            skipped.append(
+                f"the prior's bits and its calibration: prior.order={models.prior.order} predicts masked tokens given "
+                "others of their scale, which is no likelihood and cannot be compared with one"
+            )
+        elif streams is None:
             said = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
             bits_by_position = said.bits
             bits = sums_of_scales(bits_by_position, tokenizer.layout)

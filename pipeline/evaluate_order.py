@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data.layout import Tokens
 from pipeline.evaluation_images import Images
 from pipeline.models import Models
 from pipeline.report_order import draw_order
@@ -39,7 +40,14 @@ def measure_order(
     layout = tokenizer.layout
     if layout.ends != "fixed":
         return None
-    causality = measure_causality(tokenizer, made.tokens)
+    order, others = "natural", {}
+    permutation: list[int] | None = None
+    if models is not None and models.prior.order not in ("natural", "scale"):
+        order, elements = models.prior.order, torch.arange(layout.length)
+        fields = elements[None, :, None].expand(-1, -1, layout.num_fields).to(models.device)
+        permutation = models.prior.to_own_order(Tokens.fixed(fields)).ids[0, :, 0].tolist()
+        others = {} if order == "reversed" else {order: permutation}
+    causality = measure_causality(tokenizer, made.tokens, others)
     if causality is None:
         skipped.append(
             f"R² of tokens from earlier ones: it needs {FEWEST_IMAGES} images or more, and codes of at most "
@@ -49,6 +57,7 @@ def measure_order(
         "tokens": layout.length,
         "causality": causality,
         "prior_order": None if models is None else models.prior.order,
+        "permutation": permutation,
         "bits_by_position": bits,
         "gains": None,
     }

@@ -9,9 +9,15 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from data.errors import InputError
 from data.remote import is_remote
+from stages.factory import build_tokenizer
 from stages.lists import ORDERS
-from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS
+from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS, PREFIX_ORDERS
+from stages.prior.order import permutation_of
+from stages.prior.sampling import CONFIDENCE_NOISE
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -89,6 +95,24 @@ def averages(config: Config) -> bool:
     return get(config, "prior.averaging") not in (None, "none")
 
 
+def misplaced(config: Config) -> str | None:
+    """Why the tokenizer's layout does not have ``prior.order``; None where it does."""
+    order = get(config, "prior.order")
+    if config.prior.kind != "transformer" or order in ("natural", "reversed"):
+        return None
+    try:
+        with torch.device("meta"):
+            size = (config.images.size, config.images.size)
+            layout = build_tokenizer(config.tokenizer, size, config.images.channels).layout
+    except Exception:  # whatever a tokenizer of foreign numbers breaks on: it is said when it is built
+        return None
+    try:
+        permutation_of(layout, order)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def get(config: Config, key: str) -> Any:
     """The value of a dotted key; None for a key that the chosen kind does not have."""
     value: Any = config
@@ -160,14 +184,14 @@ ILLEGAL: list[Rule] = [
         ),
     ),
     (
-        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") not in (None, "natural"),
+        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") not in (None, *PREFIX_ORDERS),
         lambda c: (
             f"eval.upsample_from={c.eval.upsample_from} with prior.order={get(c, 'prior.order')}: a small image begins "
             "an image in natural order only; set eval.upsample_from=0"
         ),
     ),
     (
-        lambda c: bool(c.eval.edit_frozen) and get(c, "prior.order") not in (None, "natural"),
+        lambda c: bool(c.eval.edit_frozen) and get(c, "prior.order") not in (None, *PREFIX_ORDERS),
         lambda c: (
             f"eval.edit_frozen={c.eval.edit_frozen} with prior.order={get(c, 'prior.order')}: the scales that stay "
             "begin an image in natural order only; set eval.edit_frozen=[]"
@@ -184,10 +208,45 @@ ILLEGAL: list[Rule] = [
         lambda c: f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=chunked: {', '.join(ORDERS)}",
     ),
     (
-        lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") == "reversed",
+        lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") != "natural",
         lambda c: (
-            "prior.order=reversed with tokenizer.kind=bitplane: a stream has no last element to begin with; set "
-            "prior.order=natural"
+            f"prior.order={get(c, 'prior.order')} with tokenizer.kind=bitplane: elements of a stream have no place "
+            "before those that precede them are known; set prior.order=natural"
+        ),
+    ),
+    (
+        lambda c: misplaced(c) is not None,
+        lambda c: f"{misplaced(c)} (tokenizer.kind={c.tokenizer.kind})",
+    ),
+    (
+        lambda c: get(c, "prior.order") == "scale" and averages(c),
+        lambda c: (
+            f"prior.averaging={get(c, 'prior.averaging')} with prior.order=scale: elements of a scale come together, "
+            "so there is no past to average; set prior.averaging=none"
+        ),
+    ),
+    (
+        lambda c: (
+            get(c, "prior.order") == "interleaved" and averages(c) and get(c, "prior.averaging_borders") != "sample"
+        ),
+        lambda c: (
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with prior.order=interleaved: no scale is in "
+            "one piece; set prior.averaging_borders=sample"
+        ),
+    ),
+    (
+        lambda c: get(c, "prior.order") == "scale" and c.sampling.compile,
+        lambda c: "sampling.compile=true with prior.order=scale: its steps are of many shapes; leave it out",
+    ),
+    (
+        lambda c: (
+            get(c, "prior.order") != "scale"
+            and (bool(c.sampling.rounds) or c.sampling.confidence_noise != CONFIDENCE_NOISE)
+        ),
+        lambda c: (
+            f"sampling.rounds={c.sampling.rounds}, sampling.confidence_noise={c.sampling.confidence_noise} with "
+            f"prior.order={get(c, 'prior.order')}: one element is written at a time; leave them out, or set "
+            "prior.order=scale"
         ),
     ),
     (

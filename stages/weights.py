@@ -112,7 +112,8 @@ def load_state(path: Path, module: nn.Module, tensors: dict[str, Any]) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise WeightsError(f"{path}: weights do not fit their own config ({error})") from error
+        reason = " ".join(str(error).split())  # torch's is of several lines
+        raise WeightsError(f"{path}: weights do not fit their own config ({reason})") from error
 
 
 def save_tokenizer(path: Path, tokenizer: Tokenizer, config: Any, extra: dict[str, Any] | None = None) -> None:

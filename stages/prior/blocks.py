@@ -6,7 +6,7 @@ import torch
 from timm.layers import SwiGLU
 from torch import Tensor, nn
 
-from stages.attention import attend
+from stages.attention import Spans, attend
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
@@ -25,9 +25,9 @@ class Attention(nn.Module):
         self.project = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
+        self, x: Tensor, mask: Tensor | Spans | None = None, cache: Tensor | None = None, slots: Tensor | None = None
     ) -> Tensor:
-        """[B, L, D] → [B, L, D]; a mask bool [L, T] takes the place of causality.
+        """[B, L, D] → [B, L, D]; a mask bool [L, T], or spans, takes the place of causality.
 
         With ``cache`` [2, B, H, T, D/H], keys and values go to its ``slots`` [L], and ``mask`` [L, T] says what counts.
         """
@@ -94,7 +94,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Spans | None = None,
         cache: Tensor | None = None,
         slots: Tensor | None = None,
         remembered: Tensor | None = None,

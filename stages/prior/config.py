@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FIXED_ORDERS = ("natural", "reversed")
+FIXED_ORDERS = ("natural", "reversed", "interleaved", "luma_first", "scale")
 """Orders of layouts of fixed length."""
+PREFIX_ORDERS = ("natural", "scale")
+"""Orders in which the first scales come first: they may be given, and a prior may stop after them."""
 AVERAGING = ("none", "replace", "mix", "learned")
 """What may happen to half of the coordinates between a transformer's layers."""
 AVERAGING_BORDERS = ("sample", "scale", "grid")

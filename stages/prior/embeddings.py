@@ -7,6 +7,7 @@ element t-1 and the place of element t.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +39,17 @@ class InputEmbedding(nn.Module, ABC):
 
 
 class GridEmbedding(InputEmbedding):
-    """A table for each codebook and field, and learned positions: scale, row and column."""
+    """A table for each codebook and field, and learned positions: scale, row and column.
+
+    Elements come in the order of ``permutation`` (``stages/prior/order.py``).
+    """
 
     offsets: Tensor
     scale_of: Tensor
     row_of: Tensor
     column_of: Tensor
 
-    def __init__(self, layout: TokenLayout, width: int) -> None:
+    def __init__(self, layout: TokenLayout, width: int, permutation: Sequence[int]) -> None:
         super().__init__()
         first_row: dict[tuple[int, int], int] = {}
         rows = 0
@@ -54,11 +58,12 @@ class GridEmbedding(InputEmbedding):
                 first_row[codebook, index] = rows
                 rows += part.vocabulary_size
         self.table = nn.Embedding(rows, width)
-        places = [
+        natural = [
             (number, *((divmod(index, scale.grid[1])) if scale.grid else (0, index)), scale.codebook)
             for number, scale in enumerate(layout.scales)
             for index in range(scale.length)
         ]
+        places = [natural[element] for element in permutation]
         offsets = [[first_row[place[3], index] for index in range(layout.num_fields)] for place in places]
         self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
         for name, column in (("scale_of", 0), ("row_of", 1), ("column_of", 2)):

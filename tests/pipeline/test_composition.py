@@ -22,7 +22,7 @@ SIZES = {  # what makes each kind small
     "sparse-dct": ["block=4"],
 }
 LEARNED = ("sit", "vit-vqgan", "nested")
-ORDERS = ("natural", "reversed", "luma_first")
+ORDERS = ("natural", "reversed", "interleaved", "luma_first", "scale")
 CONDITIONS = ("none", "class", "text", "class-text")
 WINDOWS = (("none", "sample"), *itertools.product(AVERAGING[1:], AVERAGING_BORDERS))
 
@@ -35,7 +35,11 @@ def legal(kind, prior, order, averaging, borders, head):
         return False
     if prior == "chunked":
         return averaging == "none" and order in ("natural", "luma_first")
-    if order == "luma_first" or (order == "reversed" and kind == "bitplane"):
+    if order == "luma_first" or (order != "natural" and kind == "bitplane"):
+        return False
+    if order in ("interleaved", "scale") and kind == "nested":
+        return False
+    if averaging != "none" and (order == "scale" or (order == "interleaved" and borders != "sample")):
         return False
     if averaging == "learned" and borders == "grid":
         return False
