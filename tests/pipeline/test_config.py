@@ -85,7 +85,10 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("tokenizer.scalse=4", "scalse"),
         ("prior_training.max_steps=many", "many"),
         ("tokenizer.kind=vqgan", "tokenizer.kind='vqgan'; allowed: bitplane, nested, sit, sparse-dct, vit-vqgan"),
-        ("tokenizer.quantizer.kind=ema", "tokenizer.quantizer.kind='ema'; allowed: cosine, fsq"),
+        (
+            "tokenizer.quantizer.kind=ema",
+            "tokenizer.quantizer.kind='ema'; allowed: bsq, cosine, fsq, lfq, residual, simvq",
+        ),
         ("prior.kind=rnn", "prior.kind='rnn'; allowed: chunked, transformer"),
         ("images.kind=cifar", "images.kind='cifar'; allowed: folder, webdataset, fashion, demo, photos"),
         ("images.size=0", "images.size=0; allowed: 1 or more"),
