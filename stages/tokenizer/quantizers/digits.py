@@ -16,7 +16,8 @@ from stages.tokenizer.quantizers.quantizer import named_fields
 def cut(sizes: Sequence[int], most: int) -> list[int]:
     """Lengths of the fewest runs of ``sizes`` with products of at most ``most``.
 
-    Of these the one whose largest product is smallest: 18 twos and 2^10 give 9 and 9, not 10 and 8. Raises ValueError for a size above ``most``.
+    Of these the one whose largest product is smallest: 18 twos and 2^10 give 9 and 9, not 10 and 8. Raises ValueError
+    for a size above ``most``.
     """
     if max(sizes) > most:
         raise InputError(f"{max(sizes)} values of one number; allowed: {most}")

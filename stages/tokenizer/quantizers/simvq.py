@@ -38,6 +38,7 @@ class SimVQ(Quantizer):
         self.project_out = nn.Linear(config.code_dim, width_out)
         self.register_buffer("frozen", torch.randn(config.codes, config.code_dim) * config.code_dim**-0.5)
         self.map = nn.Linear(config.code_dim, config.code_dim)
+        nn.init.eye_(self.map.weight)  # codes begin as C, as long as encodings; torch's own W would halve them
 
     @property
     def rows(self) -> Tensor:
