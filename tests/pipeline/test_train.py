@@ -44,7 +44,11 @@ def close(a, b):
 NESTED = [f"tokenizer.{key}" for key in ("kind=nested", "num_tokens=5", "patch=4", "full_share=1")]
 
 
-@pytest.mark.parametrize("kind", [[], NESTED], ids=["sit", "nested"])
+# the entropy of the mean use is that of both processes' tokens
+SIGNS = ["tokenizer.quantizer.kind=lfq", "tokenizer_training.entropy_weight=0.5"]
+
+
+@pytest.mark.parametrize("kind", [[], NESTED, SIGNS], ids=["sit", "nested", "lfq"])
 def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny, kind):
     without_codebook(tiny)
     common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_start=0", *kind]
@@ -62,9 +66,11 @@ def test_nested_tokens_stay_equal_on_both_ranks_though_each_draws_its_prefixes(t
     assert len(two) == 2 and all(torch.equal(two[0][name], two[1][name]) for name in two[0])
 
 
-def test_codebooks_stay_bit_equal_on_both_ranks_while_codes_are_started_and_revived(tmp_path, tiny):
-    revive = "tokenizer.quantizer.revive_below=2.0"  # every code used less than twice its share dies
-    first, second = run_ddp(tmp_path, tiny, "two", "trainer.devices=2", revive)
+@pytest.mark.parametrize("kind", ["cosine", "residual"])
+def test_codebooks_stay_bit_equal_on_both_ranks_while_codes_are_started_and_revived(tmp_path, tiny, kind):
+    keys = [f"tokenizer.quantizer.{key}" for key in (f"kind={kind}", "codes=16", "code_dim=8", "revive_every=2")]
+    keys.append("tokenizer.quantizer.revive_below=2.0")  # every code used less than twice its share dies
+    first, second = run_ddp(tmp_path, tiny, "two", "trainer.devices=2", *keys)
     names = [name for name in first if "quantizers" in name]
     assert any("codebook" in name for name in names)
     assert all(torch.equal(first[name], second[name]) for name in names)

@@ -1,4 +1,4 @@
-"""``python -m tests.stages.quantizer_ranks FOLDER WORLD RANK``: trains every kind of quantiser on this rank's features."""
+"""``python -m tests.stages.quantizer_ranks FOLDER WORLD RANK``: trains every kind of quantiser on its features."""
 
 import sys
 from pathlib import Path

@@ -60,7 +60,10 @@ def test_rotation_keeps_the_angle_between_gradient_and_vector():
         functional.cosine_similarity(found, encodings, dim=-1), functional.cosine_similarity(gradient, chosen, dim=-1)
     )
     _, plain = backward(straight_through, encodings, chosen, gradient)
-    angles = [functional.cosine_similarity(plain, encodings, dim=-1), functional.cosine_similarity(gradient, chosen, -1)]
+    angles = [
+        functional.cosine_similarity(plain, encodings, dim=-1),
+        functional.cosine_similarity(gradient, chosen, -1),
+    ]
     assert (angles[0] - angles[1]).abs().max() > 0.5
 
 
