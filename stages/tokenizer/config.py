@@ -62,7 +62,8 @@ class TokenizerTrainingConfig:
     codebook_weight: float = 1.0
     """Pull of the code to the encoder (quantisers with a codebook)."""
     entropy_weight: float = 0.02
-    """Weight of the entropy of each token's signs less that of their mean, in nats (lfq and bsq)."""
+    """Weight of the entropy of each token's signs less that of their mean, in nats (lfq and bsq); the mean is over one
+    forward pass of all processes."""
     head_weight: float = 1.0
     """Weight of the head's mean squared error; no gradient of it reaches the tokens."""
     oversampling: int = 1

@@ -206,6 +206,20 @@ def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
 
 
+def test_a_loss_without_a_weight_is_never_dropped(tiny, monkeypatch):
+    module = TokenizerModule(*fresh(tiny))
+    forward = type(module.tokenizer.quantizers[0]).forward
+
+    def surprising(self, features):
+        result = forward(self, features)
+        result.losses["surprise"] = result.features.mean()
+        return result
+
+    monkeypatch.setattr(type(module.tokenizer.quantizers[0]), "forward", surprising)
+    with pytest.raises(KeyError, match="surprise"):
+        module.loss_terms(torch.rand(4, 3, 16, 16) * 2 - 1)
+
+
 def test_hinge_losses():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
     assert hinge_discriminator(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))

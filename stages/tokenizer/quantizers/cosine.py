@@ -45,7 +45,8 @@ class CosineVQ(Quantizer):
         with torch.autocast(features.device.type, enabled=False):
             encodings = self.encodings(features.float())
             self.codebook.start_or_revive(encodings)
-            ids = self.choose(encodings.detach())
+            with torch.no_grad():
+                ids = self.choose(encodings)
             self.codebook.count(ids)
             chosen = functional.embedding(ids[..., 0], self.codebook.rows)
             passed = GRADIENTS[self.config.gradient](encodings, chosen)
