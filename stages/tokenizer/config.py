@@ -61,7 +61,7 @@ class TokenizerTrainingConfig:
     """Pull of the encoder to its code (all quantisers but FSQ)."""
     codebook_weight: float = 1.0
     """Pull of the code to the encoder (quantisers with a codebook)."""
-    entropy_weight: float = 0.02
+    entropy_weight: float = 0.05
     """Weight of the entropy of each token's signs less that of their mean, in nats (lfq and bsq); the mean is over one
     forward pass of all processes."""
     head_weight: float = 1.0

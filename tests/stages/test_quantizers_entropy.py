@@ -88,7 +88,7 @@ def test_bsq_is_the_papers_closed_form():
     """arXiv 2406.07548: sigmoid of 2 τ u c with c = 1/√d, the entropies of every bit summed; τ = 2 d / temperature."""
     torch.manual_seed(0)
     temperature, bits = 0.8, 6
-    quantizer = build_quantizer(BSQConfig(bits=bits, temperature=temperature), 5, 5).double()
+    quantizer = build_quantizer(BSQConfig(bits=bits, entropy_group_bits=1, temperature=temperature), 5, 5).double()
     features = torch.randn(2, 30, 5, dtype=torch.float64)
     u = torch.nn.functional.normalize(quantizer.project_in(features).flatten(0, 1), dim=-1)
     positive = (2 * (2 * bits / temperature) * u / math.sqrt(bits)).sigmoid()

@@ -35,7 +35,9 @@ class LFQConfig(QuantizerConfig):
     bits_per_field: int = 16
     """Most bits of one field; more are cut into the fewest fields, as even as can be: 18 are 9 and 9."""
     entropy_group_bits: int = 10
-    """Most bits over whose codes the entropy of their mean use is taken; 1: over every bit for itself."""
+    """Most bits over whose codes the entropy of their mean use is taken. 1, every bit for itself, is BSQ's closed form:
+    it is content with bits that are balanced but all equal. With 10 bits it gave 17.3 dB and a perplexity of 8, one
+    group 19.2 dB and 23 (100 steps on Fashion-MNIST, one seed)."""
     temperature: float = 1.0
     """How soft the entropy term takes a sign: a number x is positive with probability sigmoid(4 x / temperature)."""
 
@@ -45,8 +47,6 @@ class BSQConfig(LFQConfig):
     """Binary spherical quantisation."""
 
     kind: str = "bsq"
-    entropy_group_bits: int = 1
-    """Most bits over whose codes the entropy of their mean use is taken; 1: over every bit for itself."""
 
 
 class LFQ(Quantizer):
