@@ -50,7 +50,7 @@ class BSQConfig(LFQConfig):
 
 
 class LFQ(Quantizer):
-    """Lookup-free quantisation, arXiv 2310.05737 section 3.1: the signs of ``bits`` numbers.
+    """Lookup-free quantisation, arXiv 2310.05737: the signs of ``bits`` numbers.
 
     Encodings are numbers whose codes are -1 and 1. Raises ValueError for none.
     """
@@ -98,7 +98,7 @@ class LFQ(Quantizer):
 
 
 class BSQ(LFQ):
-    """Binary spherical quantisation, arXiv 2406.07548 section 4: as LFQ, of numbers on the unit sphere.
+    """Binary spherical quantisation, arXiv 2406.07548: as LFQ, of numbers on the unit sphere.
 
     Codes are ±1/√bits, so every code has length 1 and no encoding is farther from its own than √2. Encodings are in
     units of 1/√bits here; the paper's inverse temperature is 2 bits / temperature.
@@ -112,7 +112,7 @@ class BSQ(LFQ):
 
 
 def entropy_loss(numbers: Tensor, groups: Sequence[int], temperature: float, agree: bool) -> Tensor:
-    """Mean entropy of a token's signs less the entropy of their mean, in nats: LFQ's equation 5, BSQ's equation 9.
+    """Mean entropy of a token's signs less the entropy of their mean, in nats (arXiv 2310.05737 and 2406.07548).
 
     Of ``numbers`` [..., bits]; the second part is summed over runs of bits of the lengths ``groups``. With ``agree``
     the mean is that of all ranks, which must call this together.

@@ -18,14 +18,14 @@ def straight_through(encodings: Tensor, chosen: Tensor) -> Tensor:
 
 
 def rotation(encodings: Tensor, chosen: Tensor) -> Tensor:
-    """The gradient turned and scaled like the code into its encoding (the rotation trick, arXiv 2410.06424, section 4).
+    """The gradient turned and scaled like the code into its encoding (the rotation trick, arXiv 2410.06424).
 
     q = λ R e with the rotation R in the plane of e and q, and λ = |q| / |e|, both taken as constants: the gradient is
     λ Rᵀ g, whose angle to e is that of g to q.
     """
     from_, to = (functional.normalize(each.detach(), dim=-1) for each in (encodings, chosen))
     middle = functional.normalize(from_ + to, dim=-1)
-    # R = I - 2 m mᵀ + 2 q̂ êᵀ, never built (equation 5 there)
+    # R = I - 2 m mᵀ + 2 q̂ êᵀ, never built
     turned = (
         encodings
         - 2 * middle * (middle * encodings).sum(-1, keepdim=True)

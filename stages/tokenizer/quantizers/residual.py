@@ -26,7 +26,7 @@ class ResidualVQConfig(LearnedCodebookConfig):
 
 
 class ResidualVQ(Quantizer):
-    """Residual vector quantisation by Euclidean distance (SoundStream, arXiv 2107.03312 section III.C).
+    """Residual vector quantisation by Euclidean distance (SoundStream, arXiv 2107.03312).
 
     Every stage has a codebook of its own, as there: what is left becomes smaller from stage to stage, so the codes of
     one say little of the next (RQ-VAE, arXiv 2203.01941, shares one). The losses are means over stages; the gradient

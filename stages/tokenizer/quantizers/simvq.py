@@ -21,7 +21,7 @@ class SimVQConfig(CodebookConfig):
 
 
 class SimVQ(Quantizer):
-    """Vector quantisation by Euclidean distance to the rows of C W, arXiv 2411.02038 section 4: C is normal and stays
+    """Vector quantisation by Euclidean distance to the rows of C W, arXiv 2411.02038: C is normal and stays
     as it was drawn, W is learned.
 
     Raises ValueError for fewer than two codes.
