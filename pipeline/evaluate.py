@@ -41,6 +41,7 @@ from stages.contract import Tokenizer
 from stages.measures.backbones import BackboneError
 from stages.measures.calibration import measure_calibration
 from stages.measures.classifier import Classifier, train_classifier
+from stages.measures.codes import joint_use
 from stages.measures.inception import Inception
 from stages.measures.ladder import Contender
 from stages.measures.perceptual import Lite0Perceptual
@@ -135,6 +136,7 @@ def evaluate(config: Config) -> Path:
     measured |= measure_decoded(val.pixels, made.pixels, Judges(None, classifier, inception), ORIGINALS)
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured, header_bits)
     metrics["codes"] = [use.to_dict() for use in uses]
+    metrics["joint_codes"] = [use.to_dict() for use in joint_use(made.tokens, tokenizer.layout)] or None
     metrics["order"] = measure_order(
         folder, tokenizer, models, val, made, bits_by_position, uses, config.eval.batch_size, device, skipped
     )

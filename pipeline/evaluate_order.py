@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,9 @@ def measure_order(
     if layout.decodes_prefixes and all(scale.length == 1 for scale in layout.scales):
         some = slice(GAINED_IMAGES)
         found["gains"] = measure_gains(tokenizer, val.pixels[some], made.tokens[some], batch_size, device)
-        found["perplexity_by_position"] = [use.perplexity for use in uses]
+        # of several fields the product: as if they told nothing of each other
+        found["perplexity_by_position"] = [
+            math.prod(use.perplexity for use in mine) for _, mine in groupby(uses, key=lambda use: use.scale)
+        ]
     draw_order(found, folder / "tokens.png")
     return found

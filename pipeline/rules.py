@@ -18,6 +18,7 @@ from stages.lists import ORDERS
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS, PREFIX_ORDERS
 from stages.prior.order import permutation_of
 from stages.prior.sampling import CONFIDENCE_NOISE
+from stages.tokenizer.quantizers.gradients import GRADIENTS
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -87,6 +88,7 @@ NETWORK_SIZES = (
     *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
     *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length", "chunk", "overlap", "patch")),
     *(f"prior.{part}_depth" for part in ("encoder", "channel", "position", "value")),
+    *(f"tokenizer.quantizer.{key}" for key in ("code_dim", "depth")),
 )
 
 
@@ -120,6 +122,14 @@ def get(config: Config, key: str) -> Any:
         value = getattr(value, part, None)
     return value
 
+
+# Ranges of whole numbers, checked where the chosen kinds have them.
+BETWEEN = {
+    "tokenizer.quantizer.codes": (2, 2**18),
+    "tokenizer.quantizer.bits": (1, 64),
+    "tokenizer.quantizer.bits_per_field": (1, 16),
+    "tokenizer.quantizer.entropy_group_bits": (1, 18),
+}
 
 _WRITES_TO_FOLDERS: Rule = (
     lambda c: is_remote(c.tokens.path),
@@ -296,6 +306,20 @@ ILLEGAL: list[Rule] = [
         ),
     ),
     (
+        lambda c: get(c, "tokenizer.quantizer.gradient") not in (None, *GRADIENTS),
+        lambda c: (
+            f"tokenizer.quantizer.gradient={get(c, 'tokenizer.quantizer.gradient')!r}; allowed: {', '.join(GRADIENTS)}"
+        ),
+    ),
+    (
+        lambda c: not 0 < (1.0 if (t := get(c, "tokenizer.quantizer.temperature")) is None else t) < math.inf,
+        lambda c: f"tokenizer.quantizer.temperature={get(c, 'tokenizer.quantizer.temperature')}; allowed: above 0",
+    ),
+    (
+        lambda c: not 0 <= c.tokenizer_training.entropy_weight < math.inf,
+        lambda c: f"tokenizer_training.entropy_weight={c.tokenizer_training.entropy_weight}; allowed: 0 or more",
+    ),
+    (
         lambda c: not 0 <= (get(c, "prior.early_bias") or 0) < math.inf,
         lambda c: f"prior.early_bias={get(c, 'prior.early_bias')}; allowed: 0 or more",
     ),
@@ -385,6 +409,10 @@ def broken_rule(config: Config) -> str | None:
         value = get(config, key)
         if value is not None and value < 1:
             return f"{key}={value}; allowed: 1 or more"
+    for key, (low, high) in BETWEEN.items():
+        value = get(config, key)
+        if value is not None and not low <= value <= high:
+            return f"{key}={value}; allowed: {low} to {high}"
     for key in SHARES:
         if not 0 <= (get(config, key) or 0) < 1:
             return f"{key}={get(config, key)}; allowed: 0 to 1, without 1"

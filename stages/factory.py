@@ -29,7 +29,11 @@ GRAMMARS: dict[str, tuple[str, str]] = {
 }
 QUANTIZERS: Registry = {
     "fsq": ("stages.tokenizer.quantizers", "FSQConfig", "FSQ"),
+    "lfq": ("stages.tokenizer.quantizers", "LFQConfig", "LFQ"),
+    "bsq": ("stages.tokenizer.quantizers", "BSQConfig", "BSQ"),
     "cosine": ("stages.tokenizer.quantizers", "CosineVQConfig", "CosineVQ"),
+    "simvq": ("stages.tokenizer.quantizers", "SimVQConfig", "SimVQ"),
+    "residual": ("stages.tokenizer.quantizers", "ResidualVQConfig", "ResidualVQ"),
 }
 HEADS: Registry = {
     "none": ("stages.tokenizer.heads", "HeadConfig", "NoHead"),

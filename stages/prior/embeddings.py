@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from timm.layers import SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,6 +43,10 @@ class GridEmbedding(InputEmbedding):
     """A table for each codebook and field, and learned positions: scale, row and column.
 
     Elements come in the order of ``permutation`` (``stages/prior/order.py``).
+
+    Fields of the same element chosen before are added to the hidden state, as large as that (embeddings are small at
+    first), and both go through a small network: a sum alone shifts the next field's logits by what was chosen, whatever
+    stood before the element, so it cannot learn a field that follows from both.
     """
 
     offsets: Tensor
@@ -71,6 +76,9 @@ class GridEmbedding(InputEmbedding):
         self.scale_embedding = nn.Embedding(len(layout.scales), width)
         self.row_embedding = nn.Embedding(1 + max(place[1] for place in places), width)
         self.column_embedding = nn.Embedding(1 + max(place[2] for place in places), width)
+        if layout.num_fields > 1:
+            self.chosen_norm = nn.RMSNorm(width)
+            self.mix = SwiGLU(width, 2 * width, bias=False)
 
     def elements(self, ids: Tensor, first: int, notes: Tensor | None) -> Tensor:
         return self.table(ids + self.offsets[first : first + ids.shape[1]]).sum(2)
@@ -84,9 +92,11 @@ class GridEmbedding(InputEmbedding):
         )
 
     def fields(self, hidden: Tensor, first: int, chosen: Tensor) -> Tensor:
-        for index in range(chosen.shape[-1]):
-            hidden = hidden + self.table(chosen[..., index] + self.offsets[first, index])
-        return hidden
+        number = chosen.shape[-1]
+        if not number:
+            return hidden
+        hidden = hidden + self.chosen_norm(self.table(chosen + self.offsets[first, :number]).sum(-2))
+        return hidden + self.mix(hidden)
 
 
 class StreamEmbedding(InputEmbedding):

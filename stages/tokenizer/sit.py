@@ -236,7 +236,7 @@ class SIT(HeadedTokenizer):
                 "use tokenizer.attention=sit-sce or sit-sc"
             )
         parts = self._by_codebook(self._encode_features(pixels))
-        ids = [quantizer(part).ids for quantizer, part in zip(self.quantizers, parts, strict=False)]
+        ids = [quantizer.ids(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
         return Tokens.fixed(torch.cat(ids, dim=1))
 
     def decode_places(self, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config import ConfigError, check_command, load_config
 from stages.contract import Prompts
-from stages.factory import TOKENIZERS, build_prior, build_tokenizer
+from stages.factory import QUANTIZERS, TOKENIZERS, build_prior, build_tokenizer
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS
 from stages.prior.sampling import sample
 from stages.tokenizer.module import TokenizerModule
@@ -22,6 +22,15 @@ SIZES = {  # what makes each kind small
     "sparse-dct": ["block=4"],
 }
 LEARNED = ("sit", "vit-vqgan", "nested")
+CODEBOOK = ["codes=16", "code_dim=4"]
+QUANTISED = {  # keys and fields of each kind of quantiser
+    "fsq": (["levels=[8,8,8,8,8,8]"], 2),
+    "lfq": (["bits=18"], 2),
+    "bsq": (["bits=6"], 1),
+    "cosine": (CODEBOOK, 1),
+    "simvq": (CODEBOOK, 1),
+    "residual": ([*CODEBOOK, "depth=3"], 3),
+}
 ORDERS = ("natural", "reversed", "interleaved", "luma_first", "scale")
 CONDITIONS = ("none", "class", "text", "class-text")
 WINDOWS = (("none", "sample"), *itertools.product(AVERAGING[1:], AVERAGING_BORDERS))
@@ -146,6 +155,44 @@ def test_what_can_work_together_does(plain, kind):
             step_of_stage_two(config, tokenizer, pixels, text if "text" in condition else Prompts.of_labels(labels))
             ran += 1
     assert ran >= 7
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantiser_works_with_every_learned_tokenizer_order_and_average(plain, kind, quantizer):
+    generator = torch.Generator().manual_seed(0)
+    pixels, labels = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1, torch.tensor([0, 1])
+    keys, num_fields = QUANTISED[quantizer]
+    gradients = ("straight-through", "rotation") if quantizer in ("cosine", "simvq", "residual") else (None,)
+    for gradient in gradients:
+        chosen = [f"kind={quantizer}", *keys, *([f"gradient={gradient}"] if gradient else [])]
+        chosen = [f"tokenizer.quantizer.{key}" for key in chosen]
+        for order, (averaging, borders) in itertools.product(("natural", "reversed"), WINDOWS[:2]):
+            if not legal(kind, "transformer", order, averaging, borders, "none"):
+                continue
+            config = load_config(
+                plain, [*overrides(kind, "transformer", order, averaging, borders, "none", "class"), *chosen]
+            )
+            tokenizer = step_of_stage_one(config, pixels, labels)
+            assert tokenizer.layout.num_fields == num_fields
+            step_of_stage_two(config, tokenizer, pixels, Prompts.of_labels(labels))
+
+
+REFUSED = {
+    "kind=lfq": ["bits=0", "bits=65", "bits_per_field=17", "entropy_group_bits=0", "temperature=0", "temperature=nan"],
+    "kind=bsq": ["bits_per_field=0", "entropy_group_bits=19", "temperature=-1"],
+    "kind=cosine": ["codes=1", "code_dim=0", "gradient=none"],
+    "kind=simvq": ["codes=300000", "gradient=ste"],
+    "kind=residual": ["depth=0", "codes=0", "gradient=rotate"],
+}
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in REFUSED.items() for key in keys])
+def test_values_that_make_no_quantiser_are_refused_with_one_line(plain, kind, key):
+    with pytest.raises(ConfigError) as caught:
+        load_config(plain, [f"tokenizer.quantizer.{kind}", f"tokenizer.quantizer.{key}"])
+    said = str(caught.value)
+    assert "\n" not in said and f"tokenizer.quantizer.{key.split('=')[0]}=" in said and "allowed: " in said
 
 
 def step_of_stage_one(config, pixels, labels):

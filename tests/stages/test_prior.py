@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.layout import Tokens
+from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
 from stages.contract import Prompts
 from stages.factory import build_prior
@@ -167,3 +167,23 @@ def test_foreign_files_are_refused(tmp_path, content):
         load_prior(path)
     with pytest.raises(WeightsError, match="no such file"):
         load_prior(tmp_path / "missing")
+
+
+def test_a_field_can_follow_from_the_earlier_one_and_from_what_stood_before():
+    """code2 of an element is the sum of code1 there and code1 before, modulo 16: neither alone says anything of it."""
+    size = 16
+    fields = (Field("code1", size), Field("code2", size))
+    two = TokenLayout((Scale("one", 4, (2, 2), 0, fields, (8, 8)),))
+    torch.manual_seed(0)
+    config = TransformerPriorConfig(depth=1, width=64, heads=4, dropout=0.0)
+    model = build_prior(config, NoConditionConfig(), two, []).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
+        first = torch.randint(size, (128, 4))
+        second = (first + torch.cat([torch.randint(size, (128, 1)), first[:, :-1]], dim=1)) % size
+        nll = model.nll(Tokens.fixed(torch.stack([first, second], dim=-1)), classes(*[-1] * 128))
+        optimizer.zero_grad()
+        nll.mean().backward()
+        optimizer.step()
+    # what cannot be known costs all of log 16
+    assert nll[:, 1:, 1].mean() < 0.3 < 2.5 < nll[..., 0].mean()
