@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.lists import ORDERS
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS
+from stages.spectral.wavelets import WAVELETS, is_wavelet
+from stages.tokenizer.config import PLANES
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -170,6 +172,35 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: (
             "prior.order=reversed with tokenizer.kind=bitplane: a stream has no last element to begin with; set "
             "prior.order=natural"
+        ),
+    ),
+    (
+        lambda c: get(c, "tokenizer.transform") not in (None, "identity") and not is_wavelet(c.tokenizer.transform),  # type: ignore[attr-defined]
+        lambda c: f"tokenizer.transform={get(c, 'tokenizer.transform')!r}; allowed: identity, {WAVELETS}",
+    ),
+    (
+        lambda c: not 0 <= (get(c, "tokenizer.overlap") or 0) <= (get(c, "tokenizer.patch") or 0),
+        lambda c: (
+            f"tokenizer.overlap={get(c, 'tokenizer.overlap')}; allowed: 0 to tokenizer.patch="
+            f"{get(c, 'tokenizer.patch')}"
+        ),
+    ),
+    (
+        lambda c: get(c, "tokenizer.planes") not in (None, *PLANES),
+        lambda c: f"tokenizer.planes={get(c, 'tokenizer.planes')!r}; allowed: {', '.join(PLANES)}",
+    ),
+    (
+        lambda c: get(c, "tokenizer.planes") == "ycbcr" and c.images.channels == 1,
+        lambda c: (
+            "tokenizer.planes=ycbcr with images.channels=1: gray images have no chroma; set images.channels=3, or "
+            "tokenizer.planes=all"
+        ),
+    ),
+    (
+        lambda c: c.eval.num_colorized > 0 and get(c, "tokenizer.planes") == "all",
+        lambda c: (
+            f"eval.num_colorized={c.eval.num_colorized} with tokenizer.planes=all: colouring needs tokens that hold "
+            "luma and chroma apart; set tokenizer.planes=ycbcr, or eval.num_colorized=0"
         ),
     ),
     (
