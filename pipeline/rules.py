@@ -179,6 +179,10 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: f"tokenizer.transform={get(c, 'tokenizer.transform')!r}; allowed: identity, {WAVELETS}",
     ),
     (
+        lambda c: get(c, "tokenizer.transform") == "identity" and get(c, "tokenizer.scales") != 1,
+        lambda c: f"tokenizer.scales={get(c, 'tokenizer.scales')} with tokenizer.transform=identity, which has 1",
+    ),
+    (
         lambda c: not 0 <= (get(c, "tokenizer.overlap") or 0) <= (get(c, "tokenizer.patch") or 0),
         lambda c: (
             f"tokenizer.overlap={get(c, 'tokenizer.overlap')}; allowed: 0 to tokenizer.patch="

@@ -56,7 +56,8 @@ class SITConfig(TokenizerConfig):
     kind: str = "sit"
     transform: str = "haar"
     """identity (one scale, pixels as they are), or the name of a wavelet in PyWavelets: haar, bior2.2 (LeGall 5/3) and
-    bior4.4 (CDF 9/7) with mirrored borders, orthogonal ones such as db2, sym4 or coif1 with periodic ones."""
+    bior4.4 (CDF 9/7) with mirrored borders, orthogonal ones such as db2, sym4 or coif1 with periodic ones. A small
+    image is what the wavelet's low-pass filter leaves of a large one: the mean of squares with Haar alone."""
     scales: int = 4
     """S: one approximation and S - 1 levels of details."""
     patch: int = 2
