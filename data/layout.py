@@ -11,7 +11,7 @@ What is notable here:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -152,10 +152,6 @@ class TokenLayout:
     def scale_at(self, position: int) -> int:
         """The scale of an element in a layout of fixed length."""
         return next(number for number, end in enumerate(self.ends_of_scales) if position < end)
-
-    def reversed(self) -> TokenLayout:
-        """The same elements from the last to the first, in layouts of fixed length."""
-        return replace(self, scales=self.scales[::-1], encodes_prefixes=False, decodes_prefixes=False)
 
     @property
     def ends_of_scales(self) -> tuple[int, ...]:

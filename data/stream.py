@@ -14,18 +14,44 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
+class ShardOrder:
+    """Epochs that go through a set ``window`` shards at a time: their samples are mixed, and then come the next shards.
+
+    The order of the shards, of ``sizes`` samples each, changes with every epoch. Samples of one shard must be no more
+    alike than those of different ones. Raises ValueError for a window below 1.
+    """
+
+    def __init__(self, sizes: Sequence[int], window: int) -> None:
+        if window < 1:
+            raise ValueError(f"a window of {window} shards; allowed: 1 or more")
+        self.borders = np.cumsum([0, *sizes])
+        self.window = window
+
+    def __call__(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of all samples: int64 [sum of sizes]."""
+        generator = np.random.default_rng([seed, 2, epoch])
+        shards = generator.permutation(len(self.borders) - 1)
+        order = [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(shards), self.window):
+            members = shards[start : start + self.window]
+            together = np.concatenate([np.arange(self.borders[shard], self.borders[shard + 1]) for shard in members])
+            order.append(generator.permutation(together))
+        return np.concatenate(order)
+
+
 class IndexStream(Sampler[list[tuple[int, int]]]):
     """Lists of ``batch_size`` pairs (epoch, index) for one rank, without end.
 
     Laid side by side, the batches of all ranks are the batches of a single process with ``batch_size * world_size``.
-    Each epoch is its own permutation of ``range(length)``, drawn from (seed, epoch).
+    Each epoch is its own permutation of ``range(length)``, drawn from (seed, epoch), or what ``order`` gives for these.
 
     Raises ValueError for an empty set, a batch size below 1, a rank outside the world, or a negative start.
     """
@@ -38,6 +64,7 @@ class IndexStream(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         seed: int = 0,
         start_batch: int = 0,
+        order: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:
         if length < 1:
             raise ValueError("the set is empty: there is nothing to draw batches from")
@@ -53,9 +80,12 @@ class IndexStream(Sampler[list[tuple[int, int]]]):
         self.world_size = world_size
         self.seed = seed
         self.start_batch = start_batch
+        self.order = order
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The order of one epoch: int64 [length]."""
+        if self.order is not None:
+            return self.order(self.seed, epoch)
         return np.random.default_rng([self.seed, epoch]).permutation(self.length)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -90,7 +120,9 @@ class BucketedStream(IndexStream):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first, skip = divmod(self.start_batch, self.window)
         joined = self.batch_size * self.world_size
-        plain = iter(IndexStream(self.length, joined * self.window, seed=self.seed, start_batch=first))
+        plain = iter(
+            IndexStream(self.length, joined * self.window, seed=self.seed, start_batch=first, order=self.order)
+        )
         for number, pairs in enumerate(plain, first):
             lengths = self.lengths[[index for _, index in pairs]]
             order = np.argsort(lengths, kind="stable").reshape(self.window, joined)
@@ -98,6 +130,21 @@ class BucketedStream(IndexStream):
             for row in shuffled[skip:]:
                 yield [pairs[place] for place in row[self.rank * self.batch_size :][: self.batch_size]]
             skip = 0
+
+
+class LookAhead(Sampler[list[tuple[int, int]]]):
+    """The batches of ``stream``; the indices of each are announced when it is still ``ahead`` batches away."""
+
+    def __init__(self, stream: IndexStream, ahead: int, announce: Callable[[np.ndarray], None]) -> None:
+        self.stream, self.ahead, self.announce = stream, ahead, announce
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: deque[list[tuple[int, int]]] = deque()
+        for batch in self.stream:
+            self.announce(np.asarray([index for _, index in batch]))
+            waiting.append(batch)
+            if len(waiting) > self.ahead:
+                yield waiting.popleft()
 
 
 def heed_parent_only(worker: int) -> None:

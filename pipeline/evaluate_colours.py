@@ -26,7 +26,7 @@ def check_order(config: Config, models: Models) -> None:
     if config.eval.num_colorized:
         check_colouring(models)
     for key in ("upsample_from", "edit_frozen"):
-        if getattr(config.eval, key) and models.prior.order != "natural":
+        if getattr(config.eval, key) and not models.prior.writes_prefixes:
             raise RunError(
                 f"eval.{key}={getattr(config.eval, key)}: this prior has prior.order={models.prior.order}, and what is "
                 "given begins an image in natural order only"

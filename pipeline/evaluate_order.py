@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.layout import Tokens
 from pipeline.evaluation_images import Images
 from pipeline.models import Models
 from pipeline.report_order import draw_order
@@ -39,7 +42,14 @@ def measure_order(
     layout = tokenizer.layout
     if layout.ends != "fixed":
         return None
-    causality = measure_causality(tokenizer, made.tokens)
+    order, others = "natural", {}
+    permutation: list[int] | None = None
+    if models is not None and models.prior.order not in ("natural", "scale"):
+        order, elements = models.prior.order, torch.arange(layout.length)
+        fields = elements[None, :, None].expand(-1, -1, layout.num_fields).to(models.device)
+        permutation = models.prior.to_own_order(Tokens.fixed(fields)).ids[0, :, 0].tolist()
+        others = {} if order == "reversed" else {order: permutation}
+    causality = measure_causality(tokenizer, made.tokens, others)
     if causality is None:
         skipped.append(
             f"R² of tokens from earlier ones: it needs {FEWEST_IMAGES} images or more, and codes of at most "
@@ -49,12 +59,16 @@ def measure_order(
         "tokens": layout.length,
         "causality": causality,
         "prior_order": None if models is None else models.prior.order,
+        "permutation": permutation,
         "bits_by_position": bits,
         "gains": None,
     }
     if layout.decodes_prefixes and all(scale.length == 1 for scale in layout.scales):
         some = slice(GAINED_IMAGES)
         found["gains"] = measure_gains(tokenizer, val.pixels[some], made.tokens[some], batch_size, device)
-        found["perplexity_by_position"] = [use.perplexity for use in uses]
+        # of several fields the product: as if they told nothing of each other
+        found["perplexity_by_position"] = [
+            math.prod(use.perplexity for use in mine) for _, mine in groupby(uses, key=lambda use: use.scale)
+        ]
     draw_order(found, folder / "tokens.png")
     return found

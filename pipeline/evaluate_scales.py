@@ -114,7 +114,7 @@ def measure_ladder(
             for num_scales in sorted(layout.rungs.values())
         ],
     }
-    if models is not None and config.eval.timing_repeats and models.prior.order != "natural":
+    if models is not None and config.eval.timing_repeats and not models.prior.writes_prefixes:
         skipped.append(f"sampling time of every rung: prior.order={models.prior.order} stops at none of them")
     elif models is not None and config.eval.timing_repeats:
         measured["sampling_time"] = time_sampling(config, models, val)

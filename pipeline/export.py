@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from data.tokens.files import file_sha256, publish, write_atomically
-from data.tokens.manifest import FILE, Manifest
+from data.files import file_sha256, publish, write_atomically
+from data.tokens.manifest import Manifest, has_manifest
 from pipeline.config import Config, to_plain
 from pipeline.model_card import Facts, write_card
 from pipeline.models import join
@@ -200,7 +200,7 @@ def find_metrics(config: Config, hashes: dict[str, str]) -> tuple[dict[str, Any]
 
 def find_counts(config: Config, tokenizer_path: Path) -> dict[str, int]:
     """Images of each side, with mirrored ones once, as far as the token cache of this tokenizer knows."""
-    if not (Path(config.tokens.path) / FILE).is_file():
+    if not has_manifest(config.tokens.path):
         return {}
     manifest = Manifest.load(config.tokens.path)
     if manifest.tokenizer_sha256 != tokens_sha256(tokenizer_path):

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.errors import OctavesError
+from data.files import write_atomically
 from data.images.config import ImagesConfig
 from data.images.source import decode
 from data.images.views import plain_image
-from data.tokens.files import write_atomically
 from stages.inr.fit import Fit, fit_variant
 from stages.inr.variants import VARIANTS
 from stages.measures.pictures import error_picture, sheet

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from pipeline.config import Config
 from pipeline.rates import COLOURS, read_metrics
+from pipeline.report_order import bits_in_order, measured_orders
 from pipeline.run import RunError
 
 
@@ -28,8 +29,8 @@ def compare_orders(config: Config, request: OrdersRequest) -> Path:
     """Write ``orders.json`` and ``orders.png``: R² and prior bits over the place in the sequence. Returns the picture.
 
     Every evaluation gives its tokens' natural order and, by R² alone, the reversed one; an evaluation whose prior has
-    prior.order=reversed gives its bits to that. Raises RunError for an evaluation that is missing, of other images, or
-    without measured order.
+    another order gives that, with its bits. A prior of prior.order=scale has none to give. Raises RunError for an
+    evaluation that is missing, of other images, or without measured order.
     """
     names = list(filter(None, (part.strip() for part in request.runs.split(","))))
     if not names:
@@ -75,16 +76,16 @@ def rows_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
     if found is None or found["causality"] is None:
         raise RunError(f"{folder}: its tokens' order was not measured; streams, lists and few images have none")
     settings, causality, rows = metrics["settings"], found["causality"], []
-    for order in ("natural", "reversed"):
-        bits = found["bits_by_position"] if found["prior_order"] == order else None
-        if bits is not None and order == "reversed":
-            bits = bits[::-1]
+    orders = measured_orders(causality)
+    for order in orders:
+        known = found["bits_by_position"] is not None and found["prior_order"] == order
+        bits = bits_in_order(found) if known else None
         rows.append(
             {
                 "name": f"{folder.parent.parent.name}/{folder.name}, {order}",
                 "order": order,
                 "tokenizer_sha256": settings["tokenizer"]["sha256"],
-                **{key: value for key, value in causality.items() if key not in ("natural", "reversed")},
+                **{key: value for key, value in causality.items() if key not in orders},
                 **causality[order],
                 "bits_by_position": bits,
                 "bits_per_token": None if bits is None else sum(bits) / len(bits),

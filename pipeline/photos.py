@@ -29,9 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from data.errors import OctavesError
+from data.files import write_atomically
 from data.images.home import data_home
 from data.images.source import decode, hashed_order
-from data.tokens.files import write_atomically
 from pipeline.photo_packages import PACKAGES, Package, package_root
 
 FORMAT_VERSION = 1

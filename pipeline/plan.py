@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.files import write_atomically
 from data.layout import TokenLayout, Tokens
-from data.tokens.files import write_atomically
 from data.tokens.shards import token_dtype
 from pipeline.config import Config
 from pipeline.run import RunError
@@ -31,6 +31,7 @@ from stages.attention import fused_attention
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer
 from stages.measures.memory import saved_bytes
+from stages.prior.sharding import sharded_parts
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 
@@ -38,6 +39,8 @@ CLASSES = ["class"] * 1000
 TEXT = {"encoder": "minilm", "max_tokens": 32, "width": 384, "empty_length": 2}
 STATE_BYTES = 20
 """Bytes that training keeps for a parameter in float32: weight, gradient, two moments of Adam, averaged weight."""
+GATHERED_BYTES = 8
+"""Bytes of a parameter in float32 while it is gathered under FSDP: weight, gradient."""
 SECONDS_A_DAY = 86_400
 
 
@@ -93,6 +96,8 @@ def run_plan(config: Config, request: PlanRequest) -> Path:
         "tokenizer": stage_plan(tokenizer, tokenizer_cost(config), config.tokenizer_training, request),
         "prior": stage_plan(prior, prior_cost(config, layout), config.prior_training, request),
     }
+    if config.trainer.strategy == "fsdp":
+        stages["prior"]["state_gigabytes"] = sharded_gigabytes(prior, request.gpus)
     views = 2 if config.images.flip else 1
     id_bytes = token_dtype(layout.max_vocabulary_size).itemsize
     # encoding is a part of the tokenizer's forward pass, which is a third of a training step: an upper bound
@@ -135,6 +140,16 @@ def stage_plan(network: nn.Module, cost: Cost, training: Any, request: PlanReque
         "state_gigabytes": parameters * STATE_BYTES / 1e9,
         "activation_gigabytes": cost.saved * training.batch_size_per_device / half / 1e9,
     }
+
+
+def sharded_gigabytes(prior: nn.Module, gpus: int) -> float:
+    """What a GPU keeps of the training state under FSDP: its share, and what is gathered at once.
+
+    Gathered are the weights outside the layers for the whole pass, the layer that is worked on and the next one.
+    """
+    layers, rest = sharded_parts(prior)
+    gathered = rest + sum(sorted(layers)[-2:])
+    return (STATE_BYTES * (sum(layers) + rest) / gpus + GATHERED_BYTES * gathered) / 1e9
 
 
 def tokenizer_cost(config: Config) -> Cost:

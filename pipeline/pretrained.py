@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.errors import OctavesError
+from data.files import file_sha256
 from data.images.config import ImagesConfig
-from data.tokens.files import file_sha256
 from stages.contract import Prior, Tokenizer
 from stages.prior.sampling import SamplingConfig
 from stages.weights import check_pair, load_prior, load_tokenizer

@@ -100,7 +100,7 @@ def end_with_parent() -> None:
         return
     _prepared = True
     if os.environ.get("LOCAL_RANK", "0") != "0" and _FIRST in os.environ:
-        _follow(int(os.environ[_FIRST]))
+        follow(int(os.environ[_FIRST]))
     else:
         os.environ[_FIRST] = str(os.getpid())
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
@@ -118,11 +118,18 @@ def _after_fork() -> None:
         if hasattr(signal, "pthread_sigmask"):
             # a loader process must not end by a scheduler's SIGTERM before it can tell who sent it (data.stream)
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        _follow(parent)
+        follow(parent)
 
 
-def _follow(parent: int) -> None:
-    """Be killed when ``parent`` ends, or now if it has ended."""
+def prepare_child(parent: int) -> None:
+    """For ``preexec_fn`` of a command that ``parent`` starts: it ends with its parent, and SIGTERM reaches it."""
+    follow(parent)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the hook for forked loader processes
+
+
+def follow(parent: int) -> None:
+    """Be killed when ``parent``, the process that started this one, ends, or now if it has ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

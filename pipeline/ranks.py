@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from data.errors import OctavesError
@@ -28,21 +30,24 @@ _GRACE_SECONDS = 20.0  # the first process may be writing; where it only waits f
 _NOTICE_SECONDS = 5.0  # a connection breaks before its process has ended
 
 
-class WatchedDDP(DDPStrategy):
-    """DDP on ranks that the first process starts and watches, or that a launcher started."""
+class Watched:
+    """Makes a strategy one on ranks that the first process starts and watches, or that a launcher started."""
 
     started: Sequence[subprocess.Popen[bytes]] = ()
     """The ranks that this process started."""
+    _launcher: _Launcher | None
 
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
+    def _configure_launcher(self: Any) -> None:
         if not self.cluster_environment.creates_processes_externally:
             self._launcher = _WatchedRanks(self)
 
 
+class WatchedDDP(Watched, DDPStrategy):
+    """Every rank keeps the whole training state."""
+
+
 class _WatchedRanks(_SubprocessScriptLauncher):
-    def __init__(self, strategy: WatchedDDP) -> None:
-        assert strategy.cluster_environment is not None
+    def __init__(self, strategy: Any) -> None:
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy
 

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 # Mid greys and colours that hold on white and on black: the page follows the reader's colour scheme.
 INK = "#858585"
 COLOURS = ("#3f7fbf", "#c9732c")
+FIRST = ("loss/", "bits_per_token", "masked_bits_per_token", "psnr", "perceptual")
+"""How the names of curves begin that are shown whatever they are of."""
 MAX_PANELS = 12
 
 
@@ -32,7 +34,7 @@ def panels_of(scalars: dict[str, Any]) -> dict[str, list[str]]:
     panels: dict[str, list[str]] = {}
     for tag in sorted(scalars, key=lambda tag: ("perplexity" in tag, tag)):
         name = tag.removeprefix("train/").removeprefix("validation/")
-        if name.startswith(("loss/", "bits_per_token", "psnr", "perceptual")) or "perplexity" in name:
+        if name.startswith(FIRST) or "perplexity" in name:
             panels.setdefault(name, []).append(tag)
     return dict(list(panels.items())[:MAX_PANELS])
 

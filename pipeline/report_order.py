@@ -21,12 +21,11 @@ def draw_order(found: dict[str, Any], path: Path) -> None:
     if gains is not None:
         panels.append(("perplexity of each token", {"": found["perplexity_by_position"]}))
     if causality is not None:
-        names = ("natural", "reversed")
+        names = measured_orders(causality)
         curves = {f"{name}, mean {causality[name]['mean_r2']:.3f}": causality[name]["r2"] for name in names}
         panels.append(("R² from earlier tokens", {**curves, "shuffled": causality["natural"]["r2_shuffled"]}))
     if bits is not None:
-        ordered = bits[::-1] if found["prior_order"] == "reversed" else bits
-        panels.append((f"prior ({found['prior_order']}), bits", {"": ordered}))
+        panels.append((f"prior ({found['prior_order']}), bits", {"": bits_in_order(found)}))
     count = len(panels) + (gains is not None)
     if not count:
         return
@@ -51,6 +50,20 @@ def draw_order(found: dict[str, Any], path: Path) -> None:
         figure.savefig(path, transparent=True)
 
 
+def measured_orders(causality: dict[str, Any]) -> list[str]:
+    """The orders whose R² was measured."""
+    return [name for name, value in causality.items() if isinstance(value, dict)]
+
+
+def bits_in_order(found: dict[str, Any]) -> list[float]:
+    """The prior's bits in the order in which it models the tokens."""
+    bits: list[float] = found["bits_by_position"]
+    if found["prior_order"] == "natural":
+        return bits
+    # evaluations from before there were more orders name no permutation
+    return [bits[element] for element in found.get("permutation") or reversed(range(len(bits)))]
+
+
 def order_part(metrics: dict[str, Any], folder: Path) -> str:
     """The panels, and what they add up to."""
     found = metrics.get("order")
@@ -66,7 +79,7 @@ def order_part(metrics: dict[str, Any], folder: Path) -> str:
         words += " Too few images for so many numbers: it is lower than it should be." * causality["too_few_images"]
         rows = [
             [name, f"{causality[name]['mean_r2']:.3f}", f"{causality[name]['mean_r2_shuffled']:.3f}"]
-            for name in ("natural", "reversed")
+            for name in measured_orders(causality)
         ]
     if gains is not None:
         words += (

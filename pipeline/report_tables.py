@@ -133,4 +133,28 @@ def code_table(metrics: dict[str, Any]) -> str:
         "would need. No more codes than tokens can occur."
     )
     head = ["Scale", "Tokens", "Codes used", "Perplexity", "Prior, bits a token", "Share used"]
-    return heading("Codes", words) + table(head, rows, share_last=True)
+    return heading("Codes", words) + table(head, rows, share_last=True) + joint_table(metrics, shown)
+
+
+def joint_table(metrics: dict[str, Any], shown: set[int]) -> str:
+    """Joint entropy of the fields per scale; nothing where elements have one. Of many scales those ``shown``."""
+    uses = list(enumerate(metrics.get("joint_codes", []), 1))
+    if not uses:
+        return ""
+    if len(uses) > MOST_ROWS:
+        uses = [(number, use) for number, use in uses if number in shown]
+    rows = [
+        [
+            use["scale"],
+            f"{use['used']:,}",
+            f"{use['field_bits']:.2f}",
+            "too few tokens" if use["too_few_tokens"] else f"{use['entropy_bits']:.2f}",
+        ]
+        for _, use in uses
+    ]
+    words = (
+        "All fields of a token together: combinations that occur, and the bits of a token without a model, field by "
+        "field and jointly. Rates by entropy above are summed over fields."
+    )
+    head = ["Scale", "Combinations", "Entropy of the fields, bits", "Joint entropy, bits"]
+    return f'<p class="soft">{escape(words)}</p>' + table(head, rows)

@@ -9,13 +9,24 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from data.errors import InputError
+from data.remote import is_remote
+from stages.factory import build_tokenizer
 from stages.lists import ORDERS
-from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS
+from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS, PREFIX_ORDERS
+from stages.prior.order import permutation_of
+from stages.prior.sampling import CONFIDENCE_NOISE
 from stages.spectral.wavelets import WAVELETS, is_wavelet
 from stages.tokenizer.config import PLANES
+from stages.tokenizer.quantizers.gradients import GRADIENTS
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+
+Rule = tuple[Callable[["Config"], bool], Callable[["Config"], str]]
+"""(refuses, one line that says what to change)"""
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "images.kind": ("folder", "webdataset", "fashion", "demo", "photos"),
@@ -29,6 +40,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
     "prior_training.precision": ("32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.strategy": ("ddp", "fsdp"),
 }
 
 SHARES = (
@@ -78,12 +90,31 @@ NETWORK_SIZES = (
     *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
     *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length", "chunk", "overlap", "patch")),
     *(f"prior.{part}_depth" for part in ("encoder", "channel", "position", "value")),
+    *(f"tokenizer.quantizer.{key}" for key in ("code_dim", "depth")),
 )
 
 
 def averages(config: Config) -> bool:
     """Whether moving averages stand between the prior's layers."""
     return get(config, "prior.averaging") not in (None, "none")
+
+
+def misplaced(config: Config) -> str | None:
+    """Why the tokenizer's layout does not have ``prior.order``; None where it does."""
+    order = get(config, "prior.order")
+    if config.prior.kind != "transformer" or order in ("natural", "reversed"):
+        return None
+    try:
+        with torch.device("meta"):
+            size = (config.images.size, config.images.size)
+            layout = build_tokenizer(config.tokenizer, size, config.images.channels).layout
+    except Exception:  # whatever a tokenizer of foreign numbers breaks on: it is said when it is built
+        return None
+    try:
+        permutation_of(layout, order)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def get(config: Config, key: str) -> Any:
@@ -94,8 +125,21 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
-# Combinations of parts that cannot work together: (refuses, one line that says what to change).
-ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
+# Ranges of whole numbers, checked where the chosen kinds have them.
+BETWEEN = {
+    "tokenizer.quantizer.codes": (2, 2**18),
+    "tokenizer.quantizer.bits": (1, 64),
+    "tokenizer.quantizer.bits_per_field": (1, 16),
+    "tokenizer.quantizer.entropy_group_bits": (1, 18),
+}
+
+_WRITES_TO_FOLDERS: Rule = (
+    lambda c: is_remote(c.tokens.path),
+    lambda c: f"tokens.path={c.tokens.path}: a cache is written to a folder; give one, and copy it to the URL then",
+)
+
+# Combinations of parts that cannot work together.
+ILLEGAL: list[Rule] = [
     (
         lambda c: len(c.images.crop_scale) != 2 or not 0 < c.images.crop_scale[0] <= c.images.crop_scale[1] <= 1,
         lambda c: f"images.crop_scale={c.images.crop_scale}; allowed: two shares of the area, 0 < low <= high <= 1",
@@ -103,6 +147,14 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
     (
         lambda c: c.images.kind in ("folder", "webdataset") and c.images.path is None,
         lambda c: f"images.path is not set; images.kind={c.images.kind} needs images.path=<where your images lie>",
+    ),
+    (
+        lambda c: not 0 < c.tokens.local_gigabytes < math.inf,
+        lambda c: f"tokens.local_gigabytes={c.tokens.local_gigabytes}; allowed: above 0",
+    ),
+    (
+        lambda c: c.prior_training.shuffle_shards < 0,
+        lambda c: f"prior_training.shuffle_shards={c.prior_training.shuffle_shards}; allowed: 0, or 1 and more",
     ),
     (
         lambda c: c.trainer.devices == 0 or c.trainer.devices < -1,
@@ -144,14 +196,14 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
-        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") not in (None, "natural"),
+        lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") not in (None, *PREFIX_ORDERS),
         lambda c: (
             f"eval.upsample_from={c.eval.upsample_from} with prior.order={get(c, 'prior.order')}: a small image begins "
             "an image in natural order only; set eval.upsample_from=0"
         ),
     ),
     (
-        lambda c: bool(c.eval.edit_frozen) and get(c, "prior.order") not in (None, "natural"),
+        lambda c: bool(c.eval.edit_frozen) and get(c, "prior.order") not in (None, *PREFIX_ORDERS),
         lambda c: (
             f"eval.edit_frozen={c.eval.edit_frozen} with prior.order={get(c, 'prior.order')}: the scales that stay "
             "begin an image in natural order only; set eval.edit_frozen=[]"
@@ -168,10 +220,45 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=chunked: {', '.join(ORDERS)}",
     ),
     (
-        lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") == "reversed",
+        lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") != "natural",
         lambda c: (
-            "prior.order=reversed with tokenizer.kind=bitplane: a stream has no last element to begin with; set "
-            "prior.order=natural"
+            f"prior.order={get(c, 'prior.order')} with tokenizer.kind=bitplane: elements of a stream have no place "
+            "before those that precede them are known; set prior.order=natural"
+        ),
+    ),
+    (
+        lambda c: misplaced(c) is not None,
+        lambda c: f"{misplaced(c)} (tokenizer.kind={c.tokenizer.kind})",
+    ),
+    (
+        lambda c: get(c, "prior.order") == "scale" and averages(c),
+        lambda c: (
+            f"prior.averaging={get(c, 'prior.averaging')} with prior.order=scale: elements of a scale come together, "
+            "so there is no past to average; set prior.averaging=none"
+        ),
+    ),
+    (
+        lambda c: (
+            get(c, "prior.order") == "interleaved" and averages(c) and get(c, "prior.averaging_borders") != "sample"
+        ),
+        lambda c: (
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with prior.order=interleaved: no scale is in "
+            "one piece; set prior.averaging_borders=sample"
+        ),
+    ),
+    (
+        lambda c: get(c, "prior.order") == "scale" and c.sampling.compile,
+        lambda c: "sampling.compile=true with prior.order=scale: its steps are of many shapes; leave it out",
+    ),
+    (
+        lambda c: (
+            get(c, "prior.order") != "scale"
+            and (bool(c.sampling.rounds) or c.sampling.confidence_noise != CONFIDENCE_NOISE)
+        ),
+        lambda c: (
+            f"sampling.rounds={c.sampling.rounds}, sampling.confidence_noise={c.sampling.confidence_noise} with "
+            f"prior.order={get(c, 'prior.order')}: one element is written at a time; leave them out, or set "
+            "prior.order=scale"
         ),
     ),
     (
@@ -198,6 +285,13 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: (
             "tokenizer.planes=ycbcr with images.channels=1: gray images have no chroma; set images.channels=3, or "
             "tokenizer.planes=all"
+        ),
+    ),
+    (
+        lambda c: get(c, "tokenizer.planes") == "ycbcr" and (get(c, "tokenizer.groups") or 1) > 1,
+        lambda c: (
+            f"tokenizer.groups={get(c, 'tokenizer.groups')} with tokenizer.planes=ycbcr: luma and chroma are groups "
+            "already; set tokenizer.groups=1, or tokenizer.planes=all"
         ),
     ),
     (
@@ -254,6 +348,20 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         ),
     ),
     (
+        lambda c: get(c, "tokenizer.quantizer.gradient") not in (None, *GRADIENTS),
+        lambda c: (
+            f"tokenizer.quantizer.gradient={get(c, 'tokenizer.quantizer.gradient')!r}; allowed: {', '.join(GRADIENTS)}"
+        ),
+    ),
+    (
+        lambda c: not 0 < (1.0 if (t := get(c, "tokenizer.quantizer.temperature")) is None else t) < math.inf,
+        lambda c: f"tokenizer.quantizer.temperature={get(c, 'tokenizer.quantizer.temperature')}; allowed: above 0",
+    ),
+    (
+        lambda c: not 0 <= c.tokenizer_training.entropy_weight < math.inf,
+        lambda c: f"tokenizer_training.entropy_weight={c.tokenizer_training.entropy_weight}; allowed: 0 or more",
+    ),
+    (
         lambda c: not 0 <= (get(c, "prior.early_bias") or 0) < math.inf,
         lambda c: f"prior.early_bias={get(c, 'prior.early_bias')}; allowed: 0 or more",
     ),
@@ -301,10 +409,37 @@ ILLEGAL: list[tuple[Callable[[Config], bool], Callable[[Config], str]]] = [
         lambda c: f"eval.num_colorized={c.eval.num_colorized}; allowed: 0, or 2 and more",
     ),
     (
+        lambda c: c.trainer.strategy == "fsdp" and c.prior.kind == "chunked",
+        lambda c: (
+            "trainer.strategy=fsdp with prior.kind=chunked: each process goes through lists in passes of its own, and "
+            "layers can be gathered only in common; set trainer.strategy=ddp"
+        ),
+    ),
+    (
         lambda c: c.eval.timing_repeats < 0,
         lambda c: f"eval.timing_repeats={c.eval.timing_repeats}; allowed: 0 or more",
     ),
 ]
+
+# The same where one command alone minds, by its name.
+ILLEGAL_FOR: dict[str, list[Rule]] = {
+    "train-tokenizer": [
+        (
+            lambda c: c.trainer.strategy == "fsdp",
+            lambda c: (
+                "trainer.strategy=fsdp: train-tokenizer keeps whole networks in each process, and only train-prior "
+                "shares them out; set trainer.strategy=ddp here"
+            ),
+        ),
+    ],
+    "cache-tokens": [_WRITES_TO_FOLDERS],
+    "text-tokens": [_WRITES_TO_FOLDERS],
+}
+
+
+def broken_rule_for(command: str, config: Config) -> str | None:
+    """Like ``broken_rule``, of the rules of one command."""
+    return next((message(config) for refuses, message in ILLEGAL_FOR.get(command, []) if refuses(config)), None)
 
 
 def broken_rule(config: Config) -> str | None:
@@ -316,6 +451,10 @@ def broken_rule(config: Config) -> str | None:
         value = get(config, key)
         if value is not None and value < 1:
             return f"{key}={value}; allowed: 1 or more"
+    for key, (low, high) in BETWEEN.items():
+        value = get(config, key)
+        if value is not None and not low <= value <= high:
+            return f"{key}={value}; allowed: {low} to {high}"
     for key in SHARES:
         if not 0 <= (get(config, key) or 0) < 1:
             return f"{key}={get(config, key)}; allowed: 0 to 1, without 1"

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.errors import OctavesError
-from data.tokens.files import remove_temporaries, write_atomically
+from data.files import remove_temporaries, write_atomically
 from pipeline.config import Config, to_plain
 from pipeline.processes import is_first_process
 
@@ -32,14 +32,15 @@ class RunError(OctavesError):
 def stage_config(config: Config, stage: str) -> dict[str, Any]:
     """The plain config of one stage's sections.
 
-    Without the paths, for a run folder may be moved, and without what to do with unreadable images: who meets one after
-    a day changes that and goes on (the manifest counts them).
+    Without the paths, for a run folder may be moved, without what a machine has room for, and without what to do with
+    unreadable images: who meets one after a day changes that and goes on (the manifest counts them).
     """
     plain = to_plain(config)
     sections = {section: plain[section] for section in STAGE_SECTIONS[stage]}
     for name in ("tokenizer", "tokens", "prior"):
         sections.get(name, {}).pop("path", None)
     sections.get("tokenizer_training", {}).pop("start_from", None)
+    sections.get("tokens", {}).pop("local_gigabytes", None)
     for key in ("skip_corrupt", "max_corrupt_share"):
         sections.get("images", {}).pop(key, None)
     return sections

@@ -267,7 +267,7 @@ def watched(models: Models, length: int, count: int, tell: Tell) -> Models:
 
 
 class _Watched:
-    """A prior that tells of each element; the sampling engine calls ``advance`` once for each."""
+    """A prior that tells of each element; the sampling engine calls ``advance`` once for each, or for each scale."""
 
     def __init__(self, prior: Prior, total: int, tell: Tell) -> None:
         self._prior, self._total, self._tell = prior, total, tell
@@ -278,7 +278,7 @@ class _Watched:
 
     def advance(self, state: Any, element: Tensor) -> None:
         self._prior.advance(state, element)
-        self._done += 1
+        self._done += element.shape[1] if element.dim() == 3 else 1
         self._tell(min(1.0, self._done / self._total))
 
 

@@ -40,6 +40,7 @@ NO_PREFIXES = (
 )
 NO_UPSAMPLING = f"Upsampling needs a scale-causal encoder: {DENSE_ENCODER}."
 OTHER_ORDER = {
+    "interleaved": "This prior writes all scales of a place together: a beginning of scales cannot be given to it.",
     "luma_first": "This prior writes luma before chroma: what it is given must be all of the luma (octaves colorize).",
     "reversed": "This prior writes the last tokens first: there is no beginning of an image that it could be given.",
 }
@@ -132,7 +133,7 @@ def _sample_tab(gr: Any, studio: Studio) -> None:
 def _upsample_tab(gr: Any, studio: Studio) -> None:
     layout = studio.models.tokenizer.layout
     sides = [height for height, _ in layout.rungs]
-    if len(sides) < 2 or studio.models.prior.order != "natural":
+    if len(sides) < 2 or not studio.models.prior.writes_prefixes:
         _html(gr, line(NO_UPSAMPLING if len(sides) < 2 else OTHER_ORDER[studio.models.prior.order]))
         return
     targets = sides[1:] if layout.encodes_prefixes and layout.decodes_prefixes else sides[-1:]
@@ -168,7 +169,7 @@ def _upsample_tab(gr: Any, studio: Studio) -> None:
 def _edit_tab(gr: Any, studio: Studio) -> None:
     layout, cells = studio.models.tokenizer.layout, mask_cells(studio)
     num_scales = len(layout.scales)
-    natural = studio.models.prior.order == "natural"
+    natural = studio.models.prior.writes_prefixes
     most = num_scales - 1 if layout.keeps_prefixes and natural else 0
     if not most:
         _html(

@@ -14,10 +14,10 @@ import numpy as np
 
 from data.layout import Field, Scale, TokenLayout
 from data.tokens import order
-from data.tokens.files import CacheError
+from data.tokens.errors import CacheError
 from data.tokens.manifest import FILE, Manifest, SplitInfo
 from data.tokens.shards import NO_LABEL, Block, ShardInfo, ShardWriter
-from pipeline.config import Config
+from pipeline.config import Config, check_command
 from pipeline.run import RunError, stage_folder
 
 
@@ -39,7 +39,11 @@ def text_layout(length: int) -> TokenLayout:
 
 
 def cache_text(config: Config, request: TextTokensRequest) -> Path:
-    """Write ``config.tokens.path``; returns it. Raises RunError for a text too short, CacheError for a cache there."""
+    """Write ``config.tokens.path``; returns it.
+
+    Raises ConfigError for a URL, RunError for a text too short, CacheError for a cache there.
+    """
+    check_command("text-tokens", config)
     path, folder = Path(request.file).expanduser(), Path(config.tokens.path)
     if not request.file or not path.is_file():
         raise RunError(f"file={request.file}: no such file; give the text whose bytes are to be modelled")

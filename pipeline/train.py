@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,16 +25,18 @@ from data.images.reading import read_eval
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.images.views import smaller_side, to_float
-from data.tokens.files import file_sha256
-from data.tokens.manifest import check_belongs
+from data.remote import is_remote
+from data.tokens.manifest import check_belongs, read_manifest
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
+from data.tokens.streamed import StreamedReader
 from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
 from pipeline.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints, newest_checkpoint
-from pipeline.config import Config, TrainerConfig
+from pipeline.config import Config, TrainerConfig, check_command
 from pipeline.processes import is_first_process
 from pipeline.ranks import WatchedDDP, ending_together
 from pipeline.run import RunError, need, stage_folder
+from pipeline.sharding import WatchedFSDP
 from stages.conditions.text import TextCondition
 from stages.contract import Prior, Prompts, RefusedImage, Tokenizer
 from stages.factory import build_grammar, build_prior, build_tokenizer, condition_kind
@@ -41,6 +44,7 @@ from stages.grammar import PlacedGrammar
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
 from stages.prior.sampling import check_sampling
+from stages.prior.sharding import whole_state
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.module import TokenizerModule
 from stages.training import trainer_steps
@@ -48,7 +52,11 @@ from stages.weights import load_tokenizer, save_prior, save_tokenizer, take_over
 
 
 def train_tokenizer(config: Config) -> Path:
-    """Train (or, for a codec, only fit) stage 1 and write its averaged weights. Returns the file."""
+    """Train (or, for a codec, only fit) stage 1 and write its averaged weights. Returns the file.
+
+    Raises ConfigError for a trainer that is for other commands.
+    """
+    check_command("train-tokenizer", config)
     path = Path(config.tokenizer.path)
     with stage_folder(path.parent, config, "tokenizer"):
         if path.exists():
@@ -110,7 +118,8 @@ def check_large(source: ImageSource, side: int, count: int = 16) -> None:
 
 def train_prior(config: Config) -> Path:
     """Train stage 2 on the token cache and write its averaged weights. Returns the file."""
-    need(Path(config.tokens.path) / "manifest.json", "token cache", "cache-tokens", config)
+    if not is_remote(config.tokens.path):
+        need(Path(config.tokens.path) / "manifest.json", "token cache", "cache-tokens", config)
     path = Path(config.prior.path)
     with stage_folder(path.parent, config, "prior"):
         if path.exists():
@@ -125,11 +134,13 @@ def train_prior(config: Config) -> Path:
             training.validation_samples,
             with_text=condition_kind(config.condition.kind)[1].uses_text,
             bucket_batches=training.bucket_batches,
+            shuffle_shards=training.shuffle_shards,
+            local_gigabytes=config.tokens.local_gigabytes,
         )
         manifest = tokens.manifest
         if is_first_process():
             for split in sorted(manifest.splits):
-                TokenReader(config.tokens.path, split).verify()  # a flipped bit would only make a worse prior
+                tokens.reader(split).verify()  # a flipped bit would only make a worse prior
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
         settings = dataclasses.replace(config.sampling, compile=False, scales=0)
@@ -137,36 +148,37 @@ def train_prior(config: Config) -> Path:
         L.seed_everything(config.seed, verbose=False)
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names), manifest.text)
         if isinstance(prior.condition, TextCondition):
-            prior.condition.set_empty(TokenReader(config.tokens.path, "train").empty_caption())
+            prior.condition.set_empty(tokens.reader("train").empty_caption())
         grammar = build_grammar(manifest.layout)  # the loader's own: the prior's goes where the prior goes
         if isinstance(grammar, PlacedGrammar):
             tokens.cut_and_note(prior.max_length, grammar.annotate)
         if grammar is not None:
             print(tokens.lengths_report())
         pictures: list[Callback] = []
-        if Path(config.tokenizer.path).exists():
+        sharded = config.trainer.strategy == "fsdp"  # then no process alone can sample
+        if Path(config.tokenizer.path).exists() and not sharded:
             tokenizer, _ = load_tokenizer(config.tokenizer.path)
-            prompts = held_out_prompts(config, prior)
+            prompts = held_out_prompts(tokens.reader("val"), prior)
             prefix = tokenizer.start_prefix(prompts.labels, range(len(prompts)))
             pictures.append(SamplePictures(tokenizer, settings, prompts, prefix))
         module = PriorModule(prior, training, config.seed)
-        module.names = lambda indices: TokenReader(config.tokens.path, "train").keys(np.array(indices))
+        module.names = lambda indices: tokens.reader("train").keys(np.array(indices))
         trainer = fit(module, tokens, config.trainer, training, path.parent, 1, pictures)
+        weights = whole_state(module.average.module)
         if is_first_process():
             extra = {
                 "tokenizer_sha256": manifest.tokenizer_sha256,
                 "steps": module.step,
                 "world_size": trainer.world_size,
-                "manifest_sha256": file_sha256(Path(config.tokens.path) / "manifest.json"),
+                "manifest_sha256": hashlib.sha256(read_manifest(config.tokens.path)).hexdigest(),
             }
-            save_prior(path, module.average.module, config.prior, config.condition, extra)
+            save_prior(path, prior, config.prior, config.condition, extra, weights)
             print(f"wrote {path}")
     return path
 
 
-def held_out_prompts(config: Config, prior: Prior, count: int = 16) -> Prompts:
-    """What the first ``count`` held-out samples of the cache would be asked for by."""
-    reader = TokenReader(config.tokens.path, "val")
+def held_out_prompts(reader: TokenReader | StreamedReader, prior: Prior, count: int = 16) -> Prompts:
+    """What the first ``count`` samples of the cache's held-out side would be asked for by."""
     positions = np.arange(count) % len(reader)
     return Prompts.from_batch(widened(to_tensors(reader.read(positions, with_text=prior.condition.uses_text))))
 
@@ -244,12 +256,15 @@ def placement(place: TrainerConfig, timeout: timedelta = default_pg_timeout) -> 
         raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
     if devices == -1 and (place.accelerator == "cpu" or not torch.cuda.is_available()):
         devices = 1  # every GPU of none: the CPU
-    many = devices not in (1, -1) or place.num_nodes != 1 or (devices == -1 and torch.cuda.device_count() > 1)
+    processes = place.num_nodes * (torch.cuda.device_count() if devices == -1 else devices)
+    strategy: Any = "auto"
+    if processes > 1:
+        strategy = WatchedFSDP(processes, timeout) if place.strategy == "fsdp" else WatchedDDP(timeout=timeout)
     return {
         "accelerator": place.accelerator,
         "devices": devices,
         "num_nodes": place.num_nodes,
-        "strategy": WatchedDDP(timeout=timeout) if many else "auto",
+        "strategy": strategy,
         "use_distributed_sampler": False,
         "enable_progress_bar": place.progress,
         "enable_model_summary": False,

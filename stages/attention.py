@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,9 @@ FUSED_FROM = 384
 
 
 _fused_only = False
+
+Spans = Sequence[tuple[slice, Sequence[slice]]]
+"""What blocks of queries look at: (queries, keys), the queries without a gap from the first to the last."""
 
 
 @contextmanager
@@ -27,9 +30,11 @@ def fused_attention() -> Iterator[None]:
         _fused_only = before
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Spans | None = None, causal: bool = False
+) -> Tensor:
     """Scaled dot-product attention of [B, H, L, D] with keys [B, H, M, D]; ``mask`` is True where to look: [L, M], or
-    anything that broadcasts to [B, H, L, M].
+    anything that broadcasts to [B, H, L, M]. Spans in its place cost only the pairs that they name.
 
     ``causal`` stands for a lower triangular mask, which lets a GPU take its fastest kernel.
 
@@ -37,6 +42,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     small model's training step there. Longer ones without a mask take the fused kernel, at twice the speed from 480
     elements on and without the matrix of all pairs. On other devices PyTorch chooses the kernel.
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        parts = []
+        for queries, seen in mask:
+            keys, values = (torch.cat([each[:, :, part] for part in seen], dim=2) for each in (key, value))
+            parts.append(attend(query[:, :, queries], keys, values))
+        return torch.cat(parts, dim=2)
     if _fused_only or query.device.type != "cpu" or (mask is None and query.shape[-2] >= FUSED_FROM):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
     if causal:

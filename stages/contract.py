@@ -3,7 +3,8 @@
 Where what may come next depends on what was there, a Grammar (``stages/grammar.py``) knows it, for both alike.
 
 A new tokenizer is one file with a subclass of ``Tokenizer``, one line in ``stages/factory.py``, one YAML and one test.
-The sampling engine sees ``begin / logits / advance / ended`` of a Prior and the order in which it writes, nothing else.
+The sampling engine sees ``begin / logits / advance / ended`` of a Prior and the order in which it writes, nothing else;
+one of ``order=scale`` has ``look`` besides, and advances by scales (``stages/prior/scalewise.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 from data.errors import InputError, OctavesError
 from data.layout import TokenLayout, Tokens
 from stages.grammar import Grammar
+from stages.prior.config import PREFIX_ORDERS
 
 FORBIDDEN = -1e9
 """Logit of an id that cannot come: finite, so that guidance can subtract it."""
@@ -268,6 +270,8 @@ class Prior(nn.Module, ABC):
     """What may come next, where the layout has a grammar."""
     order: str = "natural"
     """The order in which it models the elements; natural is the layout's own."""
+    likelihood: bool = True
+    """False where its ``nll`` is of masked elements, given others behind them: that is no rate of the sequence."""
 
     @property
     def max_length(self) -> int:
@@ -287,8 +291,17 @@ class Prior(nn.Module, ABC):
         """The scale of the element that it models at ``position``, in a layout of fixed length."""
         return self.layout.scale_at(position)
 
-    def to_own_order(self, tokens: Tokens) -> Tokens:
-        """Tokens in the order in which this prior models them; default: the layout's own."""
+    @property
+    def writes_prefixes(self) -> bool:
+        """True where the first scales come first: they may be given, and it may stop after them."""
+        return self.order in PREFIX_ORDERS
+
+    def to_own_order(self, tokens: Tokens, whole: Sequence[int] = ()) -> Tokens:
+        """Tokens in the order in which this prior models them; default: the layout's own.
+
+        Of a part it is said by ``whole`` which scales it consists of; else it is the layout's beginning. Raises
+        InputError for a part with which this prior does not begin.
+        """
         return tokens
 
     def to_layout_order(self, tokens: Tokens) -> Tokens:

@@ -29,7 +29,11 @@ GRAMMARS: dict[str, tuple[str, str]] = {
 }
 QUANTIZERS: Registry = {
     "fsq": ("stages.tokenizer.quantizers", "FSQConfig", "FSQ"),
+    "lfq": ("stages.tokenizer.quantizers", "LFQConfig", "LFQ"),
+    "bsq": ("stages.tokenizer.quantizers", "BSQConfig", "BSQ"),
     "cosine": ("stages.tokenizer.quantizers", "CosineVQConfig", "CosineVQ"),
+    "simvq": ("stages.tokenizer.quantizers", "SimVQConfig", "SimVQ"),
+    "residual": ("stages.tokenizer.quantizers", "ResidualVQConfig", "ResidualVQ"),
 }
 HEADS: Registry = {
     "none": ("stages.tokenizer.heads", "HeadConfig", "NoHead"),
@@ -121,4 +125,7 @@ def build_prior(
     config: Any, condition: Any, layout: TokenLayout, class_names: list[str], text: dict[str, Any] | None = None
 ) -> Prior:
     """A prior of ``config.kind`` with fresh weights over ``layout``, conditioned as ``condition`` says."""
-    return prior_kind(config.kind)[1](config, condition, layout, class_names, text)
+    cls = prior_kind(config.kind)[1]
+    if (config.kind, config.order) == ("transformer", "scale"):  # the same keys, trained and sampled in another way
+        cls = import_module("stages.prior.scalewise").ScalewisePrior
+    return cls(config, condition, layout, class_names, text)

@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from data.errors import OctavesError
 
@@ -90,9 +91,10 @@ def check_finite(
 
 
 def gradient_norm(module: nn.Module) -> Tensor:
-    """Norm of all gradients of a network."""
+    """Norm of all gradients of a network; where processes have shares of them, all of these must ask."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def trainer_steps(steps: int, num_optimizers: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.errors import OctavesError
+from data.files import file_sha256, write_atomically
 from data.layout import TokenLayout
-from data.tokens.files import file_sha256, write_atomically
 from stages.contract import Prior, Tokenizer
 from stages.factory import (
     build_prior,
@@ -41,9 +41,15 @@ class WeightsError(OctavesError, ValueError):
     """A weights file that is missing, damaged or of another kind."""
 
 
-def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> None:
-    """Write the module's state and JSON metadata atomically, with a checksum of both."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+def save_weights(
+    path: Path, module: nn.Module, metadata: dict[str, Any], state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the module's state and JSON metadata atomically, with a checksum of both.
+
+    ``state`` is the state where the module itself has but a share of it.
+    """
+    state = module.state_dict() if state is None else state
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     text = json.dumps(metadata, sort_keys=True)
     header = {"format": FORMAT, "octaves": text, "sha256": checksum(text, tensors)}
     write_atomically(path, in_order(save(tensors, metadata=header)))
@@ -106,7 +112,8 @@ def load_state(path: Path, module: nn.Module, tensors: dict[str, Any]) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise WeightsError(f"{path}: weights do not fit their own config ({error})") from error
+        reason = " ".join(str(error).split())  # torch's is of several lines
+        raise WeightsError(f"{path}: weights do not fit their own config ({reason})") from error
 
 
 def save_tokenizer(path: Path, tokenizer: Tokenizer, config: Any, extra: dict[str, Any] | None = None) -> None:
@@ -179,8 +186,18 @@ def take_over(tokenizer: Tokenizer, config: Any, path: str | Path) -> dict[str, 
     return {**kept, "tokens_of": tokens_sha256(path)}
 
 
-def save_prior(path: Path, prior: Prior, config: Any, condition: Any, extra: dict[str, Any]) -> None:
-    """Write a prior with all that ``load_prior`` needs; ``extra`` names the tokenizer that it belongs to."""
+def save_prior(
+    path: Path,
+    prior: Prior,
+    config: Any,
+    condition: Any,
+    extra: dict[str, Any],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a prior with all that ``load_prior`` needs; ``extra`` names the tokenizer that it belongs to.
+
+    ``state`` as in ``save_weights``.
+    """
     metadata = {
         "part": "prior",
         "kind": config.kind,
@@ -191,7 +208,7 @@ def save_prior(path: Path, prior: Prior, config: Any, condition: Any, extra: dic
         "text": prior.text,
         **extra,
     }
-    save_weights(path, prior, metadata)
+    save_weights(path, prior, metadata, state)
 
 
 def load_prior(path: str | Path) -> tuple[Prior, dict[str, Any]]:

@@ -27,7 +27,7 @@ from data.images.captions import caption_of, clean
 from data.images.config import ImagesConfig
 from data.images.folder import split_roots
 from data.images.home import data_home
-from data.images.remote import is_remote, local_copy
+from data.images.remote import local_copy
 from data.images.source import (
     CorruptImage,
     ImagesError,
@@ -38,6 +38,7 @@ from data.images.source import (
     seeded_split,
     sha256_of,
 )
+from data.remote import is_remote
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 TEXT_ENDINGS = ("txt", "json")

@@ -10,7 +10,10 @@ class TokensConfig:
     """The token cache between the stages."""
 
     path: str = "${run}/tokens"
-    """Folder with train/, val/ and manifest.json."""
+    """Folder with train/, val/ and manifest.json; for train-prior and eval also a URL or pipe that ends where these
+    begin: https://…/tokens, s3://…, gs://…, pipe:ssh host cat /…/tokens."""
+    local_gigabytes: float = 20.0
+    """Of a cache at a URL: most that its shards take on this machine at once, in $OCTAVES_DATA/tokens."""
     encode_batch_size: int = 64
     """Images encoded at once; cut inside a block, the last one padded, so it is part of the bytes' identity."""
     blocks_per_shard: int = 16

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomically
 from data.layout import TokenLayout
-from data.tokens.files import CacheError, write_atomically
+from data.remote import RemoteError, attempt, is_remote, parts_of
+from data.tokens.errors import CacheError
 from data.tokens.shards import ShardInfo
 
 FORMAT = "octaves-tokens"
@@ -94,13 +96,14 @@ class Manifest:
         write_atomically(folder / FILE, text.encode() + b"\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of a cache. Raises CacheError where there is none, or not one that this version reads."""
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise CacheError(f"{path} is missing: no whole token cache here yet; {MEND}")
+    def load(cls, place: str | Path) -> Manifest:
+        """The manifest of a cache in a folder or at a URL.
+
+        Raises CacheError where there is none, or not one that this version reads.
+        """
+        path, content = f"{place}/{FILE}", read_manifest(place)
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(content)
         except ValueError as error:
             raise CacheError(f"{path} is truncated or no JSON ({error}); delete the folder and {MEND}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -130,6 +133,24 @@ class Manifest:
         if name not in self.splits:
             raise CacheError(f"the cache has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
+
+
+def has_manifest(place: str | Path) -> bool:
+    """Whether a cache can be read: in a folder it can where there is a manifest, at a URL somebody says so."""
+    return is_remote(str(place)) or (Path(place) / FILE).is_file()
+
+
+def read_manifest(place: str | Path) -> bytes:
+    """The manifest's bytes, from a folder or a URL. Raises CacheError."""
+    if is_remote(str(place)):
+        try:
+            return attempt(lambda: b"".join(parts_of(f"{str(place).rstrip('/')}/{FILE}")))
+        except RemoteError as error:
+            raise CacheError(f"no token cache: {error}") from error
+    path = Path(place) / FILE
+    if not path.is_file():
+        raise CacheError(f"{path} is missing: no whole token cache here yet; {MEND}")
+    return path.read_bytes()
 
 
 def checksum(data: dict[str, Any]) -> str:

@@ -16,15 +16,20 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.layout import Tokens
-from data.stream import BucketedStream, IndexStream, as_it_is, heed_parent_only
+from data.remote import is_remote
+from data.stream import BucketedStream, IndexStream, LookAhead, ShardOrder, as_it_is, heed_parent_only
+from data.tokens.errors import CacheError
 from data.tokens.manifest import Manifest
 from data.tokens.order import random_bits
 from data.tokens.reader import TokenReader
+from data.tokens.streamed import GIGABYTE, StreamedReader, open_tokens
 
 Batch = dict[str, Tensor]
+MOST_AHEAD = 1024
+"""Batches whose shards are announced before their turn, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class TrainingTokens(Dataset[Batch]):
 
     def __init__(
         self,
-        reader: TokenReader,
+        reader: TokenReader | StreamedReader,
         seed: int,
         with_text: bool = False,
         finish: CutAndNote | None = None,
@@ -84,7 +89,7 @@ class ValidationTokens(Dataset[Batch]):
 
     def __init__(
         self,
-        reader: TokenReader,
+        reader: TokenReader | StreamedReader,
         batch_size: int,
         samples: int,
         rank: int,
@@ -120,7 +125,11 @@ class TokenDataModule(L.LightningDataModule):
     also notes int32 [B, L, P]. Their training batches hold samples of about one length.
 
     Validation batches also have weight float32 [B]. A trained module that counts its batches as ``batches_seen``
-    resumes in the middle of an epoch. Raises CacheError when the cache is missing or damaged.
+    resumes in the middle of an epoch.
+
+    ``shuffle_shards`` says how many shards are mixed at a time, 0 for all; of a cache at a URL at most
+    ``local_gigabytes`` lie on this machine. Raises CacheError when the cache is missing or damaged, and where it cannot
+    be streamed like this.
     """
 
     def __init__(
@@ -132,15 +141,43 @@ class TokenDataModule(L.LightningDataModule):
         validation_samples: int,
         with_text: bool = False,
         bucket_batches: int = 1,
+        shuffle_shards: int = 0,
+        local_gigabytes: float = 20.0,
     ) -> None:
         super().__init__()
-        self.tokens_path = Path(tokens_path)
+        self.tokens_path, self.local_gigabytes, self.shuffle_shards = str(tokens_path), local_gigabytes, shuffle_shards
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.validation_samples = validation_samples
         self.manifest = Manifest.load(tokens_path)
         self.with_text = with_text and self.manifest.text is not None
         self.bucket_batches = bucket_batches
         self._finish: CutAndNote | None = None
+        if is_remote(self.tokens_path):
+            self._check_streaming()
+
+    def reader(self, split: str) -> TokenReader | StreamedReader:
+        """The cache's samples by position. Raises CacheError."""
+        return open_tokens(self.tokens_path, split, self.local_gigabytes)
+
+    def _check_streaming(self) -> None:
+        """Raise CacheError where shards would be fetched again and again, or lengths must be known before they come."""
+        if self.manifest.layout.ends != "fixed" and self.bucket_batches > 1:
+            raise CacheError(
+                f"{self.tokens_path}: these tokens vary in length, and batches of about one length "
+                f"(prior_training.bucket_batches={self.bucket_batches}) need all lengths at once; copy the cache to "
+                "this machine, or set prior_training.bucket_batches=1"
+            )
+        sizes = sorted(shard.bytes for shard in self.manifest.split("train").shards)
+        window = self.shuffle_shards or len(sizes)
+        # of three windows at most: the one that is read, a short last one of an epoch, and those that are announced
+        needed = sum(sizes[-3 * window :]) + max(shard.bytes for shard in self.manifest.split("val").shards)
+        if needed > self.local_gigabytes * GIGABYTE:
+            mixed = f"{window} shards" if self.shuffle_shards else "all shards"
+            raise CacheError(
+                f"tokens.local_gigabytes={self.local_gigabytes:g}, but samples are drawn from {mixed} at a time "
+                f"(prior_training.shuffle_shards={self.shuffle_shards}), which takes {needed / GIGABYTE:.3g} GB; set "
+                f"prior_training.shuffle_shards to 1 or a few, or tokens.local_gigabytes to that"
+            )
 
     def cut_and_note(self, max_length: int, annotate: Callable[[Tokens], Tensor]) -> None:
         """Cut streams to ``max_length`` elements, and add the notes of a grammar to each batch, in the loader."""
@@ -148,7 +185,10 @@ class TokenDataModule(L.LightningDataModule):
 
     def lengths_report(self) -> str:
         """How long the training streams are, and how many of them are cut."""
-        lengths = TokenReader(self.tokens_path, "train").lengths
+        reader = self.reader("train")
+        if isinstance(reader, StreamedReader):
+            return f"{self.tokens_path}: streamed, so lengths are not known before they come"
+        lengths = reader.lengths
         report = f"{self.tokens_path}: {lengths.mean():.1f} elements on average, {lengths.max(initial=0)} at most"
         if self._finish is None:
             return report
@@ -159,21 +199,26 @@ class TokenDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """An endless loader: the trainer counts steps."""
-        reader = TokenReader(self.tokens_path, "train")
+        reader = self.reader("train")
         module = getattr(self.trainer, "lightning_module", None)
         rank, world_size = self._place()
-        place = (self.batch_size, rank, world_size, self.seed, getattr(module, "batches_seen", 0))
-        bucketed = reader.layout.ends != "fixed" and self.bucket_batches > 1
-        stream = (
-            BucketedStream(reader.lengths, self.bucket_batches, *place)
-            if bucketed
-            else IndexStream(len(reader), *place)
-        )
+        sizes = [shard.count for shard in self.manifest.split("train").shards]
+        order = ShardOrder(sizes, self.shuffle_shards) if self.shuffle_shards else None
+        place = (self.batch_size, rank, world_size, self.seed, getattr(module, "batches_seen", 0), order)
+        stream: Sampler[list[tuple[int, int]]]
+        if isinstance(reader, StreamedReader):
+            window = sum(sorted(sizes)[-self.shuffle_shards :])
+            ahead = min(window // (self.batch_size * world_size), MOST_AHEAD)
+            stream = LookAhead(IndexStream(len(reader), *place), ahead, reader.announce)
+        elif reader.layout.ends != "fixed" and self.bucket_batches > 1:
+            stream = BucketedStream(reader.lengths, self.bucket_batches, *place)
+        else:
+            stream = IndexStream(len(reader), *place)
         return self._loader(TrainingTokens(reader, self.seed, self.with_text, self._finish), batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The first ``validation_samples`` of the val split, as many batches on every rank."""
-        reader = TokenReader(self.tokens_path, "val")
+        reader = self.reader("val")
         rank, world_size = self._place()
         tokens = ValidationTokens(
             reader, self.batch_size, self.validation_samples, rank, world_size, self.with_text, self._finish

@@ -11,6 +11,7 @@ import io
 import json
 import mmap
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from data.files import file_sha256
 from data.layout import TokenLayout
-from data.tokens.files import CacheError, file_sha256
+from data.tokens.errors import CacheError
 from data.tokens.manifest import MEND, Manifest
 from data.tokens.shards import ShardInfo
 
@@ -38,23 +40,21 @@ class _StoredBlock:
     caption_offsets: np.ndarray | None
 
 
-class TokenReader:
-    """Random access to one split of a cache. Positions run over the stored order, 0 … len - 1.
+class ShardsReader:
+    """Random access to shards of a cache that lie on this machine. Positions run over them in the order given.
 
     Raises CacheError when a shard is missing, has another size than the manifest says, or holds foreign records.
     """
 
-    def __init__(self, folder: str | Path, split: str) -> None:
-        self.folder, self.split = Path(folder), split
-        self.manifest = Manifest.load(folder)
-        self.layout: TokenLayout = self.manifest.layout
-        info = self.manifest.split(split)
+    def __init__(self, manifest: Manifest, shards: Sequence[tuple[Path, ShardInfo]]) -> None:
+        self.manifest = manifest
+        self.layout: TokenLayout = manifest.layout
         self._blocks: list[_StoredBlock] = []
         labels: list[np.ndarray] = []
         indices: list[np.ndarray] = []
-        for shard in info.shards:
-            for members in _index_shard(self.folder / split / shard.file, shard):
-                block, label, index = self._open_block(members, self.folder / split / shard.file)
+        for path, shard in shards:
+            for members in _index_shard(path, shard):
+                block, label, index = self._open_block(members, path)
                 self._blocks.append(block)
                 labels.append(label)
                 indices.append(index)
@@ -63,15 +63,9 @@ class TokenReader:
         self.source_indices: np.ndarray = np.concatenate([np.empty(0, np.int64), *indices])
         """int64 [N]: index of each position in the image source."""
         self._starts = np.cumsum([0, *(len(label) for label in labels)])[:-1]
-        if len(self.labels) != info.count:
-            raise CacheError(f"{self.folder / split} holds {len(self.labels)} samples, its manifest says {info.count}")
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Maps cannot be pickled; a spawned loader process opens its own.
-        return type(self), (self.folder, self.split)
 
     def read(
         self, positions: np.ndarray, views: np.ndarray | int = 0, with_text: bool = False
@@ -130,13 +124,6 @@ class TokenReader:
     def texts(self, positions: np.ndarray) -> list[str]:
         """Captions of the samples; empty for none."""
         return [self._json_entry(position, "texts") for position in positions]
-
-    def verify(self) -> None:
-        """Compare every shard's hash with the manifest: reads the whole split. Raises CacheError."""
-        for shard in self.manifest.split(self.split).shards:
-            path = self.folder / self.split / shard.file
-            if file_sha256(path) != shard.sha256:
-                raise CacheError(f"{path} is damaged: its sha256 is not the manifest's; delete it and {MEND}")
 
     def _groups(self, positions: np.ndarray) -> list[tuple[_StoredBlock, np.ndarray, np.ndarray]]:
         """(block, places in the batch, rows in the block) for every block that the batch touches."""
@@ -222,6 +209,32 @@ class TokenReader:
                 f"captions {captions.shape} of width {width} with {len(offsets)} offsets for {count} samples"
             )
         return captions, offsets
+
+
+class TokenReader(ShardsReader):
+    """Random access to one split of a cache in a folder. Positions run over the stored order, 0 … len - 1.
+
+    Raises CacheError like ``ShardsReader``, and where the manifest counts other samples.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        manifest = Manifest.load(folder)
+        info = manifest.split(split)
+        super().__init__(manifest, [(self.folder / split / shard.file, shard) for shard in info.shards])
+        if len(self) != info.count:
+            raise CacheError(f"{self.folder / split} holds {len(self)} samples, its manifest says {info.count}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Maps cannot be pickled; a spawned loader process opens its own.
+        return type(self), (self.folder, self.split)
+
+    def verify(self) -> None:
+        """Compare every shard's hash with the manifest: reads the whole split. Raises CacheError."""
+        for shard in self.manifest.split(self.split).shards:
+            path = self.folder / self.split / shard.file
+            if file_sha256(path) != shard.sha256:
+                raise CacheError(f"{path} is damaged: its sha256 is not the manifest's; delete it and {MEND}")
 
 
 def _captions_of(block: _StoredBlock) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from webdataset.writer import TarWriter
 
+from data.files import file_sha256, publish, temporary_name, write_atomically
 from data.layout import TokenLayout
-from data.tokens.files import CacheError, file_sha256, publish, temporary_name, write_atomically
+from data.tokens.errors import CacheError
 
 NO_LABEL = -1
 

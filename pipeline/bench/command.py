@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data.tokens.files import write_atomically
+from data.files import write_atomically
 from pipeline.bench.figures import Figure, line_of
 from pipeline.bench.lists import check_memory, measure_memory
 from pipeline.bench.place import Place

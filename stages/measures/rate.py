@@ -19,9 +19,10 @@ class ScaleRate:
     tokens_per_image: float
     """Elements; one with several fields counts once."""
     fixed_length_bits: float
-    """log2 of the vocabulary for every token."""
+    """log2 of the vocabulary for every token, summed over fields."""
     entropy_bits: float
-    """Entropy of the ids without any context; too low where a scale has few tokens for its vocabulary."""
+    """Entropy of the ids without any context; too low where a scale has few tokens for its vocabulary. Of several
+    fields the sum, as if they told nothing of each other."""
     prior_bits: float | None = None
     """Under the prior, given everything before; None without a prior."""
 

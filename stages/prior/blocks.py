@@ -6,7 +6,7 @@ import torch
 from timm.layers import SwiGLU
 from torch import Tensor, nn
 
-from stages.attention import attend
+from stages.attention import Spans, attend
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
@@ -25,9 +25,9 @@ class Attention(nn.Module):
         self.project = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, slots: Tensor | None = None
+        self, x: Tensor, mask: Tensor | Spans | None = None, cache: Tensor | None = None, slots: Tensor | None = None
     ) -> Tensor:
-        """[B, L, D] → [B, L, D]; a mask bool [L, T] takes the place of causality.
+        """[B, L, D] → [B, L, D]; a mask bool [L, T], or spans, takes the place of causality.
 
         With ``cache`` [2, B, H, T, D/H], keys and values go to its ``slots`` [L], and ``mask`` [L, T] says what counts.
         """
@@ -94,7 +94,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Spans | None = None,
         cache: Tensor | None = None,
         slots: Tensor | None = None,
         remembered: Tensor | None = None,
@@ -105,6 +105,11 @@ class Block(nn.Module):
         if self.cross is not None:
             x = x + self._branch(1, self.cross(x, remembered, memory_mask))
         return x + self._branch(2, self.mlp(self.mlp_norm(x)))
+
+    def remember(self, memory: Tensor) -> Tensor:
+        """Keys and values [2, B, H, M, D/H] of a memory [B, M, D]; for a block with cross-attention."""
+        assert self.cross is not None
+        return self.cross.remember(memory)
 
     def _branch(self, number: int, x: Tensor) -> Tensor:
         return self.dropout(x) if self.gates is None else self.gates[number].to(x.dtype) * self.dropout(x)
@@ -121,7 +126,7 @@ class Decoder(nn.Module):
 
     def remember(self, memory: Tensor) -> Tensor:
         """Keys and values of all layers [depth, 2, B, H, M, D/H] of a memory [B, M, D]."""
-        return torch.stack([block.cross.remember(memory) for block in self.blocks])  # type: ignore[union-attr, operator]
+        return torch.stack([block.remember(memory) for block in self.blocks])  # type: ignore[operator]
 
     def forward(
         self,

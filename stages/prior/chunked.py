@@ -170,7 +170,7 @@ class ChunkedPrior(Prior):
 
     # ------------------------------------------------------------------ order
 
-    def to_own_order(self, tokens: Tokens) -> Tokens:
+    def to_own_order(self, tokens: Tokens, whole: Sequence[int] = ()) -> Tokens:
         return self.grammar.sort(tokens)[0]
 
     def to_layout_order(self, tokens: Tokens) -> Tokens:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FIXED_ORDERS = ("natural", "reversed")
+FIXED_ORDERS = ("natural", "reversed", "interleaved", "luma_first", "scale")
 """Orders of layouts of fixed length."""
+PREFIX_ORDERS = ("natural", "scale")
+"""Orders in which the first scales come first: they may be given, and a prior may stop after them."""
 AVERAGING = ("none", "replace", "mix", "learned")
 """What may happen to half of the coordinates between a transformer's layers."""
 AVERAGING_BORDERS = ("sample", "scale", "grid")
@@ -32,6 +34,8 @@ class PriorTrainingConfig:
     """Token sequences in one forward pass of one process."""
     bucket_batches: int = 32
     """Streams: so many batches are drawn together and dealt out by length, so that less is padding; 1 for none."""
+    shuffle_shards: int = 0
+    """Samples are mixed from so many shards at a time, in an order of shards that every epoch draws; 0: from all."""
     accumulate_batches: int = 1
     """Forward passes per update."""
     precision: str = "bf16"

@@ -7,8 +7,10 @@ element t-1 and the place of element t.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
+from timm.layers import SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,14 +40,21 @@ class InputEmbedding(nn.Module, ABC):
 
 
 class GridEmbedding(InputEmbedding):
-    """A table for each codebook and field, and learned positions: scale, row and column."""
+    """A table for each codebook and field, and learned positions: scale, row and column.
+
+    Elements come in the order of ``permutation`` (``stages/prior/order.py``).
+
+    Fields of the same element chosen before are added to the hidden state, as large as that (embeddings are small at
+    first), and both go through a small network: a sum alone shifts the next field's logits by what was chosen, whatever
+    stood before the element, so it cannot learn a field that follows from both.
+    """
 
     offsets: Tensor
     scale_of: Tensor
     row_of: Tensor
     column_of: Tensor
 
-    def __init__(self, layout: TokenLayout, width: int) -> None:
+    def __init__(self, layout: TokenLayout, width: int, permutation: Sequence[int]) -> None:
         super().__init__()
         first_row: dict[tuple[int, int], int] = {}
         rows = 0
@@ -54,11 +63,12 @@ class GridEmbedding(InputEmbedding):
                 first_row[codebook, index] = rows
                 rows += part.vocabulary_size
         self.table = nn.Embedding(rows, width)
-        places = [
+        natural = [
             (number, *((divmod(index, scale.grid[1])) if scale.grid else (0, index)), scale.codebook)
             for number, scale in enumerate(layout.scales)
             for index in range(scale.length)
         ]
+        places = [natural[element] for element in permutation]
         offsets = [[first_row[place[3], index] for index in range(layout.num_fields)] for place in places]
         self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
         for name, column in (("scale_of", 0), ("row_of", 1), ("column_of", 2)):
@@ -66,6 +76,9 @@ class GridEmbedding(InputEmbedding):
         self.scale_embedding = nn.Embedding(len(layout.scales), width)
         self.row_embedding = nn.Embedding(1 + max(place[1] for place in places), width)
         self.column_embedding = nn.Embedding(1 + max(place[2] for place in places), width)
+        if layout.num_fields > 1:
+            self.chosen_norm = nn.RMSNorm(width)
+            self.mix = SwiGLU(width, 2 * width, bias=False)
 
     def elements(self, ids: Tensor, first: int, notes: Tensor | None) -> Tensor:
         return self.table(ids + self.offsets[first : first + ids.shape[1]]).sum(2)
@@ -79,9 +92,11 @@ class GridEmbedding(InputEmbedding):
         )
 
     def fields(self, hidden: Tensor, first: int, chosen: Tensor) -> Tensor:
-        for index in range(chosen.shape[-1]):
-            hidden = hidden + self.table(chosen[..., index] + self.offsets[first, index])
-        return hidden
+        number = chosen.shape[-1]
+        if not number:
+            return hidden
+        hidden = hidden + self.chosen_norm(self.table(chosen + self.offsets[first, :number]).sum(-2))
+        return hidden + self.mix(hidden)
 
 
 class StreamEmbedding(InputEmbedding):

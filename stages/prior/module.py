@@ -12,8 +12,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from data.layout import Tokens
-from stages.contract import Prior, Prompts
+from stages.contract import Prior, PriorOutput, Prompts
 from stages.prior.config import PriorTrainingConfig
+from stages.prior.sharding import shard
 from stages.scales import scale_ids
 from stages.training import (
     NamesSamples,
@@ -49,9 +50,21 @@ class PriorModule(L.LightningModule):
         self.validation = torch.nn.ModuleList([MeanMetric() for _ in (0, *prior.layout.prefixes)])
 
     @property
+    def quantity(self) -> str:
+        """Name of the loss in logs: what masked elements cost is no rate."""
+        return "bits_per_token" if self.prior.likelihood else "masked_bits_per_token"
+
+    @property
     def step(self) -> int:
         """Optimiser updates so far."""
         return self.batches_seen // self.config.accumulate_batches
+
+    def configure_model(self) -> None:
+        """Leave this process its share of weights and average, where the strategy has a mesh of processes for that."""
+        if self.device_mesh is not None:
+            for network in (self.prior, self.average.module):
+                shard(network, self.device_mesh["data_parallel"])
+            self.average.foreach = False  # no such kernel for shares
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config
@@ -65,17 +78,19 @@ class PriorModule(L.LightningModule):
         tokens = Tokens.from_batch(batch).prefix(self.prior.max_length)
         output = self.prior(tokens, prompts)
         judged = tokens.counted if output.judged is None else output.judged
-        nll, count = output.nll, judged.sum().clamp(min=1)
+        # of all processes together: the mean of their gradients is that of the joint batch
+        count = self.trainer.strategy.reduce(judged.sum().float(), reduce_op="mean").clamp(min=1)
+        nll = output.nll
         terms = {"nll": nll.sum() / (count * nll.shape[2])}
         if output.legal_nll is not None:
             terms["illegal"] = output.legal_nll.sum() / (count * nll.shape[2])
         check_finite(terms, self.step, batch["index"], self.names, self._any_process)
         self.batches_seen += 1
         bits_per_token = terms["nll"].detach() * nll.shape[2] / NATS_PER_BIT
-        self.log("bits_per_token", bits_per_token, prog_bar=True, logger=False)
+        self.log(self.quantity, bits_per_token, prog_bar=True, logger=False)
         if self.batches_seen % (self.config.accumulate_batches * self.config.log_every) == 0 or self.batches_seen == 1:
             values = {
-                f"bits_per_token/{name}": value for name, value, _ in self._by_scale(nll.detach(), tokens, judged)
+                f"{self.quantity}/{name}": value for name, value, _ in self._by_scale(nll.detach(), tokens, judged)
             }
             if output.illegal is not None:
                 values["illegal_probability"] = output.illegal.sum() / count
@@ -120,8 +135,9 @@ class PriorModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         prior = cast(Prior, self.average.module)
         tokens = Tokens.from_batch(batch).prefix(prior.max_length)
-        nll = prior.nll(tokens, Prompts.from_batch(batch))
-        found = self._by_scale(nll, tokens, tokens.counted * batch["weight"][:, None])
+        output: PriorOutput = prior(tokens, Prompts.from_batch(batch))
+        judged = tokens.counted if output.judged is None else output.judged
+        found = self._by_scale(output.nll, tokens, judged * batch["weight"][:, None])
         for metric, (_, mean, elements) in zip(self.validation, found, strict=True):
             metric.update(mean, elements)  # type: ignore[operator]
 
@@ -130,11 +146,11 @@ class PriorModule(L.LightningModule):
         names = ["all", *(layout.scales[number - 1].name for number in layout.prefixes)]
         values = {}
         for name, metric in zip(names, self.validation, strict=True):
-            values[f"validation/bits_per_token/{name}"] = metric.compute()  # type: ignore[operator]
+            values[f"validation/{self.quantity}/{name}"] = metric.compute()  # type: ignore[operator]
             metric.reset()  # type: ignore[operator]
         if not self.trainer.sanity_checking:
             self._log(values)
-            self.log("val_bits", values["validation/bits_per_token/all"], prog_bar=True, logger=False)
+            self.log("val_bits", values[f"validation/{self.quantity}/all"], prog_bar=True, logger=False)
 
     # ------------------------------------------------------------------ checkpoint
 

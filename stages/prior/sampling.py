@@ -1,4 +1,4 @@
-"""Sampling, apart from the model that it samples: any Prior, by ``begin / logits / advance / ended``.
+"""Sampling, apart from the model that it samples: any Prior, by ``begin / logits / advance / ended``, and ``look``.
 
 What is notable here:
 
@@ -7,6 +7,7 @@ What is notable here:
 - tokens come and go in the layout's order; the prior knows the order in which it wants to write them;
 - guidance doubles the batch: logits = unconditional + guidance · (conditional - unconditional);
 - temperature, top-k and top-p may differ from scale to scale; k scales may be enough;
+- a prior of ``prior.order=scale`` writes each scale in rounds that decide its most confident elements first;
 - what is there already may be kept: a prefix (upsampling, editing), or single elements (editing under a mask).
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +24,13 @@ from torch import Tensor
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.contract import Prior, Prompts
+from stages.prior.rounds import rounds_of, still_open
 from stages.scales import keep_scales
 
 NOISE_CHUNK = 1024
 """Elements for which random numbers are drawn at once."""
+CONFIDENCE_NOISE = 4.5
+"""MaskGIT's choice temperature, as its code has it; the paper names no number."""
 
 
 @dataclass
@@ -44,6 +49,10 @@ class SamplingConfig:
     """constant, linear or cosine: how guidance rises from 1 to its value over the sequence."""
     scales: int = 0
     """Stop after this many scales, or bit-planes; 0 samples all. Needs a decoder of prefixes."""
+    rounds: list[int] = field(default_factory=list)
+    """Rounds in which prior.order=scale writes a scale. One value or one per scale; empty: 8, 2, then 1 for each."""
+    confidence_noise: float = CONFIDENCE_NOISE
+    """prior.order=scale: Gumbel noise on the confidence that decides which elements stay, less from round to round."""
     compile: bool = False
     """Compile the decoding step (GPU)."""
 
@@ -51,14 +60,23 @@ class SamplingConfig:
 def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
     """Raise ValueError for settings that do not fit the layout, naming what is allowed."""
     num_scales = len(layout.scales)
-    for name, low, high in (("temperature", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 1e-9, 1)):
+    for name, low, high in (
+        ("temperature", 0, math.inf),
+        ("top_k", 0, math.inf),
+        ("top_p", 1e-9, 1),
+        ("rounds", 1, math.inf),
+    ):
         values = getattr(settings, name)
+        if name == "rounds" and not values:
+            continue
         # the streams of a batch are not in the same scale at the same time
         if len(values) != 1 and (len(values) != num_scales or layout.ends != "fixed"):
             several = f", or {num_scales} (one per scale)" if layout.ends == "fixed" else " for streams and lists"
             raise InputError(f"sampling.{name} has {len(values)} values; allowed: 1{several}")
         if not all(low <= value <= high for value in values):
             raise InputError(f"sampling.{name}={values}; allowed: {low} to {high}")
+    if not 0 <= settings.confidence_noise < math.inf:
+        raise InputError(f"sampling.confidence_noise={settings.confidence_noise}; allowed: 0 or more")
     if not math.isfinite(settings.guidance):
         raise InputError(f"sampling.guidance={settings.guidance}; allowed: a finite number")
     if settings.guidance_schedule not in ("constant", "linear", "cosine"):
@@ -74,8 +92,18 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
         raise InputError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
 
 
+def check_rounds(settings: SamplingConfig, prior: Prior) -> None:
+    """Raise ValueError for rounds asked of a prior that writes one element at a time."""
+    if (settings.rounds or settings.confidence_noise != CONFIDENCE_NOISE) and prior.order != "scale":
+        raise InputError(
+            f"sampling.rounds={settings.rounds}, sampling.confidence_noise={settings.confidence_noise}: a prior with "
+            f"prior.order={prior.order} writes one element at a time; leave them out, or train one with "
+            "prior.order=scale"
+        )
+
+
 def guidance_at(settings: SamplingConfig, position: int, length: int) -> float:
-    """The guidance of element ``position`` of ``length``."""
+    """The guidance of element ``position`` of ``length``, or of such a round."""
     share = position / max(1, length - 1)
     rise = {"constant": 1.0, "linear": share, "cosine": (1 - math.cos(math.pi * share)) / 2}
     return 1.0 + (settings.guidance - 1.0) * rise[settings.guidance_schedule]
@@ -97,11 +125,13 @@ def sample(
     ``prefix`` [B, l, F] is forced, each row as far as it reaches, and brings the header where the layout has one. It
     stands in the layout's order, and must come first in the prior's; of the scales ``whole`` it has all elements. So is
     ``known`` [B, L, F] wherever ``keep`` bool [B, L] is true; an element knows only what stands before it, so what is
-    kept after it has no say in it. Streams end by their grammar, or where the prior's ``max_length`` cuts them.
+    kept after it has no say in it (under ``prior.order=scale`` all that is kept in its scale has one). Streams end by
+    their grammar, or where the prior's ``max_length`` cuts them.
     Raises ValueError when settings, seeds, prefix or what is known do not fit.
     """
     layout = prior.layout
     check_sampling(settings, layout)
+    check_rounds(settings, prior)
     batch, device = len(prompts), prompts.labels.device
     if len(seeds) != batch:
         raise InputError(f"{len(seeds)} seeds for {batch} samples")
@@ -113,7 +143,7 @@ def sample(
         prefix = Tokens.fixed(torch.zeros(batch, 0, layout.num_fields, dtype=torch.int64, device=device))
     if prefix.ids.shape[1] > length or len(prefix) != batch:
         raise InputError(f"a prefix of {len(prefix)}x{prefix.ids.shape[1]} elements for {batch} sequences of {length}")
-    prefix = prior.to_own_order(prefix)
+    prefix = prior.to_own_order(prefix, whole)
     start = int(prefix.lengths.min()) if batch else 0
     if start == length:
         return prior.to_layout_order(prefix)
@@ -130,6 +160,14 @@ def sample(
         known = prior.to_own_order(known)
         keep = prior.to_own_order(Tokens.fixed(keep.long().unsqueeze(-1))).ids[..., 0].bool()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if prior.order == "scale":
+        given = torch.zeros(batch, length, layout.num_fields, dtype=torch.int64, device=device)
+        there = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        if known is not None and keep is not None:
+            given, there = known.ids[:, :length].clone(), keep[:, :length].clone()
+        given[:, : prefix.ids.shape[1]] = torch.where(forced.unsqueeze(-1), prefix.ids, given[:, : prefix.ids.shape[1]])
+        there[:, : prefix.ids.shape[1]] |= forced
+        return Tokens.fixed(_sample_scales(prior, prompts, settings, generators, given, there))
     guided = settings.guidance != 1.0
     rows = Prompts.cat([prompts, prompts.without()]) if guided else prompts
     begun = prefix.prefix(start)
@@ -178,6 +216,65 @@ def sample(
         # of a list an element of the next scale says that these are complete
         made = keep_scales(made, layout, range(settings.scales), prior.grammar)
     return prior.to_layout_order(made)
+
+
+def _sample_scales(
+    prior: Any,
+    prompts: Prompts,
+    settings: SamplingConfig,
+    generators: Sequence[torch.Generator],
+    ids: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """Elements int64 [B, l, F] of a prior of ``prior.order=scale``: those of ``ids`` where ``keep`` [B, l] says so.
+
+    A round draws all that is open, and the least confident of it is open again in the next one.
+    """
+    layout, (_, length, num_fields) = prior.layout, ids.shape
+    device, rounds = ids.device, rounds_of(settings.rounds, len(layout.scales))
+    guided = settings.guidance != 1.0
+    whole = layout.ends_of_scales[: layout.num_scales_in(length)]
+    start = max((end for end in (0, *whole) if bool(keep[:, :end].all())), default=0)
+    was_training = prior.training
+    prior.eval()
+
+    def twice(x: Tensor) -> Tensor:
+        return torch.cat([x, x]) if guided else x
+
+    try:
+        begun = Tokens.fixed(twice(ids[:, :start]))
+        state = prior.begin(Prompts.cat([prompts, prompts.without()]) if guided else prompts, begun, length)
+        for number, end in enumerate(whole):
+            first, turns = end - layout.scales[number].length, rounds[number]
+            noise = _uniform(generators, turns * (end - first), num_fields + 1).unflatten(1, (turns, end - first))
+            if end <= start:
+                continue  # those of what is given are skipped
+            open_ = ~keep[:, first:end]
+            wanted, here = open_.sum(1), ids[:, first:end]
+            for turn in range(turns):
+                if not open_.any():
+                    break
+                mine = noise[:, turn].to(device)[open_]
+                weight = guidance_at(settings, sum(rounds[:number]) + turn, sum(rounds))
+                prior.look(state, twice(here), twice(open_))
+                chosen = here.new_zeros(len(mine), 0)
+                confidence = mine.new_zeros(len(mine))
+                for index in range(num_fields):
+                    logits = prior.logits(state, twice(chosen)).double()
+                    if guided:
+                        conditional, unconditional = logits.chunk(2)
+                        logits = unconditional + weight * (conditional - unconditional)
+                    drawn = draw(logits, mine[:, index], settings, number).unsqueeze(-1)
+                    confidence += (logits.gather(-1, drawn) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+                    chosen = torch.cat([chosen, drawn], dim=-1)
+                here[open_] = chosen
+                done = (turn + 1) / turns
+                gumbel = -(-mine[:, -1].clamp(min=1e-30).log()).log()
+                open_ = still_open(open_, confidence + settings.confidence_noise * (1 - done) * gumbel, wanted, done)
+            prior.advance(state, twice(here))
+    finally:
+        prior.train(was_training)
+    return ids
 
 
 def _uniform(generators: Sequence[torch.Generator], count: int, num_fields: int) -> Tensor:

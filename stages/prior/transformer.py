@@ -6,7 +6,8 @@ What is notable here:
 - what it sees of elements and places is an input embedding of its own (``stages/prior/embeddings.py``);
 - the states of the condition stand before the tokens, or every layer looks at them by cross-attention;
 - the slot that predicts element t holds element t-1 and the position (scale, row, column) of element t: the model is
-  told what it is asked for;
+  told what it is asked for, whatever the order;
+- the order is a permutation that is stored with the weights: tokens come and go in the layout's own;
 - a field is predicted given the earlier fields of its element, so codes of two fields need no joint softmax;
 - between layers half of the coordinates may become moving averages (``stages/prior/averaging.py``);
 - one code path for training's full pass, prefill and single steps: ``_blocks`` with or without a preallocated cache.
@@ -25,15 +26,17 @@ from torch.utils.checkpoint import checkpoint
 
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
+from stages.attention import Spans
 from stages.conditions.config import ConditionConfig
 from stages.contract import FORBIDDEN, ConditionStates, Prior, PriorOutput, Prompts
 from stages.factory import build_condition, build_grammar
 from stages.grammar import GrammarState, PlacedGrammar
 from stages.prior.averaging import MovingAverages, segments_of
 from stages.prior.blocks import Block, cache_dtype
-from stages.prior.config import FIXED_ORDERS, PriorConfig
+from stages.prior.config import PriorConfig
 from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
 from stages.prior.judge import judge
+from stages.prior.order import permutation_of, reordered, scales_of
 
 FIRST_SLOTS = 256
 """Slots of a stream's first key-value cache; it doubles when it is full."""
@@ -61,7 +64,9 @@ class TransformerPriorConfig(PriorConfig):
     context: bool = True
     """Streams: tell each slot what the grammar knows of the next place, beside the place itself."""
     order: str = "natural"
-    """natural, or reversed: from the layout's last element to the first; layouts of fixed length only."""
+    """In layouts of fixed length: natural; reversed: from the last element to the first; interleaved: all scales of a
+    place together; luma_first: scales of luma before those of chroma; scale: whole scales at once
+    (``stages/prior/scalewise.py``)."""
     averaging: str = "none"
     """WaveletGPT: between layers half of the coordinates become moving averages over 2, 4, … slots. none; replace (the
     paper's); mix (a fifth of the average, as replications did); learned (weighted windows, one for each length)."""
@@ -106,6 +111,13 @@ class DecodingState:
 class TransformerPrior(Prior):
     """Decoder-only transformer. Raises ValueError for layouts of lists, or heads that do not divide."""
 
+    permutation: Tensor
+    """int64 [L]: the element of the layout that it writes at each position."""
+    positions: Tensor
+    """int64 [L]: the inverse."""
+    causal = True
+    """Whether a slot looks at those before it alone."""
+
     def __init__(
         self,
         config: TransformerPriorConfig,
@@ -125,17 +137,19 @@ class TransformerPrior(Prior):
         self.condition = build_condition(condition, self.class_names, config.width, text)
         self.grammar = build_grammar(layout)
         self.order = config.order
-        if self.order not in FIXED_ORDERS or (self.grammar is not None and self.order != "natural"):
-            allowed = ", ".join(FIXED_ORDERS) if self.grammar is None else "natural, for streams"
-            raise InputError(f"prior.order={self.order!r}; allowed: {allowed}")
-        own = layout if self.order == "natural" else layout.reversed()
+        self.written = permutation_of(layout, self.order)
+        """``permutation`` as plain numbers."""
+        if self.grammar is None:
+            self.register_buffer("permutation", torch.tensor(self.written))
+            inverse = sorted(self.written, key=self.written.__getitem__)
+            self.register_buffer("positions", torch.tensor(inverse), persistent=False)
         if not (self.grammar is None or isinstance(self.grammar, PlacedGrammar)):
             raise InputError(
                 "prior.kind=transformer must know where an element belongs before it comes, and lists do "
                 "not tell; set prior.kind=chunked"
             )
         self.inputs: InputEmbedding = (
-            GridEmbedding(own, config.width)
+            GridEmbedding(layout, config.width, self.written)
             if self.grammar is None
             else StreamEmbedding(layout, self.grammar, config.width, config.context)
         )
@@ -146,12 +160,15 @@ class TransformerPrior(Prior):
                 for index, part in enumerate(layout.fields_of(codebook))
             }
         )
-        self.runs = _runs_of_codebooks(own)
+        self.scales = scales_of(layout, self.written) if self.grammar is None else []
+        """The scale at each position."""
+        self.codebook_places = _places_of_codebooks(layout, self.scales)
         self.embedding_dropout = nn.Dropout(config.dropout)
         sizes = (config.width, config.heads, config.hidden_ratio, config.dropout, self.condition.cross)
-        self.blocks = nn.ModuleList([Block(*sizes) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([Block(*sizes, causal=self.causal) for _ in range(config.depth)])
         self.averages: nn.ModuleList | None = None
         if config.averaging != "none":
+            own = layout if config.averaging_borders == "sample" else reordered(layout, self.written)
             segments = segments_of(own, self.condition.num_states, self.max_length, config.averaging_borders)
             averages = (config.averaging, config.width, segments, config.averaging_longest)
             self.averages = nn.ModuleList([MovingAverages(*averages) for _ in range(config.depth)])
@@ -169,6 +186,16 @@ class TransformerPrior(Prior):
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.project.weight", "cross.project.weight", "mlp.fc2.weight")):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        key, errors = f"{prefix}permutation", args[-1]
+        if self.grammar is None and key not in state and self.order == "natural":
+            state[key] = self.permutation  # weights from before orders were stored
+        elif self.grammar is None and key not in state:
+            errors.append(f"prior.order={self.order} was trained before orders were stored; train it again")
+        elif self.grammar is None and not torch.equal(state[key].cpu(), self.permutation.cpu()):
+            errors.append(f"its stored order is not prior.order={self.order} of this version; train it again")
+        super()._load_from_state_dict(state, prefix, *args)
 
     # ------------------------------------------------------------------ the pass
 
@@ -188,13 +215,13 @@ class TransformerPrior(Prior):
         """What the layers keep of the condition's memory; None where there is none."""
         if states.memory is None or states.memory_mask is None:
             return None
-        remembered = torch.stack([block.cross.remember(states.memory) for block in self.blocks])  # type: ignore[union-attr, operator]
+        remembered = torch.stack([block.remember(states.memory) for block in self.blocks])  # type: ignore[operator]
         return remembered, states.memory_mask[:, None, None, :]
 
     def _blocks(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Spans | None = None,
         cache: Tensor | None = None,
         slots: Tensor | None = None,
         memory: Memory | None = None,
@@ -220,24 +247,37 @@ class TransformerPrior(Prior):
         return self.layout.length if self.grammar is None else min(self.layout.length, self.config.max_length)
 
     def scale_at(self, position: int) -> int:
-        return self.layout.scale_at(position if self.order == "natural" else self.layout.length - 1 - position)
+        return self.scales[position]
 
-    def to_own_order(self, tokens: Tokens) -> Tokens:
-        if self.order == "natural" or not tokens.ids.shape[1]:
+    def to_own_order(self, tokens: Tokens, whole: Sequence[int] = ()) -> Tokens:
+        count = tokens.ids.shape[1]
+        if self.writes_prefixes or not count:
             return tokens
-        if tokens.ids.shape[1] < self.layout.length:
-            raise InputError("prior.order=reversed writes the last elements first; a beginning cannot be given to it")
-        return replace(tokens, ids=tokens.ids.flip(1))
+        if count == self.layout.length:
+            return replace(tokens, ids=tokens.ids[:, self.permutation])
+        given = [element for element in range(self.layout.length) if self.layout.scale_at(element) in whole]
+        given = given or list(range(count))
+        if given != sorted(self.written[:count]):
+            raise InputError(
+                f"prior.order={self.order} writes other elements before these, so they cannot be given to it; train a "
+                "prior with prior.order=natural"
+            )
+        return replace(tokens, ids=tokens.ids[:, [given.index(element) for element in self.written[:count]]])
 
     def to_layout_order(self, tokens: Tokens) -> Tokens:
-        return self.to_own_order(tokens)
+        count = tokens.ids.shape[1]
+        if self.writes_prefixes or not count:
+            return tokens
+        return replace(tokens, ids=tokens.ids[:, self.permutation[:count].argsort()])
 
     def forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
         output = self._forward(self.to_own_order(tokens.prefix(self.max_length)), prompts)
         if self.order == "natural":
             return output
-        confidence, hit = (None if each is None else each.flip(1) for each in (output.confidence, output.hit))
-        return replace(output, nll=output.nll.flip(1), confidence=confidence, hit=hit)
+        confidence, hit = (
+            None if each is None else each[:, self.positions] for each in (output.confidence, output.hit)
+        )
+        return replace(output, nll=output.nll[:, self.positions], confidence=confidence, hit=hit)
 
     def _forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
         """What it says of tokens in its own order."""
@@ -246,15 +286,17 @@ class TransformerPrior(Prior):
             notes = self.grammar.annotate(tokens).to(tokens.ids.device)
         ids = tokens.ids
         length = ids.shape[1]
-        if not length:
-            # nothing to say, but training may go backwards through it
-            nothing = torch.zeros(ids.shape, device=ids.device) + 0 * sum(each.sum() for each in self.parameters())
-            return PriorOutput(nothing, nothing[..., 0], nothing[..., 0])
         states = self.condition(prompts)
+        if not length:
+            # nothing to say, but training may go backwards through it, with other processes, through every weight
+            hidden = self._blocks(states.prefix, memory=self._remember(states))
+            others = [each for name, each in self.named_parameters() if not name.startswith("blocks.")]
+            nothing = torch.zeros(ids.shape, device=ids.device) + 0 * sum(each.sum() for each in (hidden, *others))
+            return PriorOutput(nothing, nothing[..., 0], nothing[..., 0])
         x = self._slots(states.prefix, ids[:, :-1], notes, self.inputs.common(tokens.header, states))
         hidden = self._blocks(x, memory=self._remember(states))[:, -length:]
         if self.grammar is not None and notes is not None:
-            logits = self._field_logits(hidden, self.runs[0][0], 0, ids[..., :0])
+            logits = self._field_logits(hidden, self.layout.codebooks[0], 0, ids[..., :0])
             none = ids[..., :0]
             allowed, loosely = (self.grammar.allowed(notes, none, strict) for strict in (True, False))
             nll, legal_nll, saved = judge(logits, ids[..., 0], allowed, loosely, tokens.counted)
@@ -262,13 +304,18 @@ class TransformerPrior(Prior):
         costs: list[Tensor] = []
         sure: list[Tensor] = []
         right: list[Tensor] = []
-        for codebook, start, stop in self.runs:
-            stop = min(stop, length)
-            if start >= stop:
-                break
-            part = ids[:, start:stop]
+        judged: list[int] = []
+        for codebook, all_places in self.codebook_places.items():
+            places = [place for place in all_places if place < length]
+            if not places:
+                continue
+            judged += places
+            there: Any = slice(places[0], places[-1] + 1)
+            if there.stop - there.start > len(places):
+                there = torch.tensor(places, device=ids.device)
+            part, states_there = ids[:, there], hidden[:, there]
             for index in range(part.shape[2]):
-                logits = self._field_logits(hidden[:, start:stop], codebook, start, part[..., :index])
+                logits = self._field_logits(states_there, codebook, places[0], part[..., :index])
                 wanted = part[..., index]
                 each = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
                 costs.append(each.view(wanted.shape))
@@ -279,7 +326,8 @@ class TransformerPrior(Prior):
 
         def together(values: list[Tensor]) -> Tensor:
             fields = range(ids.shape[2])
-            return torch.stack([torch.cat(values[field :: len(fields)], dim=1) for field in fields], dim=-1)
+            found = torch.stack([torch.cat(values[field :: len(fields)], dim=1) for field in fields], dim=-1)
+            return found if judged == sorted(judged) else found[:, torch.tensor(judged, device=ids.device).argsort()]
 
         if self.training:
             return PriorOutput(together(costs))
@@ -345,7 +393,7 @@ class TransformerPrior(Prior):
         self._step = torch.compile(self._prefill, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def logits(self, state: DecodingState, partial: Tensor) -> Tensor:
-        codebook = next(codebook for codebook, _, stop in self.runs if state.position < stop)
+        codebook = self.layout.scales[self.scales[state.position] if self.scales else 0].codebook
         logits = self._field_logits(state.hidden, codebook, state.position, partial)
         if self.grammar is None or state.stream is None:
             return logits
@@ -385,15 +433,9 @@ class TransformerPrior(Prior):
         state.hidden = self._step(x, slots, cache, state.memory, state.averaged).clone()
 
 
-def _runs_of_codebooks(layout: TokenLayout) -> list[tuple[int, int, int]]:
-    """Consecutive elements of one codebook: (codebook, start, stop)."""
-    runs: list[tuple[int, int, int]] = []
-    start = 0
-    for scale in layout.scales:
-        stop = start + scale.length
-        if runs and runs[-1][0] == scale.codebook:
-            runs[-1] = (scale.codebook, runs[-1][1], stop)
-        else:
-            runs.append((scale.codebook, start, stop))
-        start = stop
-    return runs
+def _places_of_codebooks(layout: TokenLayout, scales: Sequence[int]) -> dict[int, list[int]]:
+    """The positions of each codebook's elements, given the scale at each position."""
+    return {
+        codebook: [place for place, scale in enumerate(scales) if layout.scales[scale].codebook == codebook]
+        for codebook in layout.codebooks
+    }

@@ -61,9 +61,12 @@ class TokenizerTrainingConfig:
     adversarial_ramp_steps: int = 1_000
     """Steps over which its weight rises linearly from 0."""
     commitment_weight: float = 0.25
-    """Pull of the encoder to its code (cosine VQ)."""
+    """Pull of the encoder to its code (all quantisers but FSQ)."""
     codebook_weight: float = 1.0
-    """Pull of the code to the encoder (cosine VQ)."""
+    """Pull of the code to the encoder (quantisers with a codebook)."""
+    entropy_weight: float = 0.05
+    """Weight of the entropy of each token's signs less that of their mean, in nats (lfq and bsq); the mean is over one
+    forward pass of all processes."""
     head_weight: float = 1.0
     """Weight of the head's mean squared error; no gradient of it reaches the tokens."""
     oversampling: int = 1

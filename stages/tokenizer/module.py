@@ -103,6 +103,7 @@ class TokenizerModule(L.LightningModule):
             "pixel": config.pixel_weight,
             "commitment": config.commitment_weight,
             "codebook": config.codebook_weight,
+            "entropy": config.entropy_weight,
             "head": config.head_weight,
         }
         if self.perceptual is not None:

@@ -221,7 +221,7 @@ class NestedTokenizer(HeadedTokenizer):
         return torch.full((count,), number or self.config.num_tokens, device=self.widths.device)
 
     def encode(self, pixels: Tensor) -> Tokens:
-        return Tokens.fixed(self.quantizer(self._encode_features(pixels)).ids)
+        return Tokens.fixed(self.quantizer.ids(self._encode_features(pixels)))
 
     def codes(self, tokens: Tokens) -> Tensor:
         """The code of each token: float32 [B, L, D]."""

@@ -69,6 +69,9 @@ class SITConfig(TokenizerConfig):
     """all (a token holds all channels), or ycbcr: a scale of luma and one of chroma, with a quarter of the tokens."""
     attention: str = "sit"
     """sit (dense), sit-sc (scale-causal encoder and decoder), sit-scd (decoder only), sit-sce (encoder only)."""
+    groups: int = 1
+    """Consecutive groups of equally many tokens that stand in place of scales in scale-causal attention: what such a
+    mask does to a raster. Only with transform identity, where the one scale is one group otherwise."""
     specialised: bool = True
     """ADTransformer: separate weights for approximation and detail tokens."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
@@ -186,7 +189,8 @@ class SIT(HeadedTokenizer):
         separate = config.specialised and config.scales > 1
         groups = [approximation, self.layout.length - approximation] if separate else [self.layout.length]
         self.embed = nn.ModuleList([nn.Linear(part.width, config.encoder.width) for part in self.parts])
-        causal = scale_causal(self.lengths)
+        many = config.groups > 1
+        causal = scale_causal([self.layout.length // config.groups] * config.groups if many else self.lengths)
         seen = causal if causal_encoder else None
         if config.planes != "all":
             apart = blind_to_chroma([part.planes for part in self.parts], self.lengths)
@@ -339,7 +343,7 @@ class SIT(HeadedTokenizer):
                 "use tokenizer.attention=sit-sce or sit-sc"
             )
         parts = self._by_codebook(self._encode_features(pixels))
-        ids = [quantizer(part).ids for quantizer, part in zip(self.quantizers, parts, strict=False)]
+        ids = [quantizer.ids(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
         return Tokens.fixed(self._in_order(ids))
 
     def decode_places(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -381,6 +385,14 @@ def check_config(config: SITConfig, image_size: tuple[int, int], channels: int) 
         raise InputError(f"tokenizer.transform={config.transform!r}; allowed: identity, {WAVELETS}")
     if config.transform == "identity" and config.scales != 1:
         raise InputError(f"tokenizer.scales={config.scales}; transform identity has 1")
+    if config.groups != 1 and config.transform != "identity":
+        raise InputError(
+            f"tokenizer.groups={config.groups} with transform {config.transform}: its scales are the groups"
+        )
+    if config.groups != 1 and config.planes != "all":
+        raise InputError(f"tokenizer.groups={config.groups} with planes {config.planes}: its scales are the groups")
+    if config.groups < 1:
+        raise InputError(f"tokenizer.groups={config.groups}; allowed: 1 or more")
     if config.scales < 1 or config.patch < 1:
         raise InputError(f"tokenizer.scales={config.scales}, tokenizer.patch={config.patch}; allowed: 1 or more")
     if not 0 <= config.overlap <= config.patch:
@@ -399,6 +411,9 @@ def check_config(config: SITConfig, image_size: tuple[int, int], channels: int) 
                 f"images.size={side}: {config.scales} scales with patch {config.patch}{planes} need a multiple of "
                 f"{unit} (nearest: {near[0]}, {near[1]})"
             )
+    if (image_size[0] // unit * (image_size[1] // unit)) % config.groups:
+        tokens = f"{image_size[0] // unit}x{image_size[1] // unit}"
+        raise InputError(f"tokenizer.groups={config.groups}: {tokens} tokens cannot be cut into as many equal groups")
 
 
 def _sizes(sizes: list[tuple[int, int]]) -> str:

@@ -9,9 +9,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from data.images.config import ImagesConfig
-from data.images.remote import is_remote, local_copy
+from data.images.remote import local_copy
 from data.images.source import ImagesError
 from data.images.sources import open_source
+from data.remote import is_remote
 from tests.data.test_images_sources import encoded, keys, write_tar
 
 
@@ -84,7 +85,7 @@ def test_a_web_server_is_asked_once_by_two_at_a_time(stored, home):
         ("pipe:echo please log in", "is no complete, uncompressed tar"),
         ("pipe:head -c 700 {file}", "is no complete, uncompressed tar"),
         ("pipe:head -c 700 {file}; false", "exit"),
-        ("s3://bucket/a.tar", "no way to read s3:; allowed: file, pipe, http"),
+        ("abc://bucket/a.tar", "no way to read abc:; allowed: file, s3, pipe, http"),
     ],
 )
 def test_what_does_not_come_is_one_line_and_leaves_nothing(stored, home, url, said):

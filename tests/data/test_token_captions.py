@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokens.files import CacheError, file_sha256
+from data.files import file_sha256
+from data.tokens.errors import CacheError
 from data.tokens.manifest import Manifest, SplitInfo
 from data.tokens.module import TokenDataModule
 from data.tokens.reader import TokenReader

@@ -15,7 +15,7 @@ import torch
 import webdataset
 
 from data.layout import Field, Scale, TokenLayout
-from data.tokens.files import CacheError
+from data.tokens.errors import CacheError
 from data.tokens.manifest import Manifest, SplitInfo, check_belongs
 from data.tokens.module import TokenDataModule, TrainingTokens, ValidationTokens
 from data.tokens.order import block_size, random_bits, source_order

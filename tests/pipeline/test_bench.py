@@ -73,6 +73,7 @@ def test_all_parts_of_a_toy_are_measured_and_nothing_stays(tmp_path, tiny, capsy
     monkeypatch.setattr("pipeline.bench.tokens.READ_SAMPLES", 300)
     monkeypatch.setattr("pipeline.bench.prior.PEAK_SIDE", 64)
     monkeypatch.setattr("pipeline.bench.prior.SAMPLES", 2)
+    monkeypatch.setattr("pipeline.bench.prior.MANY", 3)
     out = tmp_path / "bench.json"
     assert main(["bench", str(tiny), f"run={tmp_path}/run", "repeats=1", f"out={out}"]) == 0
     found = json.loads(out.read_text())
@@ -86,6 +87,10 @@ def test_all_parts_of_a_toy_are_measured_and_nothing_stays(tmp_path, tiny, capsy
     assert list(by_part["training"]) == arms
     for name in ("with cache again", "Hugging Face's Llama", "by full passes"):
         assert name in by_part["sampling"]
+    for batch in (1, 3):
+        scale = by_part["sampling"][f"batch {batch}, scale order, 8+2+1 rounds"]
+        # a goal is for 256 tokens, the toy has twelve
+        assert scale["against"] == f"batch {batch}, token order" and scale["ratio"] > 0 and "met" not in scale
     assert by_part["cache"]["images to shards"]["against"] == "encoding alone"
     assert found["peak_memory_bytes"] > 1e8 and found["machine"]["threads"] >= 1
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from data.images.reading import read_eval
 from data.images.source import CorruptImage
 from data.images.sources import open_source
 from data.images.views import to_float
-from data.tokens.files import CacheError
+from data.tokens.errors import CacheError
 from data.tokens.manifest import Manifest, check_belongs
 from data.tokens.reader import TokenReader
 from pipeline.cache import cache_tokens

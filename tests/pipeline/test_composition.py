@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from pipeline.config import ConfigError, load_config
+from pipeline.config import ConfigError, check_command, load_config
 from stages.contract import Prompts
-from stages.factory import TOKENIZERS, build_prior, build_tokenizer
+from stages.factory import QUANTIZERS, TOKENIZERS, build_prior, build_tokenizer
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS
 from stages.prior.sampling import sample
 from stages.tokenizer.module import TokenizerModule
@@ -22,7 +22,16 @@ SIZES = {  # what makes each kind small
     "sparse-dct": ["block=4"],
 }
 LEARNED = ("sit", "vit-vqgan", "nested")
-ORDERS = ("natural", "reversed", "luma_first")
+CODEBOOK = ["codes=16", "code_dim=4"]
+QUANTISED = {  # keys and fields of each kind of quantiser
+    "fsq": (["levels=[8,8,8,8,8,8]"], 2),
+    "lfq": (["bits=18"], 2),
+    "bsq": (["bits=6"], 1),
+    "cosine": (CODEBOOK, 1),
+    "simvq": (CODEBOOK, 1),
+    "residual": ([*CODEBOOK, "depth=3"], 3),
+}
+ORDERS = ("natural", "reversed", "interleaved", "luma_first", "scale")
 CONDITIONS = ("none", "class", "text", "class-text")
 WINDOWS = (("none", "sample"), *itertools.product(AVERAGING[1:], AVERAGING_BORDERS))
 
@@ -35,7 +44,11 @@ def legal(kind, prior, order, averaging, borders, head):
         return False
     if prior == "chunked":
         return averaging == "none" and order in ("natural", "luma_first")
-    if order == "luma_first" or (order == "reversed" and kind == "bitplane"):
+    if order == "luma_first" or (order != "natural" and kind == "bitplane"):
+        return False
+    if order in ("interleaved", "scale") and kind == "nested":
+        return False
+    if averaging != "none" and (order == "scale" or (order == "interleaved" and borders != "sample")):
         return False
     if averaging == "learned" and borders == "grid":
         return False
@@ -86,6 +99,41 @@ def test_what_cannot_work_together_is_refused_with_one_line_and_nothing_else_is(
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+def test_every_prior_but_the_chunked_one_may_be_shared_out(plain, kind):
+    prior = "chunked" if kind == "sparse-dct" else "transformer"
+    keys = [*overrides(kind, prior, "natural", "none", "sample", "none", "class"), "trainer.strategy=fsdp"]
+    if prior == "transformer":
+        assert load_config(plain, keys).trainer.strategy == "fsdp"
+        return
+    with pytest.raises(ConfigError, match="trainer.strategy=fsdp with prior.kind=chunked"):
+        load_config(plain, keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("prior_training.shuffle_shards=-1", "prior_training.shuffle_shards=-1; allowed: 0, or 1 and more"),
+        ("tokens.local_gigabytes=0", "tokens.local_gigabytes=0.0; allowed: above 0"),
+        ("trainer.strategy=zero", "trainer.strategy='zero'; allowed: ddp, fsdp"),
+    ],
+)
+def test_values_out_of_range_are_refused(plain, key, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(plain, [key])
+    assert str(caught.value) == said
+
+
+def test_commands_refuse_what_only_others_can_do(plain):
+    url, shared = load_config(plain, ["tokens.path=s3://bucket/tokens"]), load_config(plain, ["trainer.strategy=fsdp"])
+    for command, config in (("cache-tokens", url), ("text-tokens", url), ("train-tokenizer", shared)):
+        with pytest.raises(ConfigError) as caught:
+            check_command(command, config)
+        assert "\n" not in str(caught.value)
+    for command, config in (("train-prior", url), ("train-tokenizer", url), ("cache-tokens", shared)):
+        check_command(command, config)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_what_can_work_together_does(plain, kind):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
@@ -107,6 +155,44 @@ def test_what_can_work_together_does(plain, kind):
             step_of_stage_two(config, tokenizer, pixels, text if "text" in condition else Prompts.of_labels(labels))
             ran += 1
     assert ran >= 7
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantiser_works_with_every_learned_tokenizer_order_and_average(plain, kind, quantizer):
+    generator = torch.Generator().manual_seed(0)
+    pixels, labels = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1, torch.tensor([0, 1])
+    keys, num_fields = QUANTISED[quantizer]
+    gradients = ("straight-through", "rotation") if quantizer in ("cosine", "simvq", "residual") else (None,)
+    for gradient in gradients:
+        chosen = [f"kind={quantizer}", *keys, *([f"gradient={gradient}"] if gradient else [])]
+        chosen = [f"tokenizer.quantizer.{key}" for key in chosen]
+        for order, (averaging, borders) in itertools.product(("natural", "reversed"), WINDOWS[:2]):
+            if not legal(kind, "transformer", order, averaging, borders, "none"):
+                continue
+            config = load_config(
+                plain, [*overrides(kind, "transformer", order, averaging, borders, "none", "class"), *chosen]
+            )
+            tokenizer = step_of_stage_one(config, pixels, labels)
+            assert tokenizer.layout.num_fields == num_fields
+            step_of_stage_two(config, tokenizer, pixels, Prompts.of_labels(labels))
+
+
+REFUSED = {
+    "kind=lfq": ["bits=0", "bits=65", "bits_per_field=17", "entropy_group_bits=0", "temperature=0", "temperature=nan"],
+    "kind=bsq": ["bits_per_field=0", "entropy_group_bits=19", "temperature=-1"],
+    "kind=cosine": ["codes=1", "code_dim=0", "gradient=none"],
+    "kind=simvq": ["codes=300000", "gradient=ste"],
+    "kind=residual": ["depth=0", "codes=0", "gradient=rotate"],
+}
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in REFUSED.items() for key in keys])
+def test_values_that_make_no_quantiser_are_refused_with_one_line(plain, kind, key):
+    with pytest.raises(ConfigError) as caught:
+        load_config(plain, [f"tokenizer.quantizer.{kind}", f"tokenizer.quantizer.{key}"])
+    said = str(caught.value)
+    assert "\n" not in said and f"tokenizer.quantizer.{key.split('=')[0]}=" in said and "allowed: " in said
 
 
 def step_of_stage_one(config, pixels, labels):

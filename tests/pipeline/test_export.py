@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import octaves
-from data.tokens.files import file_sha256
+from data.files import file_sha256
 from pipeline.__main__ import main
 from pipeline.config import load_config
 from pipeline.models import load_models

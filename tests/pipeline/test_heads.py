@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.tokens.files import file_sha256
+from data.files import file_sha256
 from pipeline.__main__ import main
 from stages.weights import load_tokenizer, read_weights
 

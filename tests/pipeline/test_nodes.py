@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from data.tokens.files import file_sha256
+from data.files import file_sha256
 from stages.weights import read_weights
 
 COMMANDS = ("train-tokenizer", "cache-tokens", "train-prior")

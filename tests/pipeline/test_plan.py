@@ -96,6 +96,20 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     assert f"| {prior['parameters'] / 1e6:.1f} |" in capsys.readouterr().out
 
 
+def test_a_shared_out_prior_keeps_its_share_and_what_is_gathered(tmp_path):
+    keys = ["gpus=8", "prior.width=64", "prior.heads=2", "prior.depth=6", "prior.dropout=0"]
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        assert main(["plan", "demo", f"out={tmp_path}/plan.json", f"trainer.strategy={strategy}", *keys]) == 0
+        found[strategy] = json.loads((tmp_path / "plan.json").read_text())["stages"]
+    assert found["ddp"]["tokenizer"] == found["fsdp"]["tokenizer"]
+    parameters = found["ddp"]["prior"]["parameters"]
+    layer = 4 * 64**2 + 3 * 64 * (round(64 * 8 / 3 / 8) * 8) + 2 * 64  # attention, SwiGLU, two norms
+    gathered = parameters - 6 * layer + 2 * layer
+    expected = (20 * parameters / 8 + 8 * gathered) / 1e9
+    assert found["fsdp"]["prior"]["state_gigabytes"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

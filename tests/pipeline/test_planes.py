@@ -14,16 +14,12 @@ from pipeline.colorize import colorize_pixels, elements_of, luma_scales
 from pipeline.config import load_config
 from pipeline.models import load_models
 from pipeline.run import RunError
-from stages.prior.config import FIXED_ORDERS
 from stages.prior.sampling import SamplingConfig
 from stages.spectral.colour import luma_of
 from stages.weights import load_tokenizer
 from tests.conftest import TINY
 
 PLANES = ("tokenizer.planes=ycbcr", "tokenizer.transform=bior2.2", "tokenizer.scales=2", "tokenizer.overlap=1")
-needs_luma_first = pytest.mark.skipif(
-    "luma_first" not in FIXED_ORDERS, reason="no prior of fixed length writes luma first"
-)
 
 
 def made_with(folder, *more):
@@ -118,7 +114,6 @@ def test_what_cannot_be_coloured_is_named(planes, gray, models, capsys):
         assert message in capsys.readouterr().err
 
 
-@needs_luma_first
 def test_colouring_from_end_to_end(planes, gray, tmp_path):
     call = made_with(planes, f"prior.path={planes}/luma/prior.safetensors", "prior.order=luma_first")
     assert call("train-prior") == 0

@@ -44,7 +44,11 @@ def close(a, b):
 NESTED = [f"tokenizer.{key}" for key in ("kind=nested", "num_tokens=5", "patch=4", "full_share=1")]
 
 
-@pytest.mark.parametrize("kind", [[], NESTED], ids=["sit", "nested"])
+# the entropy of the mean use is that of both processes' tokens
+SIGNS = ["tokenizer.quantizer.kind=lfq", "tokenizer_training.entropy_weight=0.5"]
+
+
+@pytest.mark.parametrize("kind", [[], NESTED, SIGNS], ids=["sit", "nested", "lfq"])
 def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny, kind):
     without_codebook(tiny)
     common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_start=0", *kind]
@@ -62,9 +66,11 @@ def test_nested_tokens_stay_equal_on_both_ranks_though_each_draws_its_prefixes(t
     assert len(two) == 2 and all(torch.equal(two[0][name], two[1][name]) for name in two[0])
 
 
-def test_codebooks_stay_bit_equal_on_both_ranks_while_codes_are_started_and_revived(tmp_path, tiny):
-    revive = "tokenizer.quantizer.revive_below=2.0"  # every code used less than twice its share dies
-    first, second = run_ddp(tmp_path, tiny, "two", "trainer.devices=2", revive)
+@pytest.mark.parametrize("kind", ["cosine", "residual"])
+def test_codebooks_stay_bit_equal_on_both_ranks_while_codes_are_started_and_revived(tmp_path, tiny, kind):
+    keys = [f"tokenizer.quantizer.{key}" for key in (f"kind={kind}", "codes=16", "code_dim=8", "revive_every=2")]
+    keys.append("tokenizer.quantizer.revive_below=2.0")  # every code used less than twice its share dies
+    first, second = run_ddp(tmp_path, tiny, "two", "trainer.devices=2", *keys)
     names = [name for name in first if "quantizers" in name]
     assert any("codebook" in name for name in names)
     assert all(torch.equal(first[name], second[name]) for name in names)
@@ -198,6 +204,20 @@ def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
         torch.testing.assert_close(value, exact[name], rtol=0.05, atol=1e-3)
     run = train_tokenizer(load_config(tiny, [f"run={tmp_path}/bf16", "tokenizer_training.precision=bf16"]))
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
+
+
+def test_a_loss_without_a_weight_is_never_dropped(tiny, monkeypatch):
+    module = TokenizerModule(*fresh(tiny))
+    forward = type(module.tokenizer.quantizers[0]).forward
+
+    def surprising(self, features):
+        result = forward(self, features)
+        result.losses["surprise"] = result.features.mean()
+        return result
+
+    monkeypatch.setattr(type(module.tokenizer.quantizers[0]), "forward", surprising)
+    with pytest.raises(KeyError, match="surprise"):
+        module.loss_terms(torch.rand(4, 3, 16, 16) * 2 - 1)
 
 
 def test_hinge_losses():

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from data.tokens.files import file_sha256
+from data.files import file_sha256
 from pipeline.config import load_config
 from pipeline.train import first_images
 from stages.conditions.encoders import WordEncoder

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.errors import OctavesError
-from data.tokens.files import file_sha256
+from data.files import file_sha256
 from data.tokens.manifest import Manifest, checksum
 from data.tokens.reader import TokenReader
 from pipeline.config import load_config

@@ -15,8 +15,8 @@ import pytest
 from tests.reliability.commands import kill_at, nobody_left, octaves, start, start_two, two
 from tests.reliability.stages import arguments, before, result
 
-PUBLISH = "data.tokens.files:os.replace"
-SYNC = "data.tokens.files:os.fsync"
+PUBLISH = "data.files:os.replace"
+SYNC = "data.files:os.fsync"
 TOKENIZER, PRIOR = "stages.tokenizer.module:TokenizerModule", "stages.prior.module:PriorModule"
 TRAINING = {
     "before the first update": ("{module}.training_step", 1),

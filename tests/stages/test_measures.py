@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.measures.classifier import accuracy, thumbnails, train_classifier
-from stages.measures.codes import code_use, perplexity
+from stages.measures.codes import code_use, joint_use, perplexity
 from stages.measures.distortion import HIGHEST_PSNR, psnr, ssim
 from stages.measures.frechet import Gaussian, fit_gaussian, frechet, frechet_distance
 from stages.measures.neighbours import coverage, memorised_share, nearest
@@ -124,6 +124,19 @@ def test_code_use_and_rate_per_scale() -> None:
     cheap, full = rates([coarse, fine], 8, layout, bits)
     assert (cheap.fixed_length_bits, cheap.entropy_bits) == (pytest.approx(3), pytest.approx(0, abs=1e-12))
     assert (full.fixed_length_bits, full.entropy_bits, full.prior_bits) == (12, pytest.approx(12), pytest.approx(4))
+
+
+def test_joint_use_of_fields_that_tell_of_each_other() -> None:
+    """The second field follows from the first: jointly they cost what one does."""
+    fields = (Field("a", 4), Field("b", 4))
+    layout = TokenLayout((Scale("one", 4, (2, 2), 0, fields, (8, 8)),))
+    first = torch.arange(4).repeat(20, 1)
+    (joint,) = joint_use(Tokens.fixed(torch.stack([first, 3 - first], dim=-1)), layout)
+    assert (joint.used, joint.num_tokens, joint.too_few_tokens) == (4, 80, False)
+    assert (joint.entropy_bits, joint.field_bits) == (pytest.approx(2), pytest.approx(4))
+    (few,) = joint_use(Tokens.fixed(torch.stack([first, 3 - first], dim=-1)[:9]), layout)
+    assert few.too_few_tokens
+    assert joint_use(Tokens.fixed(first.unsqueeze(-1)), layout_of()) == []
 
 
 def test_elements_beyond_the_length_do_not_count() -> None:

@@ -109,7 +109,7 @@ def test_margins_are_distances_to_another_choice() -> None:
     assert tokenizer.margins(to_float(images(2))).shape == (2, 12)
     first = tokenizer.quantizers[0]
     assert isinstance(first, CosineVQ)
-    first.codebook.data[:] = first.codebook.data[0].clone()
+    first.codebook.weight.data[:] = first.codebook.weight.data[0].clone()
     # one code, 64 times: all choices tie
     assert tokenizer.margins(to_float(images(2)))[:, :4].abs().max() < 1e-6
 

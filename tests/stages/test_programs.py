@@ -14,13 +14,22 @@ from stages.programs import check_programs, export_programs
 from stages.spectral.dct import dct_matrix
 from stages.tokenizer.heads import WaveletHeadConfig
 from stages.tokenizer.nested import NestedConfig
-from stages.tokenizer.quantizers import CosineVQConfig, FSQConfig
+from stages.tokenizer.quantizers import (
+    BSQConfig,
+    CosineVQConfig,
+    FSQConfig,
+    LFQConfig,
+    ResidualVQConfig,
+    SimVQConfig,
+)
 from stages.tokenizer.sit import SITConfig, ViTVQGANConfig
 from stages.tokenizer.transformer import TransformerConfig
 from tests.stages import bitplanes, dct_lists
 
 FSQ = FSQConfig(levels=[4, 3])
 COSINE = CosineVQConfig(codes=16, code_dim=8)
+OTHERS = [LFQConfig(), BSQConfig(bits=6, bits_per_field=3), SimVQConfig(codes=16, code_dim=8)]
+OTHERS += [ResidualVQConfig(codes=16, code_dim=8), FSQConfig(levels=[8] * 6)]
 KINDS = {
     "sit-sc, cosine": (SITConfig, {"scales": 2, "attention": "sit-sc", "quantizer": COSINE}),
     "sit with a head": (SITConfig, {"scales": 2, "quantizer": FSQ, "head": WaveletHeadConfig(width=8)}),
@@ -32,6 +41,10 @@ KINDS = {
     "sit on db2": (SITConfig, {"scales": 2, "transform": "db2", "quantizer": FSQ}),
     "nested": (NestedConfig, {"num_tokens": 6, "patch": 4, "quantizer": FSQ}),
     "nested, equal widths": (NestedConfig, {"num_tokens": 4, "patch": 4, "widths": [2, 2, 9, 16], "quantizer": COSINE}),
+    **{
+        f"vit-vqgan, {each.kind} {number}": (ViTVQGANConfig, {"patch": 4, "quantizer": each})
+        for number, each in enumerate(OTHERS)
+    },
     "nested as in the paper": (NestedConfig, {"num_tokens": 6, "patch": 4, "ring_summaries": 0, "quantizer": FSQ}),
 }
 

@@ -66,6 +66,17 @@ def test_one_pass_says_what_single_steps_say(codec):
     assert (nll[~tokens.counted] == 0).all()
 
 
+def test_streams_without_elements_go_through_every_layer_and_weight(codec):
+    model, tokens = prior(codec), codec.encode(images()).prefix(0)
+    passed = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: passed.append(1))
+    output = model(tokens, PROMPTS)
+    assert output.nll.shape == (5, 0, 1) and len(passed) == 2
+    output.nll.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
 def test_only_what_stays_open_costs_bits(codec):
     model, tokens = prior(codec), codec.encode(images())
     tokens.notes = codec.grammar.annotate(tokens)

@@ -1,16 +1,10 @@
-"""Small file habits of the cache: atomic writes, hashes, one kind of error."""
+"""Small file habits: atomic writes and hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
-
-from data.errors import OctavesError
-
-
-class CacheError(OctavesError):
-    """A token cache that is missing, damaged, or does not belong; the message says what to do."""
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -1,0 +1,186 @@
+"""What a study consists of: arms of configs and seeds, and the folder of runs in which each is trained once.
+
+What is notable here:
+
+- a cell is one arm with one seed; its run is named by a hash of what decides its tokens (seed, images, tokenizer and
+  its training), its prior and its evaluation by hashes of theirs. Cells that agree share, also between studies.
+  Only what differs from the defaults counts, so that a key which a newer version adds changes no name;
+- all first seeds come before all second ones, so that a study that is stopped has every arm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config import CONFIG_FOLDER, Config, ConfigError, load_config, read_yaml, to_plain
+from pipeline.run import defaults_of, stage_config
+
+FIGURES = [
+    "tokenizer.psnr_mean_of_images",
+    "tokenizer.psnr_of_mean_error",
+    "tokenizer.ssim",
+    "tokenizer.perceptual_lite0.mean",
+    "tokenizer.fd_lite0.value",
+    "rate.fixed_length_bits_per_pixel",
+    "rate.entropy_bits_per_pixel",
+    "rate.prior_bits_per_pixel",
+    "samples.fd_lite0.value",
+]
+"""What a study shows when it does not say."""
+
+
+@dataclass
+class ArmConfig:
+    """One row of the table."""
+
+    name: str = MISSING
+    """Of letters, digits, dots and dashes; unique in its study."""
+    config: str | None = None
+    """A YAML or the name of a shipped experiment; default: the study's."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys of the config and their values, over those of the study."""
+    seeds: list[int] | None = None
+    """Default: the study's."""
+    prior: bool | None = None
+    """Whether it has a second stage; default: the study's."""
+
+
+@dataclass
+class StudyConfig:
+    """A study's YAML."""
+
+    question: str = MISSING
+    """In one sentence; it stands over the table."""
+    config: str = "photos64"
+    """The experiment from which the arms differ."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys of the config and their values, for all arms."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    prior: bool = False
+    """Whether the arms have a second stage: tokens cached, a prior trained and sampled."""
+    figures: list[str] = field(default_factory=lambda: list(FIGURES))
+    """Columns: dotted keys of ``metrics.json``; ``*`` stands for every entry of a list."""
+    plot: list[str] = field(default_factory=lambda: ["tokenizer.psnr_mean_of_images"])
+    """Which of them are drawn, a panel each."""
+    arms: list[ArmConfig] = MISSING
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    config: Config
+    command: tuple[str, ...]
+    """What follows ``octaves <stage>``."""
+    prior: bool
+
+    @property
+    def run(self) -> Path:
+        """Folder of its tokenizer and tokens."""
+        return Path(self.config.run)
+
+    @property
+    def metrics(self) -> Path:
+        """What its evaluation writes."""
+        return self.run / "eval" / self.config.eval.name / "metrics.json"
+
+    @property
+    def stages(self) -> tuple[tuple[str, Path], ...]:
+        """(command, the file that it writes last) in order."""
+        first = ("train-tokenizer", Path(self.config.tokenizer.path))
+        second = (
+            ("cache-tokens", Path(self.config.tokens.path) / "manifest.json"),
+            ("train-prior", Path(self.config.prior.path)),
+        )
+        return (first, *(second if self.prior else ()), ("eval", self.metrics))
+
+
+def find_study(name: str) -> Path:
+    """The YAML of a path, or of a shipped study's name. Raises ConfigError that lists the shipped ones."""
+    folder = CONFIG_FOLDER / "studies"
+    for candidate in (Path(name), folder / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ConfigError(f"study {name}: no such file, and no shipped study of that name ({shipped})")
+
+
+def load_study(path: Path) -> StudyConfig:
+    """The study of a YAML. Raises ConfigError for an unknown key, a missing one, or two arms of one name."""
+    raw = read_yaml(path)
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(f"{path}: a study is a mapping of question, config, keys, seeds, figures and arms")
+    try:
+        study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), raw))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path.name}: {str(error).splitlines()[0]} (key {error.full_key})") from error
+    assert isinstance(study, StudyConfig)
+    names = [arm.name for arm in study.arms]
+    for name in names:
+        if names.count(name) > 1 or not name.replace("-", "").replace(".", "").isalnum():
+            raise ConfigError(f"{path.name}: arm {name!r}; names are letters, digits, dots and dashes, each once")
+    if not names:
+        raise ConfigError(f"{path.name}: a study needs an arm")
+    return study
+
+
+def cells_of(study: StudyConfig, root: Path, extra: Sequence[str] = ()) -> list[Cell]:
+    """All cells, first seeds first; ``extra`` are overrides of all. Raises ConfigError for one that cannot run."""
+    seeds = {arm.name: study.seeds if arm.seeds is None else arm.seeds for arm in study.arms}
+    rounds = max(len(each) for each in seeds.values())
+    return [
+        build_cell(study, arm, seeds[arm.name][turn], root, extra)
+        for turn in range(rounds)
+        for arm in study.arms
+        if turn < len(seeds[arm.name])
+    ]
+
+
+def build_cell(study: StudyConfig, arm: ArmConfig, seed: int, root: Path, extra: Sequence[str]) -> Cell:
+    """One cell, with its places under ``root``. Raises ConfigError that names the arm."""
+    prior = study.prior if arm.prior is None else arm.prior
+    chosen = study.keys | arm.keys
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in chosen.items()}
+    keys = [*(f"{key}={value}" for key, value in written.items()), f"seed={seed}", *extra]
+    name = arm.config or study.config
+    try:
+        config = load_config(name, keys)
+        defaults = defaults_of(config)
+        tokens = [chosen_in(stage_config(config, stage), defaults) for stage in ("tokenizer", "tokens")]
+        run = root / f"{config.tokenizer.kind}-{digest(*tokens)}"
+        own = digest(chosen_in(stage_config(config, "prior"), defaults)) if prior else "none"
+        places = [f"run={run}", f"prior.path={run}/priors/{own}/prior.safetensors"]
+        judged = {"eval": to_plain(config.eval)} | ({"sampling": to_plain(config.sampling)} if prior else {})
+        measured = digest(own, chosen_in(judged, defaults))
+        places += [f"eval.name={measured}", "trainer.progress=false"]
+        config = load_config(name, [*keys, *places])
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm.name}: {error}") from error
+    return Cell(arm.name, seed, config, (name, *keys, *places), prior)
+
+
+def chosen_in(plain: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What of a plain config is not its default; every kind stays."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        default = defaults.get(key)
+        if isinstance(value, dict):
+            found[key] = chosen_in(value, default if isinstance(default, dict) else {})
+        elif key == "kind" or key not in defaults or value != default:
+            found[key] = value
+    return found
+
+
+def digest(*parts: Any) -> str:
+    """Eight hexadecimal digits that tell plain data apart."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

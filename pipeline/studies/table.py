@@ -1,0 +1,153 @@
+"""What came out of a study: every cell as CSV and JSON, means and spreads of the arms as Markdown and as a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure as Plot
+from torch import nn
+
+from data.files import write_atomically
+from pipeline.compare import FIGURES, look_up
+from pipeline.rates import COLOURS
+from pipeline.report_tables import figure
+from pipeline.studies.plan import Cell, StudyConfig
+from pipeline.studies.train import Outcome, cpu_minutes
+from stages.weights import load_prior, load_tokenizer
+
+TITLES = {known.key: known.title for known in FIGURES} | {
+    "tokenizer.psnr_of_mean_error": "PSNR of the mean error, dB",
+    "rate.entropy_bits_per_pixel": "Entropy of the codes, bits/px",
+    "codes.*.perplexity": "Perplexity by scale",
+    "codes.*.used": "Codes used by scale",
+    "rate.scales.*.entropy_bits": "Entropy by scale, bits an image",
+}
+Value = float | tuple[float, ...] | None
+"""One figure of one cell; several numbers where its key has a ``*``."""
+
+
+def values_of(metrics: dict[str, Any], key: str) -> Value:
+    """The figure of a dotted key, in which ``*`` stands for every entry of a list; None where there is none."""
+    before, star, after = key.partition(".*.")
+    if not star:
+        value = look_up(metrics, key)
+        return None if value is None else float(value)
+    entries = look_up(metrics, before) or []
+    found = [look_up(entry, after) for entry in entries]
+    return tuple(map(float, found)) if found and None not in found else None
+
+
+def write_tables(study: StudyConfig, name: str, cells: Sequence[Cell], outcome: Outcome, out: Path) -> Path:
+    """Write ``cells.csv``, ``study.json``, ``table.md`` and ``plot.png`` into ``out``; returns the Markdown table."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [row_of(study, cell, outcome) for cell in cells]
+    text = markdown(study, name, rows)
+    write_atomically(out / "cells.csv", csv_of(study, rows).encode())
+    found = {"study": name, "question": study.question, "cells": rows}
+    write_atomically(out / "study.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(out / "table.md", text.encode())
+    draw(study, rows, out / "plot.png")
+    return out / "table.md"
+
+
+def row_of(study: StudyConfig, cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    """Plain data of a cell: what it was, its state (done, not run, failed: why) and its figures."""
+    done = cell.metrics.exists()
+    metrics = json.loads(cell.metrics.read_text(encoding="utf-8")) if done else {}
+    tokenizer, prior = Path(cell.config.tokenizer.path), Path(cell.config.prior.path)
+    failed = outcome.failed.get((cell.arm, cell.seed))
+    return {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "state": "done" if done else f"failed: {failed}" if failed else "not run",
+        "command": shlex.join(("octaves", "eval", *cell.command)),
+        "tokenizer_parameters": count(load_tokenizer(tokenizer)[0]) if tokenizer.exists() else None,
+        "prior_parameters": count(load_prior(prior)[0]) if prior.exists() else None,
+        "training_cpu_minutes": cpu_minutes(cell),
+        "figures": {key: values_of(metrics, key) for key in study.figures},
+        "settings": {key: metrics["settings"].get(key) for key in ("tokenizer", "prior", "device", "threads", "torch")}
+        if done
+        else None,
+    }
+
+
+def count(network: nn.Module) -> int:
+    """Learned numbers of a network."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def csv_of(study: StudyConfig, rows: Sequence[dict[str, Any]]) -> str:
+    """One line a cell; several numbers of a figure are parted by blanks."""
+    text = io.StringIO()
+    plain = ("arm", "seed", "state", "tokenizer_parameters", "prior_parameters", "training_cpu_minutes")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*plain, *study.figures])
+    for row in rows:
+        values = [row["figures"][key] for key in study.figures]
+        told = [" ".join(map(str, value)) if isinstance(value, tuple) else value for value in values]
+        writer.writerow([*(row[key] for key in plain), *told])
+    return text.getvalue()
+
+
+def spread(values: Sequence[Value]) -> str:
+    """Mean ± sample standard deviation of what the seeds have; a single one without spread; a dash for none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    if isinstance(known[0], tuple):
+        if any(not isinstance(value, tuple) or len(value) != len(known[0]) for value in known):
+            return "–"
+        return ", ".join(spread(each) for each in zip(*known, strict=True))  # type: ignore[arg-type]
+    mean = statistics.fmean(known)  # type: ignore[arg-type]
+    return figure(mean) + (f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else "")  # type: ignore[type-var]
+
+
+def markdown(study: StudyConfig, name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The table of arms."""
+    shown = [key for key in study.figures if any(row["figures"][key] is not None for row in rows)]
+    head = ["arm", "seeds", "parameters", "CPU min", *(TITLES.get(key, key) for key in shown)]
+    lines = [f"# {name}", "", study.question, "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm]
+        done = [row for row in mine if row["state"] == "done"]
+        if not done:
+            cells = [arm, "0", *["–"] * (len(head) - 3), mine[0]["state"]]
+            lines.append(f"| {' | '.join(cells)} |")
+            continue
+        sizes = [row["tokenizer_parameters"] + (row["prior_parameters"] or 0) for row in done]
+        minutes = [row["training_cpu_minutes"] for row in done]
+        cells = [arm, str(len(done)), f"{sizes[0]:,}", spread(minutes).split(" ")[0]]
+        cells += [spread([row["figures"][key] for row in done]) for key in shown]
+        lines.append(f"| {' | '.join(cells)} |")
+    missing = [f"{row['arm']}, seed {row['seed']}: {row['state']}" for row in rows if row["state"] != "done"]
+    lines += ["", "± is the sample standard deviation over seeds; one seed has none."]
+    if missing:
+        lines += ["", "Missing: " + "; ".join(missing) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(study: StudyConfig, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel for each figure of ``study.plot``: a line of dots for each arm, a bar for the mean."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    plot = Plot(figsize=(4.4 * len(study.plot) + 1, 0.36 * len(arms) + 1.3), dpi=120, layout="constrained")
+    panels = plot.subplots(1, len(study.plot), squeeze=False, sharey=True)[0]
+    for axis, key in zip(panels, study.plot, strict=True):
+        for number, arm in enumerate(arms):
+            values = [row["figures"].get(key) for row in rows if row["arm"] == arm]
+            known = [value for value in values if isinstance(value, float) and math.isfinite(value)]
+            axis.plot(known, [number] * len(known), "o", color=COLOURS(number % 20), alpha=0.75, markersize=5)
+            if known:
+                axis.plot([statistics.fmean(known)], [number], "|", color="black", markersize=14)
+        axis.set_title(TITLES.get(key, key), fontsize=9)
+        axis.set_yticks(range(len(arms)), arms, fontsize=8)
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.grid(alpha=0.3)
+    plot.savefig(path)

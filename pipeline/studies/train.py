@@ -1,0 +1,151 @@
+"""Training and evaluating the cells of a study: one process a stage, several runs side by side.
+
+Every stage is the command that a user would give, so it resumes as that does; what is finished is not done again. Two
+cells that share a run wait for each other. A stage that fails takes its cells with it, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from data.files import write_atomically
+from pipeline.processes import REQUEUE, prepare_child
+from pipeline.studies.plan import Cell
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 120.0
+"""How long stages may take to save after SIGTERM."""
+
+
+@dataclass
+class Job:
+    """One stage of one cell, running."""
+
+    cell: Cell
+    stage: str
+    process: subprocess.Popen[bytes]
+    begun: float
+
+
+@dataclass
+class Outcome:
+    """What training the cells came to."""
+
+    failed: dict[tuple[str, int], str] = field(default_factory=dict)
+    """(arm, seed): the last line of a stage that failed."""
+
+
+def train(cells: Sequence[Cell], jobs: int, minutes: float | None) -> Outcome:
+    """Run what is missing, ``jobs`` processes at once; after ``minutes`` (None: no limit) no stage begins.
+
+    SIGTERM (Preempted) and Ctrl-C are passed on to the stages, which save.
+    """
+    outcome = Outcome()
+    running: list[Job] = []
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    try:
+        while True:
+            for job in list(running):
+                if (line := finished(job)) is not None:
+                    running.remove(job)
+                    if line:
+                        outcome.failed[job.cell.arm, job.cell.seed] = line
+                        print(f"{job.cell.arm}, seed {job.cell.seed}: {job.stage} failed: {line}", flush=True)
+            late = end is not None and time.monotonic() > end
+            while len(running) < jobs and not late and (found := next_stage(cells, running, outcome)):
+                running.append(start(*found, jobs))
+            if not running:
+                return outcome
+            time.sleep(POLL_SECONDS)
+    finally:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            try:
+                job.process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                job.process.kill()
+
+
+def next_stage(cells: Sequence[Cell], running: Sequence[Job], outcome: Outcome) -> tuple[Cell, str] | None:
+    """The first stage that is missing and that no running one holds up."""
+    busy = {job.cell.run for job in running}
+    for cell in cells:
+        if cell.run in busy or (cell.arm, cell.seed) in outcome.failed:
+            continue
+        stage = next((name for name, made in cell.stages if not made.exists()), None)
+        if stage is not None:
+            return cell, stage
+    return None
+
+
+def start(cell: Cell, stage: str, jobs: int) -> Job:
+    """Begin a stage; what it prints goes to ``study.log`` in the cell's run."""
+    cell.run.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if jobs > 1:  # processes that each take every core starve one another
+        environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    command = [sys.executable, "-m", "pipeline", stage, *cell.command]
+    print(f"{cell.arm}, seed {cell.seed}: octaves {shlex.join(command[3:])}", flush=True)
+    with (cell.run / "study.log").open("ab") as log:
+        log.write(f"$ octaves {shlex.join(command[3:])}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=partial(prepare_child, os.getpid()),
+        )
+    return Job(cell, stage, process, time.monotonic())
+
+
+def finished(job: Job) -> str | None:
+    """None while a job runs, "" when it has done its work, otherwise the last line that it printed."""
+    pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
+    if not pid:
+        return None
+    code = job.process.returncode = os.waitstatus_to_exitcode(status)
+    remember(job, usage.ru_utime + usage.ru_stime)
+    made = dict(job.cell.stages)[job.stage]
+    if code == 0 and made.exists():
+        print(
+            f"{job.cell.arm}, seed {job.cell.seed}: {job.stage} done in {usage.ru_utime / 60:.1f} CPU min", flush=True
+        )
+        return ""
+    if code == REQUEUE:
+        return "stopped by SIGTERM"
+    lines = (job.cell.run / "study.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines and not lines[-1].startswith("$ ") else f"exit code {code}"
+
+
+def remember(job: Job, seconds: float) -> None:
+    """Add the CPU and wall seconds of a stage to ``study.json`` in its run, by the file that the stage makes."""
+    path = job.cell.run / "study.json"
+    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    key = str(dict(job.cell.stages)[job.stage].relative_to(job.cell.run))
+    before = seen.get(key, {"cpu_seconds": 0.0, "wall_seconds": 0.0})
+    seen[key] = {
+        "cpu_seconds": before["cpu_seconds"] + seconds,
+        "wall_seconds": before["wall_seconds"] + time.monotonic() - job.begun,
+    }
+    write_atomically(path, json.dumps(seen, indent=1).encode())
+
+
+def cpu_minutes(cell: Cell) -> float | None:
+    """CPU minutes of training the cell's stages, without caching and evaluation; None where nobody counted."""
+    path = cell.run / "study.json"
+    if not path.exists():
+        return None
+    seen = json.loads(path.read_text(encoding="utf-8"))
+    own = [str(Path(made).relative_to(cell.run)) for name, made in cell.stages if name.startswith("train")]
+    return sum(seen[key]["cpu_seconds"] for key in own if key in seen) / 60

@@ -1,0 +1,35 @@
+"""Quantisers behind one interface: features → ids → features.
+
+What is notable here:
+
+- codebooks that are learned: ``CosineVQ`` (ViT-VQGAN), ``ResidualVQ`` (several, each codes what is left); codes that
+  die are revived. One that is frozen and moves as a whole: ``SimVQ``;
+- no codebook to collapse: ``FSQ`` rounds each of a few bounded numbers, ``LFQ`` and ``BSQ`` take their signs;
+- large vocabularies are several fields of an element: 2^18 codes are two softmaxes of 2^9;
+- all work in float32 whatever autocast says (bfloat16 cannot tell 257 codes apart), and are bit-equal on all ranks.
+"""
+
+from stages.tokenizer.quantizers.binary import BSQ, LFQ, BSQConfig, LFQConfig
+from stages.tokenizer.quantizers.cosine import CosineVQ, CosineVQConfig
+from stages.tokenizer.quantizers.fsq import FSQ, FSQConfig
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
+from stages.tokenizer.quantizers.residual import ResidualVQ, ResidualVQConfig
+from stages.tokenizer.quantizers.simvq import SimVQ, SimVQConfig
+
+__all__ = [
+    "BSQ",
+    "FSQ",
+    "LFQ",
+    "BSQConfig",
+    "CosineVQ",
+    "CosineVQConfig",
+    "FSQConfig",
+    "LFQConfig",
+    "Quantized",
+    "Quantizer",
+    "QuantizerConfig",
+    "ResidualVQ",
+    "ResidualVQConfig",
+    "SimVQ",
+    "SimVQConfig",
+]

@@ -1,0 +1,137 @@
+"""What the quantisers with a codebook share: the search, the losses, and a codebook whose codes do not stay dead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data.errors import InputError
+from stages.tokenizer.quantizers.gradients import GRADIENTS
+from stages.tokenizer.quantizers.quantizer import QuantizerConfig
+from stages.tokenizer.quantizers.ranks import of_first_rank, sum_over_ranks
+
+
+@dataclass
+class CodebookConfig(QuantizerConfig):
+    """What every quantiser with a codebook has."""
+
+    codes: int = 8192
+    """Entries of each codebook."""
+    code_dim: int = 32
+    """Width of a code; encodings are projected to it."""
+    gradient: str = "straight-through"
+    """straight-through, or rotation: the gradient is turned and scaled like the code into its encoding."""
+
+
+@dataclass
+class LearnedCodebookConfig(CodebookConfig):
+    """What every quantiser with a codebook of learned rows has."""
+
+    revive_every: int = 20
+    """Forward passes between two looks for dead codes; 0 never revives."""
+    revive_below: float = 0.03
+    """A code is dead when its averaged use falls below this share of an equal share."""
+
+
+def check_codebook(config: CodebookConfig) -> None:
+    """Raise ValueError for a config without codes, or an unknown gradient."""
+    if config.codes < 2:
+        raise InputError(f"tokenizer.quantizer.codes={config.codes}; allowed: 2 or more")
+    if config.gradient not in GRADIENTS:
+        raise InputError(f"tokenizer.quantizer.gradient={config.gradient!r}; allowed: {', '.join(GRADIENTS)}")
+
+
+def nearness(encodings: Tensor, codes: Tensor) -> Tensor:
+    """[..., K], the larger the nearer a code of [K, D]: half the squared length of an encoding less half its distance's
+    square."""
+    return encodings @ codes.T - codes.square().sum(-1) / 2
+
+
+def lead(nearness: Tensor) -> Tensor:
+    """The best of the last dimension above the second best."""
+    best = nearness.topk(2, dim=-1).values
+    return best[..., 0] - best[..., 1]
+
+
+def pulls(encodings: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """The encoder's pull to its codes and the codes' to their encodings: mean squares, each moves one side only."""
+    return {
+        "commitment": functional.mse_loss(encodings, chosen.detach()),
+        "codebook": functional.mse_loss(chosen, encodings.detach()),
+    }
+
+
+class Codebook(nn.Module):
+    """Rows [K, D] trained by gradient, of unit length or of any.
+
+    They start as encodings of the first batch. A row whose averaged use is near zero becomes an encoding of the current
+    batch. Use is summed over ranks and new rows come from rank 0, so codebooks stay bit-equal.
+    """
+
+    usage: Tensor
+    started: Tensor
+    revived: Tensor
+    passes: Tensor
+
+    def __init__(self, config: LearnedCodebookConfig, unit: bool) -> None:
+        super().__init__()
+        self.config, self.unit = config, unit
+        self.weight = nn.Parameter(functional.normalize(torch.randn(config.codes, config.code_dim), dim=-1))
+        self.register_buffer("usage", torch.full((config.codes,), 1.0 / config.codes))
+        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("passes", torch.tensor(0))
+        self.register_buffer("revived", torch.zeros(config.codes, dtype=torch.bool), persistent=False)
+
+    @property
+    def rows(self) -> Tensor:
+        """[K, D]"""
+        return functional.normalize(self.weight, dim=-1) if self.unit else self.weight
+
+    @property
+    def learns(self) -> bool:
+        """False where the rows are to stay as they are."""
+        return self.training and self.weight.requires_grad
+
+    @torch.no_grad()
+    def start_or_revive(self, encodings: Tensor) -> None:
+        """Replace all rows at the first pass, dead rows later; the rows come from rank 0's encodings [..., D]."""
+        if not self.learns:
+            return
+        if not self.started:
+            dead = torch.ones_like(self.revived)
+        elif self.config.revive_every and int(self.passes) % self.config.revive_every == 0:
+            dead = self.usage < self.config.revive_below / self.config.codes
+        else:
+            dead = torch.zeros_like(self.revived)
+        self.passes += 1
+        count = int(dead.sum())
+        if count == 0:
+            return
+        encodings = encodings.detach().flatten(0, -2)
+        # a fresh row needs a little noise: two rows from one encoding would never part
+        rows = encodings[torch.randint(len(encodings), (count,), device=encodings.device)]
+        noise = 0.01 * torch.randn_like(rows)
+        if self.unit:
+            rows = functional.normalize(rows + noise, dim=-1)
+        else:
+            rows = rows + noise * encodings.square().mean().sqrt()
+        self.weight.data[dead] = of_first_rank(rows)
+        self.usage[dead] = 1.0 / self.config.codes
+        self.revived |= dead
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def count(self, ids: Tensor) -> None:
+        """Take the use of ids [...] into account."""
+        if self.learns:
+            counts = sum_over_ranks(torch.bincount(ids.flatten(), minlength=self.config.codes).float())
+            self.usage.lerp_(counts / counts.sum(), 0.01)
+
+    @torch.no_grad()
+    def copy_revived(self, average: Codebook) -> None:
+        """Copy rows that were revived since the last call into ``average``, the averaged copy of this codebook."""
+        average.weight.data[self.revived] = self.weight.data[self.revived]
+        self.revived.zero_()

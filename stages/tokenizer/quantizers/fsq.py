@@ -1,0 +1,68 @@
+"""Finite scalar quantisation: each of a few bounded numbers is rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+from stages.tokenizer.quantizers.digits import Digits
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
+
+LARGEST_FIELD = 1 << 16
+"""Codes of one field; more are several fields, so that ids stay uint16 on disk and softmaxes small."""
+
+
+@dataclass
+class FSQConfig(QuantizerConfig):
+    """Finite scalar quantisation."""
+
+    kind: str = "fsq"
+    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
+    """Values of each rounded number; their product is the number of codes. More than 65,536 are several fields."""
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantisation, arXiv 2309.15505 section 3.1. Raises ValueError for fewer than two levels."""
+
+    levels: Tensor
+
+    def __init__(self, config: FSQConfig, width_in: int, width_out: int) -> None:
+        super().__init__()
+        if not config.levels or not 2 <= min(config.levels) <= max(config.levels) <= LARGEST_FIELD:
+            raise InputError(
+                f"tokenizer.quantizer.levels={config.levels}; allowed: two or more values a number, {LARGEST_FIELD} at "
+                "most"
+            )
+        self.digits = Digits(config.levels, LARGEST_FIELD)
+        self.fields = self.digits.fields
+        self.project_in = nn.Linear(width_in, len(config.levels))
+        self.project_out = nn.Linear(len(config.levels), width_out)
+        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+
+    def encodings(self, features: Tensor) -> Tensor:
+        values = self.project_in(features)
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        # an even number of values has no middle: shift so that rounding gives exactly that many
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return torch.tanh(values + torch.atanh(offset / half)) * half - offset
+
+    def choose(self, encodings: Tensor) -> Tensor:
+        return self.digits.pack(encodings.round().long() + self.levels // 2)
+
+    def forward(self, features: Tensor) -> Quantized:
+        with torch.autocast(features.device.type, enabled=False):
+            bounded = self.encodings(features.float())
+            rounded = bounded + (bounded.round() - bounded).detach()
+            return Quantized(self.project_out(rounded / (self.levels // 2)), self.choose(bounded.detach()), {})
+
+    def distances(self, encodings: Tensor) -> Tensor:
+        """To the nearest rounding border, of the number nearest to one; at most 0.5."""
+        return (0.5 - (encodings - encodings.round()).abs()).amin(-1)
+
+    def codes(self, ids: Tensor) -> Tensor:
+        self.check_ids(ids)
+        digits = self.digits.unpack(ids) - self.levels // 2
+        return digits.float() / (self.levels // 2)

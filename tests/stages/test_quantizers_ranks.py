@@ -1,0 +1,50 @@
+"""Two real processes: equal to each other bit for bit, and to one process with the joint batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.stages.quantizer_ranks import BORN, GIVEN
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(states of one process, of rank 0 of two, of rank 1 of two), by kind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    places = ((1, 0), (2, 0), (2, 1))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.stages.quantizer_ranks", str(folder)]
+    processes = [
+        subprocess.Popen([*command, str(world), str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for world, rank in places
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    return [torch.load(folder / f"rank{rank}of{world}.pt", weights_only=True) for world, rank in places]
+
+
+@pytest.mark.parametrize("name", [*GIVEN, *BORN])
+def test_weights_and_codebooks_are_bit_equal_on_both_ranks(trained, name):
+    _, first, second = (states[name] for states in trained)
+    for key, value in first.items():
+        if key != "entropy":
+            assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_two_ranks_train_like_one_process_on_the_joint_batch(trained, name):
+    one, first, second = (states[name] for states in trained)
+    for key, value in first.items():
+        if key != "entropy":
+            torch.testing.assert_close(value, one[key], atol=1e-5, rtol=1e-4)
+    # each rank has its own tokens' entropies, and both the entropy of the joint mean
+    torch.testing.assert_close((first["entropy"] + second["entropy"]) / 2, one["entropy"], atol=1e-5, rtol=1e-5)
+
+
+def test_the_entropy_term_made_a_difference(trained):
+    """Else equality would say nothing of it."""
+    assert all((trained[0][name]["entropy"] < -0.1).all() for name in GIVEN if "lfq" in name or name == "bsq")
