@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data.images.config import ImagesConfig
@@ -49,7 +50,8 @@ def luma_scales(layout: TokenLayout) -> list[int]:
     found = [number for number, scale in enumerate(layout.scales) if scale.planes == "luma"]
     if not found:
         raise RunError(
-            "colouring needs tokens that hold luma and chroma apart: tokenizer.kind=sparse-dct with images.channels=3"
+            "colouring needs tokens that hold luma and chroma apart: tokenizer.kind=sit with planes=ycbcr, or "
+            "tokenizer.kind=sparse-dct, and images.channels=3"
         )
     return found
 
@@ -77,9 +79,18 @@ def colorize_pixels(
     models.check(settings)
     layout = models.tokenizer.layout
     luma = luma_scales(layout)
-    prefix = keep_scales(models.encode(gray.expand(-1, 3, -1, -1)), layout, luma)
-    made = models.decode(models.draw(prompts, settings, seeds, prefix=prefix, whole=luma))
-    return with_luma(made, gray)
+    given = models.encode(gray.expand(-1, 3, -1, -1))
+    if layout.ends == "fixed":
+        drawn = models.draw(prompts, settings, seeds, known=given, keep=elements_of(layout, luma).expand(len(gray), -1))
+    else:
+        drawn = models.draw(prompts, settings, seeds, prefix=keep_scales(given, layout, luma), whole=luma)
+    return with_luma(models.decode(drawn), gray)
+
+
+def elements_of(layout: TokenLayout, scales: Sequence[int]) -> Tensor:
+    """bool [L]: the elements of some scales, in a layout of fixed length."""
+    chosen = torch.tensor([number in scales for number in range(len(layout.scales))])
+    return chosen.repeat_interleave(torch.tensor([scale.length for scale in layout.scales]))
 
 
 def read_gray(path: Path, images: ImagesConfig, color: str) -> Tensor:

@@ -111,7 +111,7 @@ def measure_ladder(
         "num_images": len(val),
         "rungs": [
             measure_rung(own, baseline, val.pixels, num_scales, size, device)
-            for num_scales in range(1, len(layout.scales) + 1)
+            for num_scales in sorted(layout.rungs.values())
         ],
     }
     if models is not None and config.eval.timing_repeats and not models.prior.writes_prefixes:

@@ -18,6 +18,8 @@ from stages.lists import ORDERS
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS, FIXED_ORDERS, PREFIX_ORDERS
 from stages.prior.order import permutation_of
 from stages.prior.sampling import CONFIDENCE_NOISE
+from stages.spectral.wavelets import WAVELETS, is_wavelet
+from stages.tokenizer.config import PLANES
 from stages.tokenizer.quantizers.gradients import GRADIENTS
 
 if TYPE_CHECKING:
@@ -257,6 +259,46 @@ ILLEGAL: list[Rule] = [
             f"sampling.rounds={c.sampling.rounds}, sampling.confidence_noise={c.sampling.confidence_noise} with "
             f"prior.order={get(c, 'prior.order')}: one element is written at a time; leave them out, or set "
             "prior.order=scale"
+        ),
+    ),
+    (
+        lambda c: get(c, "tokenizer.transform") not in (None, "identity") and not is_wavelet(c.tokenizer.transform),  # type: ignore[attr-defined]
+        lambda c: f"tokenizer.transform={get(c, 'tokenizer.transform')!r}; allowed: identity, {WAVELETS}",
+    ),
+    (
+        lambda c: get(c, "tokenizer.transform") == "identity" and get(c, "tokenizer.scales") != 1,
+        lambda c: f"tokenizer.scales={get(c, 'tokenizer.scales')} with tokenizer.transform=identity, which has 1",
+    ),
+    (
+        lambda c: not 0 <= (get(c, "tokenizer.overlap") or 0) <= (get(c, "tokenizer.patch") or 0),
+        lambda c: (
+            f"tokenizer.overlap={get(c, 'tokenizer.overlap')}; allowed: 0 to tokenizer.patch="
+            f"{get(c, 'tokenizer.patch')}"
+        ),
+    ),
+    (
+        lambda c: get(c, "tokenizer.planes") not in (None, *PLANES),
+        lambda c: f"tokenizer.planes={get(c, 'tokenizer.planes')!r}; allowed: {', '.join(PLANES)}",
+    ),
+    (
+        lambda c: get(c, "tokenizer.planes") == "ycbcr" and c.images.channels == 1,
+        lambda c: (
+            "tokenizer.planes=ycbcr with images.channels=1: gray images have no chroma; set images.channels=3, or "
+            "tokenizer.planes=all"
+        ),
+    ),
+    (
+        lambda c: get(c, "tokenizer.planes") == "ycbcr" and (get(c, "tokenizer.groups") or 1) > 1,
+        lambda c: (
+            f"tokenizer.groups={get(c, 'tokenizer.groups')} with tokenizer.planes=ycbcr: luma and chroma are groups "
+            "already; set tokenizer.groups=1, or tokenizer.planes=all"
+        ),
+    ),
+    (
+        lambda c: c.eval.num_colorized > 0 and get(c, "tokenizer.planes") == "all",
+        lambda c: (
+            f"eval.num_colorized={c.eval.num_colorized} with tokenizer.planes=all: colouring needs tokens that hold "
+            "luma and chroma apart; set tokenizer.planes=ycbcr, or eval.num_colorized=0"
         ),
     ),
     (

@@ -55,7 +55,7 @@ def measure_agreement(
     positions, margins, mismatches = 0, [torch.empty(0)], 0
     for images, ids in zip(pixels.split(batch_size), full.ids.split(batch_size), strict=True):
         large = to_float(images.to(device))
-        for num_scales in range(1, len(layout.scales)):
+        for num_scales in sorted(layout.rungs.values())[:-1]:
             small = tokenizer.reference(large, num_scales)
             found = tokenizer.encode(small).ids.cpu()
             wrong = (found != ids[:, : found.shape[1]]).any(-1)

@@ -49,3 +49,21 @@ def with_luma(made: Tensor, gray: Tensor) -> Tensor:
     Colours that the given luma cannot have are cut off at black and white.
     """
     return with_chroma(gray, chroma_of(made))
+
+
+def split_planes(pixels: Tensor) -> Tensor:
+    """Y, Cb and Cr [..., 3, H, W] of RGB [..., 3, H, W] in [-1, 1], each in [-1, 1] too; differentiable.
+
+    Written in differences, so that equal channels give exactly themselves as luma, and exactly no chroma.
+    """
+    red, green, blue = pixels.unbind(-3)
+    luma = green + _RED * (red - green) + _BLUE * (blue - green)
+    return torch.stack((luma, (blue - luma) / (2 - 2 * _BLUE), (red - luma) / (2 - 2 * _RED)), dim=-3)
+
+
+def join_planes(planes: Tensor) -> Tensor:
+    """The inverse of ``split_planes``."""
+    luma, blue, red = planes.unbind(-3)
+    blue, red = blue * (2 - 2 * _BLUE), red * (2 - 2 * _RED)
+    green = -(_RED * red + _BLUE * blue) / (1 - _RED - _BLUE)
+    return torch.stack((luma + red, luma + green, luma + blue), dim=-3)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+PLANES = ("all", "ycbcr")
+"""Which channels a token may hold."""
+
 
 @dataclass
 class TokenizerConfig:

@@ -1,6 +1,6 @@
 """SIT, the Spectral Image Tokenizer (Esteves, Suhail, Makadia; arXiv 2412.09607), and ViT-VQGAN as its special case.
 
-image → Haar wavelets → one sequence of S scales with the same number of tokens → transformer → two codebooks →
+image → wavelets → one sequence of S scales with the same number of tokens → transformer → two codebooks →
 transformer → inverse wavelets → image. What is notable here:
 
 - every scale has the same grid: patches double their side from scale to scale, and a detail token holds all three
@@ -9,7 +9,15 @@ transformer → inverse wavelets → image. What is notable here:
   one), on the decoder it decodes them: ``attention`` is sit, sit-sc (both), sit-scd (decoder) or sit-sce (encoder);
 - the wavelets are in averaging scale, so the approximation is the reduced image itself, and each scale is divided by
   its standard deviation, measured from data by ``fit`` (the paper does not say how it normalises);
-- ``transform: identity`` with one scale is ViT-VQGAN: the baseline of every comparison runs the same code.
+- ``transform: identity`` with one scale is ViT-VQGAN: the baseline of every comparison runs the same code;
+- wavelets longer than Haar's reach into the neighbouring patches. With ``overlap`` a token sees, and writes, a margin
+  around its patch, and what neighbours say of the same place is blended (the paper found longer wavelets worse, "more
+  padding and leakage", and leaves it there);
+- with ``planes: ycbcr`` each scale becomes one of luma and one of chroma, which has a quarter of the tokens, on patches
+  twice as large. In the encoder luma never looks at chroma, whatever ``attention`` says: a gray image has exactly the
+  luma tokens of the image in colour, which is what colouring needs. Chroma looks at luma of its own scale and, under a
+  scale-causal encoder, of no later one. The decoder is dense, or causal in the order Y0 C0 Y1 C1 …, so that a prefix
+  may end between luma and chroma: it decodes with the chroma that it has.
 """
 
 from __future__ import annotations
@@ -19,17 +27,19 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from data.errors import InputError
 from data.layout import Scale, TokenLayout, Tokens
 from stages.contract import PrefixUnsupported, TokenizerOutput
 from stages.factory import build_head, build_quantizer
-from stages.spectral.haar import haar_dwt, haar_idwt
-from stages.spectral.patches import from_patches, to_patches
-from stages.tokenizer.config import TokenizerConfig
+from stages.spectral.colour import join_planes, split_planes
+from stages.spectral.patches import from_windows, to_windows
+from stages.spectral.wavelets import WAVELETS, dwt, idwt, is_wavelet
+from stages.tokenizer.config import PLANES, TokenizerConfig
 from stages.tokenizer.heads import HeadConfig, HeadedTokenizer
 from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
-from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
+from stages.tokenizer.transformer import Transformer, TransformerConfig, blind_to_chroma, scale_causal
 
 CAUSAL = {  # attention: (encoder, decoder)
     "sit": (False, False),
@@ -45,11 +55,18 @@ class SITConfig(TokenizerConfig):
 
     kind: str = "sit"
     transform: str = "haar"
-    """haar, or identity (one scale, pixels as they are)."""
+    """identity (one scale, pixels as they are), or the name of a wavelet in PyWavelets: haar, bior2.2 (LeGall 5/3) and
+    bior4.4 (CDF 9/7) with mirrored borders, orthogonal ones such as db2, sym4 or coif1 with periodic ones. A small
+    image is what the wavelet's low-pass filter leaves of a large one: the mean of squares with Haar alone."""
     scales: int = 4
     """S: one approximation and S - 1 levels of details."""
     patch: int = 2
     """Patch side of the approximation (of the image, with transform identity)."""
+    overlap: int = 0
+    """Coefficients that a token sees and writes beyond each side of a patch of the approximation, from 0 to ``patch``.
+    Larger patches have more in proportion. Embedding and head of a scale grow by (1 + 2 overlap / patch) squared."""
+    planes: str = "all"
+    """all (a token holds all channels), or ycbcr: a scale of luma and one of chroma, with a quarter of the tokens."""
     attention: str = "sit"
     """sit (dense), sit-sc (scale-causal encoder and decoder), sit-scd (decoder only), sit-sce (encoder only)."""
     groups: int = 1
@@ -76,6 +93,54 @@ class ViTVQGANConfig(SITConfig):
     specialised: bool = False
 
 
+@dataclass(frozen=True)
+class Part:
+    """What the tokens of one scale hold: some planes of one level of coefficients, cut into patches."""
+
+    level: int
+    """0 for the approximation, then details from coarse to fine."""
+    planes: str
+    """all, luma or chroma."""
+    channels: slice
+    grid: tuple[int, int]
+    patch: int
+    margin: int
+
+    @property
+    def width(self) -> int:
+        """Coefficients of a token."""
+        orientations = 3 if self.level else 1
+        channels = self.channels.stop - self.channels.start
+        return int(channels * orientations * (self.patch + 2 * self.margin) ** 2)
+
+    def cut(self, bands: list[Tensor]) -> Tensor:
+        """Its patches [B, N, width] of all bands."""
+        band = bands[self.level][..., self.channels, :, :]
+        return to_windows(band.flatten(1, 2) if self.level else band, self.patch, self.margin)
+
+    def paste(self, patches: Tensor) -> Tensor:
+        """The inverse of ``cut``: its channels of its band, [B, C, h, w] or [B, 3, C, h, w]."""
+        band = from_windows(patches, self.patch, self.margin, self.grid)
+        return band.unflatten(1, (3, -1)) if self.level else band
+
+
+def parts_of(config: SITConfig, image_size: tuple[int, int], channels: int) -> list[Part]:
+    """The scales of a config, in their order."""
+    finest = 2 ** (config.scales - 1)
+    rows, columns = (side // finest // config.patch for side in image_size)
+    found = []
+    for level in range(config.scales):
+        factor = 2 ** max(0, level - 1)
+        cut = config.patch * factor, config.overlap * factor
+        if config.planes == "all":
+            found.append(Part(level, "all", slice(0, channels), (rows, columns), *cut))
+        else:
+            found.append(Part(level, "luma", slice(0, 1), (rows, columns), *cut))
+            larger = 2 * cut[0], 2 * cut[1]
+            found.append(Part(level, "chroma", slice(1, 3), (rows // 2, columns // 2), *larger))
+    return found
+
+
 class SIT(HeadedTokenizer):
     """Spectral Image Tokenizer. Raises ValueError for a side that scales and patch do not divide."""
 
@@ -84,85 +149,102 @@ class SIT(HeadedTokenizer):
 
     def __init__(self, config: SITConfig, image_size: tuple[int, int], channels: int) -> None:
         super().__init__()
-        check_config(config, image_size)
+        check_config(config, image_size, channels)
         self.config = config
         self.channels = channels
         self.levels = config.scales - 1
-        rows, columns = (side // 2**self.levels // config.patch for side in image_size)
-        self.patches = [config.patch] + [config.patch * 2**level for level in range(self.levels)]
-        self.grid = (rows, columns)
-        tokens = rows * columns
+        self.parts = parts_of(config, image_size, channels)
+        self.grid = self.parts[0].grid
         causal_encoder, causal_decoder = CAUSAL[config.attention]
 
-        num_codebooks = min(config.scales, 2)
+        # approximation and details, and luma and chroma where they are apart, in the order of their first use
+        kinds = list(dict.fromkeys((min(part.level, 1), part.planes) for part in self.parts))
         self.quantizers = nn.ModuleList(
-            [
-                build_quantizer(config.quantizer, config.encoder.width, config.decoder.width)
-                for _ in range(num_codebooks)
-            ]
+            [build_quantizer(config.quantizer, config.encoder.width, config.decoder.width) for _ in kinds]
         )
-        self.layout = TokenLayout(
-            scales=tuple(
+        scales = []
+        for part in self.parts:
+            codebook = kinds.index((min(part.level, 1), part.planes))
+            below = 2 ** (self.levels - part.level)
+            first = "raster" if config.transform == "identity" else "approximation"
+            name = f"detail{part.level}" if part.level else first
+            scales.append(
                 Scale(
-                    name="approximation"
-                    if index == 0 and config.transform == "haar"
-                    else f"detail{index}"
-                    if index
-                    else "raster",
-                    length=tokens,
-                    grid=self.grid,
-                    codebook=min(index, 1),
-                    fields=self.quantizers[min(index, 1)].fields,  # type: ignore[arg-type]
-                    image_size=(
-                        image_size[0] // 2 ** (self.levels - index),
-                        image_size[1] // 2 ** (self.levels - index),
-                    ),
+                    name=name if part.planes == "all" else f"{name} {part.planes}",
+                    length=part.grid[0] * part.grid[1],
+                    grid=part.grid,
+                    codebook=codebook,
+                    fields=self.quantizers[codebook].fields,  # type: ignore[arg-type]
+                    image_size=(image_size[0] // below, image_size[1] // below),
+                    planes=part.planes,
                 )
-                for index in range(config.scales)
-            ),
+            )
+        self.layout = TokenLayout(
+            scales=tuple(scales),
             encodes_prefixes=causal_encoder and config.scales > 1,
             decodes_prefixes=causal_decoder and config.scales > 1,
         )
-        widths = [channels * (1 if index == 0 else 3) * patch * patch for index, patch in enumerate(self.patches)]
-        scale_lengths = [tokens] * config.scales
+        self.lengths = [scale.length for scale in scales]
+        approximation = sum(length for part, length in zip(self.parts, self.lengths, strict=True) if not part.level)
         separate = config.specialised and config.scales > 1
-        groups = [tokens, tokens * self.levels] if separate else [tokens * config.scales]
-        self.embed = nn.ModuleList([nn.Linear(width, config.encoder.width) for width in widths])
-        mask = scale_causal([tokens // config.groups] * config.groups if config.groups > 1 else scale_lengths)
-        self.encoder = Transformer(config.encoder, groups, mask if causal_encoder else None)
-        self.decoder = Transformer(config.decoder, groups, mask if causal_decoder else None)
-        self.heads = nn.ModuleList([nn.Linear(config.decoder.width, width) for width in widths])
-        for index, head in enumerate(self.heads):
-            nn.init.normal_(head.weight, std=0.02 * (1 if index == 0 else config.detail_head_gain))  # type: ignore[arg-type]
+        groups = [approximation, self.layout.length - approximation] if separate else [self.layout.length]
+        self.embed = nn.ModuleList([nn.Linear(part.width, config.encoder.width) for part in self.parts])
+        many = config.groups > 1
+        causal = scale_causal([self.layout.length // config.groups] * config.groups if many else self.lengths)
+        seen = causal if causal_encoder else None
+        if config.planes != "all":
+            apart = blind_to_chroma([part.planes for part in self.parts], self.lengths)
+            seen = apart if seen is None else seen & apart
+        self.encoder = Transformer(config.encoder, groups, seen)
+        self.decoder = Transformer(config.decoder, groups, causal if causal_decoder else None)
+        self.heads = nn.ModuleList([nn.Linear(config.decoder.width, part.width) for part in self.parts])
+        for part, head in zip(self.parts, self.heads, strict=True):
+            nn.init.normal_(head.weight, std=0.02 * (config.detail_head_gain if part.level else 1))  # type: ignore[arg-type]
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
-        place = config.scales * config.decoder.width, config.patch * 2**self.levels
+        place = len(self.parts) * config.decoder.width, config.patch * 2**self.levels
         self.head = build_head(config.head, *place, self.grid, channels)
-        self.register_buffer("scale_mean", torch.zeros(config.scales))
-        self.register_buffer("scale_std", torch.ones(config.scales))
+        self.register_buffer("scale_mean", torch.zeros(len(self.parts)))
+        self.register_buffer("scale_std", torch.ones(len(self.parts)))
 
     # ------------------------------------------------------------------ coefficients
+
+    def _transform(self, pixels: Tensor, levels: int) -> list[Tensor]:
+        """Bands of pixels [B, C, H, W] and ``levels`` of details, in the planes of this config."""
+        planes = pixels if self.config.planes == "all" else split_planes(pixels)
+        return dwt(planes, levels, self.config.transform, "averaging") if levels else [planes]
+
+    def _invert(self, bands: list[Tensor]) -> Tensor:
+        """The inverse of ``_transform``."""
+        planes = idwt(bands, self.config.transform, "averaging") if len(bands) > 1 else bands[0]
+        return planes if self.config.planes == "all" else join_planes(planes)
 
     def analyse(self, pixels: Tensor) -> list[Tensor]:
         """Patches [B, N, width] of each scale that the image's size holds, not yet normalised."""
         size = tuple(pixels.shape[-2:])
-        rungs = [scale.image_size for scale in self.layout.scales]
+        rungs = list(dict.fromkeys(scale.image_size for scale in self.layout.scales))
         if size not in rungs:
             raise InputError(f"an image of {size[0]}x{size[1]}; this tokenizer takes {_sizes(rungs)}")
-        bands = haar_dwt(pixels, rungs.index(size), "averaging")
-        return [
-            to_patches(band if index == 0 else band.flatten(1, 2), patch)
-            for index, (band, patch) in enumerate(zip(bands, self.patches, strict=False))
-        ]
+        levels = rungs.index(size)
+        bands = self._transform(pixels, levels)
+        return [part.cut(bands) for part in self.parts if part.level <= levels]
 
     def synthesise(self, patches: list[Tensor]) -> Tensor:
-        """The image [B, C, h, w] of the patches of the first scales."""
-        bands = [from_patches(part, patch, self.grid) for part, patch in zip(patches, self.patches, strict=False)]
-        return haar_idwt([bands[0], *(band.unflatten(1, (3, self.channels)) for band in bands[1:])], "averaging")
+        """The image [B, C, h, w] of the patches of the first scales; chroma that is missing there is 0."""
+        bands: list[Tensor] = []
+        for part, cut in zip(self.parts, patches, strict=False):
+            band = part.paste(cut)
+            if part.planes == "chroma":
+                bands[-1] = torch.cat((bands[-1], band), dim=-3)
+            else:
+                bands.append(band)
+        if self.config.planes != "all" and bands[-1].shape[-3] == 1:
+            bands[-1] = functional.pad(bands[-1], (0, 0, 0, 0, 0, 2))
+        return self._invert(bands)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Measure each scale's standard deviation (and the approximation's mean) over pixels [B, C, H, W]."""
-        count = torch.zeros(len(self.patches), dtype=torch.float64)
+        count = torch.zeros(len(self.parts), dtype=torch.float64)
         total, squares = torch.zeros_like(count), torch.zeros_like(count)
         for pixels, _ in batches:
             for index, part in enumerate(self.analyse(pixels)):
@@ -173,7 +255,9 @@ class SIT(HeadedTokenizer):
         if count[0] == 0:
             raise InputError("no images to measure coefficient statistics from")
         mean = total / count
-        mean[1:] = 0  # details are centred by nature; what is measured is chance
+        for index, scale in enumerate(self.parts):
+            if scale.level:
+                mean[index] = 0  # details are centred by nature; what is measured is chance
         std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
         self.scale_mean.copy_(mean)
         # a scale without any energy (constant images) must not be blown up
@@ -189,16 +273,39 @@ class SIT(HeadedTokenizer):
 
     def _decode_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(image [B, C, h, w], what is known of each place of the grid [B, N, scales · decoder width])."""
-        hidden = self.decoder(features).split(self.grid[0] * self.grid[1], dim=1)
+        hidden = self._by_scale(self.decoder(features))
         parts = [head(part) for head, part in zip(self.heads, hidden, strict=False)]
         with torch.autocast(features.device.type, enabled=False):
             parts = [part.float() * self.scale_std[index] + self.scale_mean[index] for index, part in enumerate(parts)]
-            return self.synthesise(parts), torch.cat(hidden, dim=-1)
+            return self.synthesise(parts), torch.cat([self._spread(part) for part in hidden], dim=-1)
+
+    def _spread(self, hidden: Tensor) -> Tensor:
+        """A scale's features [B, n, D] on the finest grid: [B, N, D]."""
+        if hidden.shape[1] == self.grid[0] * self.grid[1]:
+            return hidden
+        coarse = hidden.unflatten(1, (self.grid[0] // 2, self.grid[1] // 2))
+        return coarse.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+
+    def _by_scale(self, x: Tensor) -> list[Tensor]:
+        """The sequence [B, L, …] cut into its scales."""
+        return list(x.split(self.lengths[: self.layout.num_scales_in(x.shape[1])], dim=1))
 
     def _by_codebook(self, x: Tensor) -> list[Tensor]:
-        """The sequence cut where the codebook changes."""
-        tokens = self.grid[0] * self.grid[1]
-        return [x[:, :tokens], x[:, tokens:]] if x.shape[1] > tokens else [x]
+        """The tokens [B, L, …] of each codebook that the sequence has."""
+        parts: dict[int, list[Tensor]] = {}
+        for scale, part in zip(self.layout.scales, self._by_scale(x), strict=False):
+            parts.setdefault(scale.codebook, []).append(part)
+        return [torch.cat(part, dim=1) for part in parts.values()]
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        """The inverse of ``_by_codebook``."""
+        rest, sequence = list(parts), []
+        for scale in self.layout.scales:
+            if scale.codebook < len(rest) and rest[scale.codebook].shape[1]:
+                own = rest[scale.codebook]
+                sequence.append(own[:, : scale.length])
+                rest[scale.codebook] = own[:, scale.length :]
+        return torch.cat(sequence, dim=1)
 
     def forward(self, pixels: Tensor, large: Tensor | None = None) -> TokenizerOutput:
         features = self._encode_features(pixels)
@@ -209,9 +316,9 @@ class SIT(HeadedTokenizer):
             / features.shape[1]
             for name in results[0].losses
         }
-        reconstruction, places = self._decode_features(torch.cat([result.features for result in results], dim=1))
+        reconstruction, places = self._decode_features(self._in_order([result.features for result in results]))
         losses |= self.head.losses(places, reconstruction, pixels if large is None else large)
-        return TokenizerOutput(reconstruction, torch.cat([result.ids for result in results], dim=1), losses)
+        return TokenizerOutput(reconstruction, self._in_order([result.ids for result in results]), losses)
 
     def margins(self, pixels: Tensor) -> Tensor:
         """How far each token of pixels [B, C, h, w] is from another choice: float32 [B, L], see ``Quantizer.margins``.
@@ -220,13 +327,13 @@ class SIT(HeadedTokenizer):
         """
         parts = self._by_codebook(self._encode_features(pixels))
         margins = [quantizer.margins(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
-        return torch.cat(margins, dim=1)
+        return self._in_order(margins)
 
     def codes(self, tokens: Tokens) -> Tensor:
         """The code of each token: float32 [B, L, D]."""
         parts = self._by_codebook(tokens.ids)
         codes = [quantizer.codes(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
-        return torch.cat(codes, dim=1)
+        return self._in_order(codes)
 
     def encode(self, pixels: Tensor) -> Tokens:
         if tuple(pixels.shape[-2:]) != self.layout.image_size and not self.layout.encodes_prefixes:
@@ -237,7 +344,7 @@ class SIT(HeadedTokenizer):
             )
         parts = self._by_codebook(self._encode_features(pixels))
         ids = [quantizer.ids(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
-        return Tokens.fixed(torch.cat(ids, dim=1))
+        return Tokens.fixed(self._in_order(ids))
 
     def decode_places(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         num_scales = self.layout.num_scales_in(tokens.ids.shape[1])
@@ -250,37 +357,59 @@ class SIT(HeadedTokenizer):
             )
         parts = self._by_codebook(tokens.ids)
         features = [quantizer.lookup(part) for quantizer, part in zip(self.quantizers, parts, strict=False)]  # type: ignore[operator]
-        pixels, places = self._decode_features(torch.cat(features, dim=1))
+        pixels, places = self._decode_features(self._in_order(features))
         return pixels.clamp(-1, 1), places
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
-        """The image reduced by averaging to the size of ``num_scales`` scales."""
-        return haar_dwt(pixels, len(self.layout.scales) - num_scales, "averaging")[0]
+        """The image reduced by the wavelet's low-pass filter to the size of ``num_scales`` scales.
+
+        Where these end with luma, their chroma is that of the level before, without details.
+        """
+        part = self.parts[num_scales - 1]
+        bands = self._transform(pixels, self.levels - part.level)[:1]
+        if part.planes != "luma":
+            return self._invert(bands)
+        luma, chroma = bands[0][:, :1], bands[0][:, 1:]
+        smooth = torch.zeros_like(chroma)
+        if part.level:
+            coarse, details = dwt(chroma, 1, self.config.transform, "averaging")
+            smooth = idwt([coarse, torch.zeros_like(details)], self.config.transform, "averaging")
+        return self._invert([torch.cat((luma, smooth), dim=1)])
 
 
-def check_config(config: SITConfig, image_size: tuple[int, int]) -> None:
+def check_config(config: SITConfig, image_size: tuple[int, int], channels: int) -> None:
     """Raise ValueError for a config that has no geometry, naming what is allowed."""
     if config.attention not in CAUSAL:
         raise InputError(f"tokenizer.attention={config.attention!r}; allowed: {', '.join(CAUSAL)}")
-    if config.transform not in ("haar", "identity"):
-        raise InputError(f"tokenizer.transform={config.transform!r}; allowed: haar, identity")
+    if config.transform != "identity" and not is_wavelet(config.transform):
+        raise InputError(f"tokenizer.transform={config.transform!r}; allowed: identity, {WAVELETS}")
     if config.transform == "identity" and config.scales != 1:
         raise InputError(f"tokenizer.scales={config.scales}; transform identity has 1")
     if config.groups != 1 and config.transform != "identity":
         raise InputError(
             f"tokenizer.groups={config.groups} with transform {config.transform}: its scales are the groups"
         )
+    if config.groups != 1 and config.planes != "all":
+        raise InputError(f"tokenizer.groups={config.groups} with planes {config.planes}: its scales are the groups")
     if config.groups < 1:
         raise InputError(f"tokenizer.groups={config.groups}; allowed: 1 or more")
     if config.scales < 1 or config.patch < 1:
         raise InputError(f"tokenizer.scales={config.scales}, tokenizer.patch={config.patch}; allowed: 1 or more")
-    unit = 2 ** (config.scales - 1) * config.patch
+    if not 0 <= config.overlap <= config.patch:
+        raise InputError(f"tokenizer.overlap={config.overlap}; allowed: 0 to tokenizer.patch={config.patch}")
+    if config.planes not in PLANES:
+        raise InputError(f"tokenizer.planes={config.planes!r}; allowed: {', '.join(PLANES)}")
+    if config.planes == "ycbcr" and channels != 3:
+        raise InputError("tokenizer.planes=ycbcr with images.channels=1: gray images have no chroma; set planes=all")
+    # a patch of chroma is as large as 2x2 of luma
+    unit = 2 ** (config.scales - 1) * config.patch * (1 if config.planes == "all" else 2)
+    planes = "" if config.planes == "all" else f" and planes {config.planes}"
     for side in image_size:
         if side % unit:
             near = (max(1, side // unit) * unit, (side // unit + 1) * unit)
             raise InputError(
-                f"images.size={side}: {config.scales} scales with patch {config.patch} need a multiple of {unit} "
-                f"(nearest: {near[0]}, {near[1]})"
+                f"images.size={side}: {config.scales} scales with patch {config.patch}{planes} need a multiple of "
+                f"{unit} (nearest: {near[0]}, {near[1]})"
             )
     if (image_size[0] // unit * (image_size[1] // unit)) % config.groups:
         tokens = f"{image_size[0] // unit}x{image_size[1] // unit}"

@@ -75,6 +75,14 @@ def scale_causal(lengths: Sequence[int]) -> Tensor:
     return scale[:, None] >= scale[None, :]
 
 
+def blind_to_chroma(planes: Sequence[str], lengths: Sequence[int]) -> Tensor:
+    """bool [L, L] for scales of these planes and lengths: False where a row is luma and would look at chroma."""
+    chroma = torch.tensor(
+        [plane == "chroma" for plane, length in zip(planes, lengths, strict=True) for _ in range(length)]
+    )
+    return chroma[:, None] | ~chroma[None, :]
+
+
 class Transformer(nn.Module):
     """Blocks and a last norm over a sequence of at most ``sum(group_lengths)`` tokens.
 

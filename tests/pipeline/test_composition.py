@@ -220,3 +220,46 @@ def step_of_stage_two(config, tokenizer, pixels, prompts):
     assert decoded.shape == pixels.shape and torch.isfinite(decoded).all()
     if getattr(config.tokenizer, "head", None) and config.tokenizer.head.kind != "none":
         assert tokenizer.render(drawn, (5, 11)).shape == (2, 3, 5, 11)
+
+
+TRANSFORMS = ("identity", "haar", "bior4.4", "db2", "bior3.3")
+COEFFICIENTS = list(itertools.product(TRANSFORMS, (0, 1, 9), ("all", "ycbcr", "hsv")))
+
+
+def with_coefficients(keys, transform, overlap, planes):
+    return [*keys, f"tokenizer.transform={transform}", f"tokenizer.overlap={overlap}", f"tokenizer.planes={planes}"]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_coefficients_are_refused_or_composed(plain, kind, channels):
+    """Wavelets, overlap and planes: SIT and ViT-VQGAN alone have them."""
+    prior, accepted = "chunked" if kind == "sparse-dct" else "transformer", []
+    for each in COEFFICIENTS:
+        keys = with_coefficients(overrides(kind, prior, "natural", "none", "", "none", "class"), *each)
+        try:
+            load_config(plain, [*keys, f"images.channels={channels}"])
+            accepted.append(each)
+        except ConfigError as error:
+            assert "\n" not in str(error) and len(str(error)) > 20
+    wanted = [
+        (transform, overlap, planes)
+        for transform, overlap, planes in COEFFICIENTS
+        if transform in TRANSFORMS[1 if kind == "sit" else 0 : 4]  # sit has two scales here
+        and overlap < 9
+        and (planes == "all" or (planes == "ycbcr" and channels == 3))
+    ]
+    assert accepted == (wanted if kind in ("sit", "vit-vqgan") else [])
+
+
+@pytest.mark.parametrize("head", ["none", "wavelet"])
+@pytest.mark.parametrize("attention", ["sit", "sit-sc", "sit-sce"])
+@pytest.mark.parametrize("each", [("bior4.4", 1, "all"), ("haar", 0, "ycbcr"), ("db2", 1, "ycbcr")])
+def test_coefficients_compose_with_the_rest(plain, each, attention, head):
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels, tokenizer = torch.tensor([0, 1]), None
+    for order, averaging, borders in (("natural", "none", ""), ("reversed", "replace", "grid")):
+        keys = with_coefficients(overrides("sit", "transformer", order, averaging, borders, head, "class"), *each)
+        config = load_config(plain, [*keys, f"tokenizer.attention={attention}"])
+        tokenizer = tokenizer or step_of_stage_one(config, pixels, labels)
+        step_of_stage_two(config, tokenizer, pixels, Prompts.of_labels(labels))

@@ -34,6 +34,11 @@ KINDS = {
     "sit-sc, cosine": (SITConfig, {"scales": 2, "attention": "sit-sc", "quantizer": COSINE}),
     "sit with a head": (SITConfig, {"scales": 2, "quantizer": FSQ, "head": WaveletHeadConfig(width=8)}),
     "vit-vqgan": (ViTVQGANConfig, {"patch": 4, "quantizer": COSINE}),
+    "luma apart, CDF 9/7, overlap": (
+        SITConfig,
+        {"scales": 2, "planes": "ycbcr", "transform": "bior4.4", "overlap": 1, "attention": "sit-sc", "quantizer": FSQ},
+    ),
+    "sit on db2": (SITConfig, {"scales": 2, "transform": "db2", "quantizer": FSQ}),
     "nested": (NestedConfig, {"num_tokens": 6, "patch": 4, "quantizer": FSQ}),
     "nested, equal widths": (NestedConfig, {"num_tokens": 4, "patch": 4, "widths": [2, 2, 9, 16], "quantizer": COSINE}),
     **{
