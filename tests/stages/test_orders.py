@@ -100,7 +100,11 @@ def by_hand(model):
     )
     mine, other = model.state_dict(), {}
     for name, tensor in mine.items():
-        if not name.startswith("inputs.") and "permutation" not in name:
+        if (
+            not name.startswith("inputs.")
+            and "permutation" not in name
+            or name.startswith(("inputs.chosen", "inputs.mix"))
+        ):
             other[name] = tensor
     sizes = {book: sum(field.vocabulary_size for field in of.fields_of(book)) for book in of.codebooks}
     rows = dict(zip(sizes, mine["inputs.table.weight"].split(list(sizes.values())), strict=True))
