@@ -20,7 +20,7 @@ from pipeline.compare import FIGURES, look_up
 from pipeline.rates import COLOURS
 from pipeline.report_tables import figure
 from pipeline.studies.plan import Cell, StudyConfig
-from pipeline.studies.train import Outcome, cpu_minutes
+from pipeline.studies.train import Outcome, effort
 from stages.weights import load_prior, load_tokenizer
 
 TITLES = {known.key: known.title for known in FIGURES} | {
@@ -71,7 +71,7 @@ def row_of(study: StudyConfig, cell: Cell, outcome: Outcome) -> dict[str, Any]:
         "command": shlex.join(("octaves", "eval", *cell.command)),
         "tokenizer_parameters": count(load_tokenizer(tokenizer)[0]) if tokenizer.exists() else None,
         "prior_parameters": count(load_prior(prior)[0]) if prior.exists() else None,
-        "training_cpu_minutes": cpu_minutes(cell),
+        "training": effort(cell),
         "figures": {key: values_of(metrics, key) for key in study.figures},
         "settings": {key: metrics["settings"].get(key) for key in ("tokenizer", "prior", "device", "threads", "torch")}
         if done
@@ -87,13 +87,15 @@ def count(network: nn.Module) -> int:
 def csv_of(study: StudyConfig, rows: Sequence[dict[str, Any]]) -> str:
     """One line a cell; several numbers of a figure are parted by blanks."""
     text = io.StringIO()
-    plain = ("arm", "seed", "state", "tokenizer_parameters", "prior_parameters", "training_cpu_minutes")
+    plain = ("arm", "seed", "state", "tokenizer_parameters", "prior_parameters")
+    training = ("cpu_minutes", "peak_megabytes")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*plain, *study.figures])
+    writer.writerow([*plain, *training, *study.figures])
     for row in rows:
         values = [row["figures"][key] for key in study.figures]
         told = [" ".join(map(str, value)) if isinstance(value, tuple) else value for value in values]
-        writer.writerow([*(row[key] for key in plain), *told])
+        spent = [(row["training"] or {}).get(key) for key in training]
+        writer.writerow([*(row[key] for key in plain), *spent, *told])
     return text.getvalue()
 
 
@@ -113,7 +115,7 @@ def spread(values: Sequence[Value]) -> str:
 def markdown(study: StudyConfig, name: str, rows: Sequence[dict[str, Any]]) -> str:
     """The table of arms."""
     shown = [key for key in study.figures if any(row["figures"][key] is not None for row in rows)]
-    head = ["arm", "seeds", "parameters", "CPU min", *(TITLES.get(key, key) for key in shown)]
+    head = ["arm", "seeds", "parameters", "CPU min", "peak MB", *(TITLES.get(key, key) for key in shown)]
     lines = [f"# {name}", "", study.question, "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
@@ -123,8 +125,14 @@ def markdown(study: StudyConfig, name: str, rows: Sequence[dict[str, Any]]) -> s
             lines.append(f"| {' | '.join(cells)} |")
             continue
         sizes = [row["tokenizer_parameters"] + (row["prior_parameters"] or 0) for row in done]
-        minutes = [row["training_cpu_minutes"] for row in done]
-        cells = [arm, str(len(done)), f"{sizes[0]:,}", spread(minutes).split(" ")[0]]
+        spent = [row["training"] for row in done if row["training"] is not None]
+        means = (
+            [statistics.fmean(each[key] for each in spent) for key in ("cpu_minutes", "peak_megabytes")]
+            if spent
+            else []
+        )
+        told = [f"{mean:,.{1 - number}f}" if mean else "–" for number, mean in enumerate(means)] or ["–", "–"]
+        cells = [arm, str(len(done)), f"{sizes[0]:,}", *told]
         cells += [spread([row["figures"][key] for row in done]) for key in shown]
         lines.append(f"| {' | '.join(cells)} |")
     missing = [f"{row['arm']}, seed {row['seed']}: {row['state']}" for row in rows if row["state"] != "done"]

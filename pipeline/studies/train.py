@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from data.files import write_atomically
 from pipeline.processes import REQUEUE, prepare_child
@@ -115,7 +114,7 @@ def finished(job: Job) -> str | None:
     if not pid:
         return None
     code = job.process.returncode = os.waitstatus_to_exitcode(status)
-    remember(job, usage.ru_utime + usage.ru_stime)
+    remember(job, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
     made = dict(job.cell.stages)[job.stage]
     if code == 0 and made.exists():
         print(
@@ -128,24 +127,32 @@ def finished(job: Job) -> str | None:
     return lines[-1] if lines and not lines[-1].startswith("$ ") else f"exit code {code}"
 
 
-def remember(job: Job, seconds: float) -> None:
-    """Add the CPU and wall seconds of a stage to ``study.json`` in its run, by the file that the stage makes."""
+def remember(job: Job, seconds: float, megabytes: float) -> None:
+    """Add what a stage took to ``study.json`` in its run, by the file that the stage makes."""
     path = job.cell.run / "study.json"
     seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = str(dict(job.cell.stages)[job.stage].relative_to(job.cell.run))
-    before = seen.get(key, {"cpu_seconds": 0.0, "wall_seconds": 0.0})
+    before = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_megabytes": 0.0} | seen.get(key, {})
     seen[key] = {
+        "peak_megabytes": max(before["peak_megabytes"], megabytes),
         "cpu_seconds": before["cpu_seconds"] + seconds,
         "wall_seconds": before["wall_seconds"] + time.monotonic() - job.begun,
     }
     write_atomically(path, json.dumps(seen, indent=1).encode())
 
 
-def cpu_minutes(cell: Cell) -> float | None:
-    """CPU minutes of training the cell's stages, without caching and evaluation; None where nobody counted."""
+def effort(cell: Cell) -> dict[str, float] | None:
+    """CPU minutes of training the cell's stages and the most memory that one took; None where nobody counted.
+
+    Caching and evaluation are left out. Memory is the resident set of the training process, libraries and all.
+    """
     path = cell.run / "study.json"
-    if not path.exists():
+    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    own = [str(made.relative_to(cell.run)) for name, made in cell.stages if name.startswith("train")]
+    found = [seen[key] for key in own if key in seen]
+    if not found:
         return None
-    seen = json.loads(path.read_text(encoding="utf-8"))
-    own = [str(Path(made).relative_to(cell.run)) for name, made in cell.stages if name.startswith("train")]
-    return sum(seen[key]["cpu_seconds"] for key in own if key in seen) / 60
+    return {
+        "cpu_minutes": sum(each["cpu_seconds"] for each in found) / 60,
+        "peak_megabytes": max(each.get("peak_megabytes", 0.0) for each in found),
+    }
