@@ -258,7 +258,9 @@ def test_coefficients_are_refused_or_composed(plain, kind, channels):
 def test_coefficients_compose_with_the_rest(plain, each, attention, head):
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     labels, tokenizer = torch.tensor([0, 1]), None
-    for order, averaging, borders in (("natural", "none", ""), ("reversed", "replace", "grid")):
+    orders = [("natural", "none", ""), ("reversed", "replace", "grid"), ("scale", "none", "")]
+    orders += [("luma_first", "mix", "scale")] if each[2] == "ycbcr" else []
+    for order, averaging, borders in orders:
         keys = with_coefficients(overrides("sit", "transformer", order, averaging, borders, head, "class"), *each)
         config = load_config(plain, [*keys, f"tokenizer.attention={attention}"])
         tokenizer = tokenizer or step_of_stage_one(config, pixels, labels)
