@@ -52,9 +52,12 @@ def run_study(arguments: Sequence[str]) -> Path:
     finally:
         table = write_tables(study, path.stem, cells, outcome, Path(request.out) / path.stem)
     print(f"\n{table.read_text(encoding='utf-8')}\nwrote {table} and cells.csv, study.json, plot.png beside it")
-    if outcome.failed:
-        (arm, seed), line = next(iter(outcome.failed.items()))
-        raise RunError(f"{len(outcome.failed)} of {len(cells)} cells failed; the first, {arm} with seed {seed}: {line}")
+    failed = [(cell, line) for cell in cells if (line := outcome.reason(cell)) is not None]
+    if failed:
+        cell, line = failed[0]
+        raise RunError(
+            f"{len(failed)} of {len(cells)} cells failed; the first, {cell.arm} with seed {cell.seed}: {line}"
+        )
     return table
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,19 @@ FIGURES = [
     "samples.fd_lite0.value",
 ]
 """What a study shows when it does not say."""
+
+
+OWN = (
+    "seed",
+    "name",
+    "run",
+    "tokenizer.path",
+    "tokens.path",
+    "prior.path",
+    "eval.name",
+    "tokenizer_training.start_from",
+)
+"""Keys of the config that neither a study nor its command line may set."""
 
 
 @dataclass
@@ -125,17 +138,37 @@ def load_study(path: Path) -> StudyConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]} (key {error.full_key})") from error
     assert isinstance(study, StudyConfig)
+    check_study(study, path.name)
+    return study
+
+
+def check_study(study: StudyConfig, file: str) -> None:
+    """Raise ConfigError for arms, seeds, keys or panels that make no sense."""
     names = [arm.name for arm in study.arms]
     for name in names:
         if names.count(name) > 1 or not name.replace("-", "").replace(".", "").isalnum():
-            raise ConfigError(f"{path.name}: arm {name!r}; names are letters, digits, dots and dashes, each once")
+            raise ConfigError(f"{file}: arm {name!r}; names are letters, digits, dots and dashes, each once")
     if not names:
-        raise ConfigError(f"{path.name}: a study needs an arm")
-    return study
+        raise ConfigError(f"{file}: a study needs an arm")
+    for owner, seeds in (("seeds", study.seeds), *((f"seeds of arm {arm.name}", arm.seeds) for arm in study.arms)):
+        if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+            raise ConfigError(f"{file}: {owner}={seeds}; allowed: one or more, each once")
+    for keys in (study.keys, *(arm.keys for arm in study.arms)):
+        check_keys(keys, file)
+    if not study.plot or not set(study.plot) <= set(study.figures):
+        raise ConfigError(f"{file}: plot={study.plot}; allowed: one or more of figures={study.figures}")
+
+
+def check_keys(keys: Iterable[str], where: str) -> None:
+    """Raise ConfigError for keys that the study itself sets, or that its runs are not told apart by."""
+    for key in keys:
+        if key in OWN or key.split(".")[0] == "trainer":
+            raise ConfigError(f"{where}: {key} is no key of a study; it names runs by what decides their tokens")
 
 
 def cells_of(study: StudyConfig, root: Path, extra: Sequence[str] = ()) -> list[Cell]:
     """All cells, first seeds first; ``extra`` are overrides of all. Raises ConfigError for one that cannot run."""
+    check_keys((item.partition("=")[0] for item in extra), "study")
     seeds = {arm.name: study.seeds if arm.seeds is None else arm.seeds for arm in study.arms}
     rounds = max(len(each) for each in seeds.values())
     return [

@@ -17,6 +17,7 @@ from torch import nn
 
 from data.files import write_atomically
 from pipeline.compare import FIGURES, look_up
+from pipeline.config import ConfigError
 from pipeline.rates import COLOURS
 from pipeline.report_tables import figure
 from pipeline.studies.plan import Cell, StudyConfig
@@ -39,10 +40,17 @@ def values_of(metrics: dict[str, Any], key: str) -> Value:
     before, star, after = key.partition(".*.")
     if not star:
         value = look_up(metrics, key)
-        return None if value is None else float(value)
+        return None if value is None else number(value, key)
     entries = look_up(metrics, before) or []
     found = [look_up(entry, after) for entry in entries]
-    return tuple(map(float, found)) if found and None not in found else None
+    return tuple(number(value, key) for value in found) if found and None not in found else None
+
+
+def number(value: Any, key: str) -> float:
+    """A number of ``metrics.json``. Raises ConfigError that names the figure for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"figures: {key} is no number in metrics.json; name one, e.g. tokenizer.fd_lite0.value")
+    return float(value)
 
 
 def write_tables(study: StudyConfig, name: str, cells: Sequence[Cell], outcome: Outcome, out: Path) -> Path:
@@ -63,7 +71,7 @@ def row_of(study: StudyConfig, cell: Cell, outcome: Outcome) -> dict[str, Any]:
     done = cell.metrics.exists()
     metrics = json.loads(cell.metrics.read_text(encoding="utf-8")) if done else {}
     tokenizer, prior = Path(cell.config.tokenizer.path), Path(cell.config.prior.path)
-    failed = outcome.failed.get((cell.arm, cell.seed))
+    failed = outcome.reason(cell)
     return {
         "arm": cell.arm,
         "seed": cell.seed,

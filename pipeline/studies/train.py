@@ -1,7 +1,7 @@
 """Training and evaluating the cells of a study: one process a stage, several runs side by side.
 
 Every stage is the command that a user would give, so it resumes as that does; what is finished is not done again. Two
-cells that share a run wait for each other. A stage that fails takes its cells with it, and the others go on.
+cells that share a run wait for each other. A stage that fails takes all cells that need it with it; the others go on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from data.files import write_atomically
 from pipeline.processes import REQUEUE, prepare_child
@@ -34,13 +35,22 @@ class Job:
     process: subprocess.Popen[bytes]
     begun: float
 
+    @property
+    def made(self) -> Path:
+        """The file that the stage writes last."""
+        return dict(self.cell.stages)[self.stage]
+
 
 @dataclass
 class Outcome:
     """What training the cells came to."""
 
-    failed: dict[tuple[str, int], str] = field(default_factory=dict)
-    """(arm, seed): the last line of a stage that failed."""
+    failed: dict[Path, str] = field(default_factory=dict)
+    """What a stage that failed would have written: the last line that it printed."""
+
+    def reason(self, cell: Cell) -> str | None:
+        """Why a cell has no evaluation; None where nothing failed."""
+        return next((self.failed[made] for _, made in cell.stages if made in self.failed), None)
 
 
 def train(cells: Sequence[Cell], jobs: int, minutes: float | None) -> Outcome:
@@ -57,7 +67,7 @@ def train(cells: Sequence[Cell], jobs: int, minutes: float | None) -> Outcome:
                 if (line := finished(job)) is not None:
                     running.remove(job)
                     if line:
-                        outcome.failed[job.cell.arm, job.cell.seed] = line
+                        outcome.failed[job.made] = line
                         print(f"{job.cell.arm}, seed {job.cell.seed}: {job.stage} failed: {line}", flush=True)
             late = end is not None and time.monotonic() > end
             while len(running) < jobs and not late and (found := next_stage(cells, running, outcome)):
@@ -68,18 +78,19 @@ def train(cells: Sequence[Cell], jobs: int, minutes: float | None) -> Outcome:
     finally:
         for job in running:
             job.process.terminate()
-        for job in running:
-            try:
-                job.process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                job.process.kill()
+        grace = time.monotonic() + GRACE_SECONDS
+        while running := [job for job in running if finished(job) is None]:
+            if time.monotonic() > grace:
+                for job in running:
+                    job.process.kill()
+            time.sleep(POLL_SECONDS)
 
 
 def next_stage(cells: Sequence[Cell], running: Sequence[Job], outcome: Outcome) -> tuple[Cell, str] | None:
     """The first stage that is missing and that no running one holds up."""
     busy = {job.cell.run for job in running}
     for cell in cells:
-        if cell.run in busy or (cell.arm, cell.seed) in outcome.failed:
+        if cell.run in busy or outcome.reason(cell) is not None:
             continue
         stage = next((name for name, made in cell.stages if not made.exists()), None)
         if stage is not None:
@@ -103,6 +114,7 @@ def start(cell: Cell, stage: str, jobs: int) -> Job:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
+            start_new_session=True,  # Ctrl-C is this process's to hear: a stage saves after SIGTERM alone
             preexec_fn=partial(prepare_child, os.getpid()),
         )
     return Job(cell, stage, process, time.monotonic())
@@ -115,8 +127,7 @@ def finished(job: Job) -> str | None:
         return None
     code = job.process.returncode = os.waitstatus_to_exitcode(status)
     remember(job, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
-    made = dict(job.cell.stages)[job.stage]
-    if code == 0 and made.exists():
+    if code == 0 and job.made.exists():
         print(
             f"{job.cell.arm}, seed {job.cell.seed}: {job.stage} done in {usage.ru_utime / 60:.1f} CPU min", flush=True
         )
@@ -131,7 +142,7 @@ def remember(job: Job, seconds: float, megabytes: float) -> None:
     """Add what a stage took to ``study.json`` in its run, by the file that the stage makes."""
     path = job.cell.run / "study.json"
     seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    key = str(dict(job.cell.stages)[job.stage].relative_to(job.cell.run))
+    key = str(job.made.relative_to(job.cell.run))
     before = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_megabytes": 0.0} | seen.get(key, {})
     seen[key] = {
         "peak_megabytes": max(before["peak_megabytes"], megabytes),
@@ -149,9 +160,9 @@ def effort(cell: Cell) -> dict[str, float] | None:
     path = cell.run / "study.json"
     seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     own = [str(made.relative_to(cell.run)) for name, made in cell.stages if name.startswith("train")]
-    found = [seen[key] for key in own if key in seen]
-    if not found:
+    if not all(key in seen for key in own):
         return None
+    found = [seen[key] for key in own]
     return {
         "cpu_minutes": sum(each["cpu_seconds"] for each in found) / 60,
         "peak_megabytes": max(each.get("peak_megabytes", 0.0) for each in found),

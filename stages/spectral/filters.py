@@ -21,7 +21,8 @@ from stages.spectral.pyramid import Scaling
 def taps(wavelet: str) -> Tensor:
     """float64 [2, L]: low-pass and high-pass filter, from the last tap to the first, as a correlation wants them."""
     found = pywt.Wavelet(wavelet)
-    return torch.tensor([found.dec_lo, found.dec_hi], dtype=torch.float64).flip(1)
+    # on the CPU also where a network is built on the meta device: the cache is for everybody
+    return torch.tensor([found.dec_lo, found.dec_hi], dtype=torch.float64, device="cpu").flip(1)
 
 
 @lru_cache

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.__main__ import main
+from pipeline.config import ConfigError
 from pipeline.processes import REQUEUE
 from pipeline.studies.plan import CONFIG_FOLDER, cells_of, find_study, load_study
 from pipeline.studies.table import spread, values_of
@@ -29,6 +30,7 @@ keys:
   eval.timing_repeats: 0
 seeds: [0, 1]
 figures: [tokenizer.psnr_mean_of_images, codes.*.perplexity, rate.prior_bits_per_pixel]
+plot: [tokenizer.psnr_mean_of_images]
 arms:
   - {{name: dense, keys: {{tokenizer.attention: sit}}}}
   - {{name: same, keys: {{tokenizer.attention: sit}}, seeds: [0]}}
@@ -122,6 +124,7 @@ def test_what_does_not_fit_is_not_run_and_what_fails_stops_only_itself(study, tm
     assert states["dense", 0] == states["dense", 1] == states["same", 0] == "done"
     assert states["with-prior", 0] == "not run"
     assert "1 of 5 cells failed; the first, broken with seed 0" in capsys.readouterr().err
+    assert len(list((out / "runs").rglob("study.log"))) == 3
 
 
 def test_sigterm_reaches_the_stage_which_saves_and_the_next_call_goes_on(study, tmp_path):
@@ -146,6 +149,12 @@ def test_a_figure_may_name_every_entry_of_a_list():
     assert values_of(metrics, "none") is values_of(metrics, "codes.*.other") is values_of(metrics, "no.*.list") is None
 
 
+def test_a_figure_that_is_no_number_is_named():
+    for value in ({"value": 1.0}, "cpu", True):
+        with pytest.raises(ConfigError, match="rate.bits is no number"):
+            values_of({"rate": {"bits": value}}, "rate.bits")
+
+
 def test_spread_is_the_mean_and_the_sample_deviation():
     assert spread([1.0, 3.0]) == "2 ± 1.4" or spread([1.0, 3.0]).startswith("2.0")
     assert "±" not in spread([1.0]) and spread([None]) == "–"
@@ -160,6 +169,12 @@ def test_spread_is_the_mean_and_the_sample_deviation():
         ("question: x\narms: [{name: a}, {name: a}]\n", "each once"),
         ("question: x\narms: [{name: a/b}]\n", "letters, digits"),
         ("question: x\narms: []\n", "needs an arm"),
+        ("question: x\nseeds: [0, 0]\narms: [{name: a}]\n", "each once"),
+        ("question: x\narms: [{name: a, seeds: []}]\n", "seeds of arm a"),
+        ("question: x\narms: [{name: a, keys: {seed: 3}}]\n", "seed is no key of a study"),
+        ("question: x\nkeys: {trainer.devices: 2}\narms: [{name: a}]\n", "trainer.devices is no key"),
+        ("question: x\nplot: []\narms: [{name: a}]\n", "plot="),
+        ("question: x\nplot: [speed]\narms: [{name: a}]\n", "plot="),
         ("question: x\narms: [{name: a, keys: {tokenizer.nonsense: 3}}]\n", "arm a: .*nonsense"),
         ("- 1\n", "mapping"),
     ],
@@ -181,6 +196,8 @@ def test_a_study_that_cannot_be_read_says_so_in_one_line(tmp_path, capsys, chang
         (["only=nobody"], "only=nobody: no such arm; allowed: dense"),
         (["train=maybe"], "allowed is true or false"),
         (["tokenizer.patch"], "no override"),
+        (["seed=3"], "seed is no key of a study"),
+        (["tokenizer.path=elsewhere"], "tokenizer.path is no key"),
     ],
 )
 def test_wrong_keys_are_refused(study, tmp_path, capsys, keys, message):
