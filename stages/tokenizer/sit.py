@@ -1,6 +1,6 @@
 """SIT, the Spectral Image Tokenizer (Esteves, Suhail, Makadia; arXiv 2412.09607), and ViT-VQGAN as its special case.
 
-image → wavelets → one sequence of S scales with the same number of tokens → transformer → two codebooks →
+image → wavelets → one sequence of S scales, each with as many tokens → transformer → two codebooks →
 transformer → inverse wavelets → image. What is notable here:
 
 - every scale has the same grid: patches double their side from scale to scale, and a detail token holds all three
@@ -14,10 +14,11 @@ transformer → inverse wavelets → image. What is notable here:
   around its patch, and what neighbours say of the same place is blended (the paper found longer wavelets worse, "more
   padding and leakage", and leaves it there);
 - with ``planes: ycbcr`` each scale becomes one of luma and one of chroma, which has a quarter of the tokens, on patches
-  twice as large. In the encoder luma never looks at chroma, whatever ``attention`` says: a gray image has exactly the
-  luma tokens of the image in colour, which is what colouring needs. Chroma looks at luma of its own scale and, under a
-  scale-causal encoder, of no later one. The decoder is dense, or causal in the order Y0 C0 Y1 C1 …, so that a prefix
-  may end between luma and chroma: it decodes with the chroma that it has.
+  twice as large, and codebooks of its own. In the encoder luma never looks at chroma, whatever ``attention`` says: a
+  gray image has the luma tokens of the image in colour, which is what colouring needs (a file's luma is rounded to
+  8 bits, so a few differ). Chroma looks at luma of its own scale and, under a scale-causal encoder, of no later one.
+  The decoder is dense, or causal in the order Y0 C0 Y1 C1 …, so that a prefix may end between luma and chroma: it
+  decodes with the chroma that it has.
 """
 
 from __future__ import annotations
