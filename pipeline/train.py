@@ -138,9 +138,9 @@ def train_prior(config: Config) -> Path:
             local_gigabytes=config.tokens.local_gigabytes,
         )
         manifest = tokens.manifest
-        if is_first_process():
+        if is_first_process() and not is_remote(config.tokens.path):  # copies are checked by whoever opens them
             for split in sorted(manifest.splits):
-                tokens.reader(split).verify()  # a flipped bit would only make a worse prior
+                TokenReader(config.tokens.path, split).verify()  # a flipped bit would only make a worse prior
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
         settings = dataclasses.replace(config.sampling, compile=False, scales=0)

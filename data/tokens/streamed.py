@@ -3,7 +3,8 @@
 What is notable here:
 
 - a shard's copy is named by the sha256 that the manifest gives it, so it is the right one or not there, whoever fetched
-  it for which run; it is checked while it comes, and published whole;
+  it for which run; it is checked while it comes, and published whole; every process hashes a copy that it finds before
+  it reads it, and a damaged one comes again;
 - one process of a machine fetches a shard, the others wait for it; the copies that were opened longest ago make room;
 - a copy that is open is mapped: it may be removed under a reader, who lets go of it at the next shard it opens;
 - shards that are announced come in a thread, before anybody waits for them.
@@ -44,6 +45,7 @@ class ShardStore:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.folder = data_home() / FOLDER
+        self._sound: set[str] = set()
 
     def path(self, info: ShardInfo) -> Path:
         """Where a shard's copy lies, or would lie."""
@@ -51,12 +53,14 @@ class ShardStore:
 
     @contextmanager
     def holding(self, url: str, info: ShardInfo) -> Iterator[Path]:
-        """The shard at ``url`` on this machine, fetched where it is not there; inside, nobody removes it.
+        """The shard at ``url`` on this machine, fetched where it is not there or damaged; inside, nobody removes it.
 
         Raises CacheError where it does not come, or is not the one that the manifest names.
         """
         path = self.path(info)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if info.sha256 not in self._sound:
+            self._drop_if_damaged(info)
         with _locked(path) as free:
             assert free
             if path.is_file():
@@ -66,14 +70,21 @@ class ShardStore:
                     attempt(lambda: self._fetch(url, info))
                 except RemoteError as error:
                     raise CacheError(f"a shard does not come: {error}") from error
+            self._sound.add(info.sha256)
             yield path
 
-    def drop_if_damaged(self, info: ShardInfo) -> None:
-        """Remove a copy whose bytes have changed."""
+    def _drop_if_damaged(self, info: ShardInfo) -> None:
         path = self.path(info)
-        if path.is_file():
+
+        def damaged() -> bool:
+            try:
+                return file_sha256(path) != info.sha256
+            except FileNotFoundError:
+                return False
+
+        if damaged():  # without the lock: the processes of a machine hash a sound copy side by side
             with _locked(path):
-                if path.is_file() and file_sha256(path) != info.sha256:
+                if damaged():  # nobody has put a sound one there meanwhile
                     path.unlink()
 
     def _fetch(self, url: str, info: ShardInfo) -> None:
@@ -198,11 +209,6 @@ class StreamedReader:
             self._shard(number).keys(np.asarray([position - self._starts[number]]))[0]
             for number, position in zip(numbers.tolist(), positions, strict=True)
         ]
-
-    def verify(self) -> None:
-        """Remove damaged copies of this machine; what comes is checked when it comes."""
-        for shard in self.shards:
-            self.store.drop_if_damaged(shard)
 
     def announce(self, positions: np.ndarray) -> None:
         """Let the shards of these positions come in a thread, for they will be read soon."""
