@@ -155,12 +155,13 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
 class StreamedReader:
     """Random access to one split of a cache at a URL: what ``TokenReader`` gives, shard by shard as they are asked for.
 
-    Only the manifest is read at once. Raises CacheError where it or a shard does not come.
+    ``manifest`` is the one at the URL, where it has been read; otherwise it comes at once. Raises CacheError where it
+    or a shard does not come.
     """
 
-    def __init__(self, url: str, split: str, limit: int) -> None:
+    def __init__(self, url: str, split: str, limit: int, manifest: Manifest | None = None) -> None:
         self.url, self.split = url.rstrip("/"), split
-        self.manifest = Manifest.load(url)
+        self.manifest = manifest or Manifest.load(url)
         self.layout = self.manifest.layout
         self.shards = self.manifest.split(split).shards
         self.store = ShardStore(limit)
@@ -179,7 +180,7 @@ class StreamedReader:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url, self.split, self.store.limit)
+        return type(self), (self.url, self.split, self.store.limit, self.manifest)
 
     def read(
         self, positions: np.ndarray, views: np.ndarray | int = 0, with_text: bool = False
@@ -257,11 +258,13 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return joined
 
 
-def open_tokens(path: str, split: str, local_gigabytes: float) -> TokenReader | StreamedReader:
+def open_tokens(
+    path: str, split: str, local_gigabytes: float, manifest: Manifest | None = None
+) -> TokenReader | StreamedReader:
     """One split of the cache in a folder or at a URL, of which at most ``local_gigabytes`` lie on this machine at once.
 
-    Raises CacheError.
+    ``manifest`` is the cache's, where it has been read. Raises CacheError.
     """
     if is_remote(path):
-        return StreamedReader(path, split, int(local_gigabytes * GIGABYTE))
-    return TokenReader(path, split)
+        return StreamedReader(path, split, int(local_gigabytes * GIGABYTE), manifest)
+    return TokenReader(path, split, manifest)
