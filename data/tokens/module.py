@@ -128,9 +128,9 @@ class TokenDataModule(L.LightningDataModule):
     Validation batches also have weight float32 [B]. A trained module that counts its batches as ``batches_seen``
     resumes in the middle of an epoch.
 
-    ``shuffle_shards`` says how many shards are mixed at a time, 0 for all; of a cache at a URL at most
-    ``local_gigabytes`` lie on this machine. Raises CacheError when the cache is missing or damaged, and where it cannot
-    be streamed like this.
+    ``shuffle_shards`` says how many shards are mixed at a time, 0 for all; for a cache at a URL,
+    ``$OCTAVES_DATA/tokens`` holds at most ``local_gigabytes``. Raises CacheError when the cache is missing or damaged,
+    and where it cannot be streamed like this.
     """
 
     def __init__(

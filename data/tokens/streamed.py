@@ -6,7 +6,8 @@ What is notable here:
   it for which run; it is checked while it comes, and published whole; every process hashes a copy that it finds before
   it reads it, and a damaged one comes again;
 - one process of a machine fetches a shard, the others wait for it; the copies that were opened longest ago make room;
-- a copy that is open is mapped: it may be removed under a reader, who lets go of it at the next shard it opens;
+- a copy that is open is mapped: it may be removed under a reader, and its bytes stay on the disk, beside the limit,
+  until the reader lets go of it at the next shard it opens;
 - shards that are announced come in a thread, before anybody waits for them.
 """
 
@@ -40,7 +41,7 @@ _WAIT_SECONDS = 0.1
 
 
 class ShardStore:
-    """Copies of shards in ``$OCTAVES_DATA/tokens``, of all runs on this machine together at most ``limit`` bytes."""
+    """Copies of shards in ``$OCTAVES_DATA/tokens``: that folder holds at most ``limit`` bytes, whichever runs fetch."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -172,7 +173,7 @@ class StreamedReader:
                 "GB; set it to several times that"
             )
         self._starts = np.cumsum([0, *(shard.count for shard in self.shards)])
-        self._open: dict[int, ShardsReader] = {}
+        self._open: dict[int, tuple[int | None, ShardsReader]] = {}
         self._announced: SimpleQueue[int] | None = None
         self._coming: set[int] = set()
 
@@ -238,13 +239,20 @@ class StreamedReader:
 
     def _shard(self, number: int) -> ShardsReader:
         if number not in self._open:
-            gone = [other for other in self._open if not self.store.path(self.shards[other]).exists()]
-            for other in gone:
+            gone = [other for other, (inode, _) in self._open.items() if inode != self._inode(other)]
+            for other in gone:  # also one that has come again: its name is there, its old bytes still take room
                 del self._open[other]
             info = self.shards[number]
             with self.store.holding(self._url_of(info), info) as path:
-                self._open[number] = ShardsReader(self.manifest, [(path, info)])
-        return self._open[number]
+                self._open[number] = self._inode(number), ShardsReader(self.manifest, [(path, info)])
+        return self._open[number][1]
+
+    def _inode(self, number: int) -> int | None:
+        """Of the copy that lies here; None where there is none."""
+        try:
+            return self.store.path(self.shards[number]).stat().st_ino
+        except FileNotFoundError:
+            return None
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -261,7 +269,7 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 def open_tokens(
     path: str, split: str, local_gigabytes: float, manifest: Manifest | None = None
 ) -> TokenReader | StreamedReader:
-    """One split of the cache in a folder or at a URL, of which at most ``local_gigabytes`` lie on this machine at once.
+    """One split of the cache in a folder, or at a URL through at most ``local_gigabytes`` in ``$OCTAVES_DATA/tokens``.
 
     ``manifest`` is the cache's, where it has been read. Raises CacheError.
     """

@@ -1,10 +1,12 @@
 """Tokens at a URL: the same samples as from the folder, through few bytes, and one line for what does not come."""
 
+import gc
 import os
 import pickle
 import shutil
 import threading
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +149,25 @@ def test_a_damaged_copy_comes_again_whoever_opens_it(stored, home, workers):
     fetched = [asked(folder).count(f"/train/{number:06d}.tar") for number in range(5)]
     assert fetched == [1, 2, 1, 2, 1]
     assert same(StreamedReader(url, "train", GIGABYTE).read(everything), local.read(everything))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_reader_lets_go_of_a_copy_that_has_come_again(stored, home):
+    _, url = stored
+    one, other = StreamedReader(url, "train", GIGABYTE), StreamedReader(url, "train", GIGABYTE)
+    one.read(np.asarray([0]))
+    copy = one.store.path(one.shards[0])
+
+    def mapped():
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [line for line in lines if copy.name in line and line.endswith("(deleted)")]
+
+    copy.unlink()
+    other.read(np.asarray([0]))
+    assert copy.exists() and len(mapped()) == 1
+    one.read(np.asarray([len(one) - 1]))
+    gc.collect()
+    assert not mapped()
 
 
 @pytest.mark.parametrize(
