@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.images.views import smaller_side, to_float
 from data.remote import is_remote
-from data.tokens.manifest import check_belongs, read_manifest
+from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
 from data.tokens.streamed import StreamedReader
@@ -138,9 +137,9 @@ def train_prior(config: Config) -> Path:
             local_gigabytes=config.tokens.local_gigabytes,
         )
         manifest = tokens.manifest
-        if is_first_process():
+        if is_first_process() and not is_remote(config.tokens.path):  # copies are checked by whoever opens them
             for split in sorted(manifest.splits):
-                tokens.reader(split).verify()  # a flipped bit would only make a worse prior
+                TokenReader(config.tokens.path, split, manifest).verify()  # a flipped bit would only make a worse prior
         if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
             check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
         settings = dataclasses.replace(config.sampling, compile=False, scales=0)
@@ -170,7 +169,7 @@ def train_prior(config: Config) -> Path:
                 "tokenizer_sha256": manifest.tokenizer_sha256,
                 "steps": module.step,
                 "world_size": trainer.world_size,
-                "manifest_sha256": hashlib.sha256(read_manifest(config.tokens.path)).hexdigest(),
+                "manifest_sha256": tokens.manifest_sha256,
             }
             save_prior(path, prior, config.prior, config.condition, extra, weights)
             print(f"wrote {path}")

@@ -13,7 +13,8 @@ class TokensConfig:
     """Folder with train/, val/ and manifest.json; for train-prior and eval also a URL or pipe that ends where these
     begin: https://…/tokens, s3://…, gs://…, pipe:ssh host cat /…/tokens."""
     local_gigabytes: float = 20.0
-    """Of a cache at a URL: most that its shards take on this machine at once, in $OCTAVES_DATA/tokens."""
+    """Of a cache at a URL: most that the folder $OCTAVES_DATA/tokens holds. A shard that has made room there while a
+    reader had it open stays on the disk besides, until that reader opens its next shard."""
     encode_batch_size: int = 64
     """Images encoded at once; cut inside a block, the last one padded, so it is part of the bytes' identity."""
     blocks_per_shard: int = 16

@@ -101,7 +101,12 @@ class Manifest:
 
         Raises CacheError where there is none, or not one that this version reads.
         """
-        path, content = f"{place}/{FILE}", read_manifest(place)
+        return cls.parse(read_manifest(place), place)
+
+    @classmethod
+    def parse(cls, content: bytes, place: str | Path) -> Manifest:
+        """The manifest in ``content``, read at ``place``. Raises CacheError for one that this version does not read."""
+        path = f"{place}/{FILE}"
         try:
             data = json.loads(content)
         except ValueError as error:

@@ -7,6 +7,7 @@ process cannot know its rank.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from data.layout import Tokens
 from data.remote import is_remote
 from data.stream import BucketedStream, IndexStream, LookAhead, ShardOrder, as_it_is, heed_parent_only
 from data.tokens.errors import CacheError
-from data.tokens.manifest import Manifest
+from data.tokens.manifest import Manifest, read_manifest
 from data.tokens.order import random_bits
 from data.tokens.reader import TokenReader
 from data.tokens.streamed import GIGABYTE, StreamedReader, open_tokens
@@ -127,9 +128,9 @@ class TokenDataModule(L.LightningDataModule):
     Validation batches also have weight float32 [B]. A trained module that counts its batches as ``batches_seen``
     resumes in the middle of an epoch.
 
-    ``shuffle_shards`` says how many shards are mixed at a time, 0 for all; of a cache at a URL at most
-    ``local_gigabytes`` lie on this machine. Raises CacheError when the cache is missing or damaged, and where it cannot
-    be streamed like this.
+    ``shuffle_shards`` says how many shards are mixed at a time, 0 for all; for a cache at a URL,
+    ``$OCTAVES_DATA/tokens`` holds at most ``local_gigabytes``. Raises CacheError when the cache is missing or damaged,
+    and where it cannot be streamed like this.
     """
 
     def __init__(
@@ -148,7 +149,9 @@ class TokenDataModule(L.LightningDataModule):
         self.tokens_path, self.local_gigabytes, self.shuffle_shards = str(tokens_path), local_gigabytes, shuffle_shards
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.validation_samples = validation_samples
-        self.manifest = Manifest.load(tokens_path)
+        content = read_manifest(tokens_path)  # once: at a URL there may be another one, or none, when training ends
+        self.manifest = Manifest.parse(content, tokens_path)
+        self.manifest_sha256 = hashlib.sha256(content).hexdigest()
         self.with_text = with_text and self.manifest.text is not None
         self.bucket_batches = bucket_batches
         self._finish: CutAndNote | None = None
@@ -157,7 +160,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def reader(self, split: str) -> TokenReader | StreamedReader:
         """The cache's samples by position. Raises CacheError."""
-        return open_tokens(self.tokens_path, split, self.local_gigabytes)
+        return open_tokens(self.tokens_path, split, self.local_gigabytes, self.manifest)
 
     def _check_streaming(self) -> None:
         """Raise CacheError where shards would be fetched again and again, or lengths must be known before they come."""

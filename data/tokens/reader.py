@@ -214,12 +214,13 @@ class ShardsReader:
 class TokenReader(ShardsReader):
     """Random access to one split of a cache in a folder. Positions run over the stored order, 0 … len - 1.
 
-    Raises CacheError like ``ShardsReader``, and where the manifest counts other samples.
+    ``manifest`` is the folder's, where it has been read. Raises CacheError like ``ShardsReader``, and where the
+    manifest counts other samples.
     """
 
-    def __init__(self, folder: str | Path, split: str) -> None:
+    def __init__(self, folder: str | Path, split: str, manifest: Manifest | None = None) -> None:
         self.folder, self.split = Path(folder), split
-        manifest = Manifest.load(folder)
+        manifest = manifest or Manifest.load(folder)
         info = manifest.split(split)
         super().__init__(manifest, [(self.folder / split / shard.file, shard) for shard in info.shards])
         if len(self) != info.count:
@@ -227,7 +228,7 @@ class TokenReader(ShardsReader):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Maps cannot be pickled; a spawned loader process opens its own.
-        return type(self), (self.folder, self.split)
+        return type(self), (self.folder, self.split, self.manifest)
 
     def verify(self) -> None:
         """Compare every shard's hash with the manifest: reads the whole split. Raises CacheError."""

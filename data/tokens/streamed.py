@@ -3,9 +3,11 @@
 What is notable here:
 
 - a shard's copy is named by the sha256 that the manifest gives it, so it is the right one or not there, whoever fetched
-  it for which run; it is checked while it comes, and published whole;
+  it for which run; it is checked while it comes, and published whole; every process hashes a copy that it finds before
+  it reads it, and a damaged one comes again;
 - one process of a machine fetches a shard, the others wait for it; the copies that were opened longest ago make room;
-- a copy that is open is mapped: it may be removed under a reader, who lets go of it at the next shard it opens;
+- a copy that is open is mapped: it may be removed under a reader, and its bytes stay on the disk, beside the limit,
+  until the reader lets go of it at the next shard it opens;
 - shards that are announced come in a thread, before anybody waits for them.
 """
 
@@ -39,11 +41,12 @@ _WAIT_SECONDS = 0.1
 
 
 class ShardStore:
-    """Copies of shards in ``$OCTAVES_DATA/tokens``, of all runs on this machine together at most ``limit`` bytes."""
+    """Copies of shards in ``$OCTAVES_DATA/tokens``: that folder holds at most ``limit`` bytes, whichever runs fetch."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.folder = data_home() / FOLDER
+        self._sound: set[str] = set()
 
     def path(self, info: ShardInfo) -> Path:
         """Where a shard's copy lies, or would lie."""
@@ -51,12 +54,14 @@ class ShardStore:
 
     @contextmanager
     def holding(self, url: str, info: ShardInfo) -> Iterator[Path]:
-        """The shard at ``url`` on this machine, fetched where it is not there; inside, nobody removes it.
+        """The shard at ``url`` on this machine, fetched where it is not there or damaged; inside, nobody removes it.
 
         Raises CacheError where it does not come, or is not the one that the manifest names.
         """
         path = self.path(info)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if info.sha256 not in self._sound:
+            self._drop_if_damaged(info)
         with _locked(path) as free:
             assert free
             if path.is_file():
@@ -66,14 +71,21 @@ class ShardStore:
                     attempt(lambda: self._fetch(url, info))
                 except RemoteError as error:
                     raise CacheError(f"a shard does not come: {error}") from error
+            self._sound.add(info.sha256)
             yield path
 
-    def drop_if_damaged(self, info: ShardInfo) -> None:
-        """Remove a copy whose bytes have changed."""
+    def _drop_if_damaged(self, info: ShardInfo) -> None:
         path = self.path(info)
-        if path.is_file():
+
+        def damaged() -> bool:
+            try:
+                return file_sha256(path) != info.sha256
+            except FileNotFoundError:
+                return False
+
+        if damaged():  # without the lock: the processes of a machine hash a sound copy side by side
             with _locked(path):
-                if path.is_file() and file_sha256(path) != info.sha256:
+                if damaged():  # nobody has put a sound one there meanwhile
                     path.unlink()
 
     def _fetch(self, url: str, info: ShardInfo) -> None:
@@ -144,12 +156,13 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
 class StreamedReader:
     """Random access to one split of a cache at a URL: what ``TokenReader`` gives, shard by shard as they are asked for.
 
-    Only the manifest is read at once. Raises CacheError where it or a shard does not come.
+    ``manifest`` is the one at the URL, where it has been read; otherwise it comes at once. Raises CacheError where it
+    or a shard does not come.
     """
 
-    def __init__(self, url: str, split: str, limit: int) -> None:
+    def __init__(self, url: str, split: str, limit: int, manifest: Manifest | None = None) -> None:
         self.url, self.split = url.rstrip("/"), split
-        self.manifest = Manifest.load(url)
+        self.manifest = manifest or Manifest.load(url)
         self.layout = self.manifest.layout
         self.shards = self.manifest.split(split).shards
         self.store = ShardStore(limit)
@@ -160,7 +173,7 @@ class StreamedReader:
                 "GB; set it to several times that"
             )
         self._starts = np.cumsum([0, *(shard.count for shard in self.shards)])
-        self._open: dict[int, ShardsReader] = {}
+        self._open: dict[int, tuple[int | None, ShardsReader]] = {}
         self._announced: SimpleQueue[int] | None = None
         self._coming: set[int] = set()
 
@@ -168,7 +181,7 @@ class StreamedReader:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url, self.split, self.store.limit)
+        return type(self), (self.url, self.split, self.store.limit, self.manifest)
 
     def read(
         self, positions: np.ndarray, views: np.ndarray | int = 0, with_text: bool = False
@@ -199,11 +212,6 @@ class StreamedReader:
             for number, position in zip(numbers.tolist(), positions, strict=True)
         ]
 
-    def verify(self) -> None:
-        """Remove damaged copies of this machine; what comes is checked when it comes."""
-        for shard in self.shards:
-            self.store.drop_if_damaged(shard)
-
     def announce(self, positions: np.ndarray) -> None:
         """Let the shards of these positions come in a thread, for they will be read soon."""
         if self._announced is None:
@@ -231,13 +239,20 @@ class StreamedReader:
 
     def _shard(self, number: int) -> ShardsReader:
         if number not in self._open:
-            gone = [other for other in self._open if not self.store.path(self.shards[other]).exists()]
-            for other in gone:
+            gone = [other for other, (inode, _) in self._open.items() if inode != self._inode(other)]
+            for other in gone:  # also one that has come again: its name is there, its old bytes still take room
                 del self._open[other]
             info = self.shards[number]
             with self.store.holding(self._url_of(info), info) as path:
-                self._open[number] = ShardsReader(self.manifest, [(path, info)])
-        return self._open[number]
+                self._open[number] = self._inode(number), ShardsReader(self.manifest, [(path, info)])
+        return self._open[number][1]
+
+    def _inode(self, number: int) -> int | None:
+        """Of the copy that lies here; None where there is none."""
+        try:
+            return self.store.path(self.shards[number]).stat().st_ino
+        except FileNotFoundError:
+            return None
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -251,11 +266,13 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return joined
 
 
-def open_tokens(path: str, split: str, local_gigabytes: float) -> TokenReader | StreamedReader:
-    """One split of the cache in a folder or at a URL, of which at most ``local_gigabytes`` lie on this machine at once.
+def open_tokens(
+    path: str, split: str, local_gigabytes: float, manifest: Manifest | None = None
+) -> TokenReader | StreamedReader:
+    """One split of the cache in a folder, or at a URL through at most ``local_gigabytes`` in ``$OCTAVES_DATA/tokens``.
 
-    Raises CacheError.
+    ``manifest`` is the cache's, where it has been read. Raises CacheError.
     """
     if is_remote(path):
-        return StreamedReader(path, split, int(local_gigabytes * GIGABYTE))
-    return TokenReader(path, split)
+        return StreamedReader(path, split, int(local_gigabytes * GIGABYTE), manifest)
+    return TokenReader(path, split, manifest)

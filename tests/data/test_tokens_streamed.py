@@ -1,9 +1,12 @@
 """Tokens at a URL: the same samples as from the folder, through few bytes, and one line for what does not come."""
 
+import gc
 import os
 import pickle
 import shutil
 import threading
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,21 +123,51 @@ def test_what_is_announced_is_there_before_it_is_read(stored, home):
     assert same(streamed.read(np.arange(9)), wanted)
 
 
-def test_a_broken_connection_is_tried_again_and_a_damaged_copy_comes_again(stored, home):
+def test_a_broken_connection_is_tried_again(stored, home):
     folder, url = stored
     fail(folder, _000000=("dropped", 2), _000001=("corrupt", 1))
     streamed, local = StreamedReader(url, "train", GIGABYTE), TokenReader(folder, "train")
     everything = np.arange(len(local))
     assert same(streamed.read(everything), local.read(everything))
     assert [asked(folder).count(f"/train/{number:06d}.tar") for number in range(4)] == [3, 2, 1, 1]
-    copy = streamed.store.path(streamed.shards[3])
-    damaged = bytearray(copy.read_bytes())
-    damaged[700] ^= 1
-    copy.write_bytes(damaged)
-    fresh = StreamedReader(url, "train", GIGABYTE)
-    fresh.verify()
-    assert same(fresh.read(everything), local.read(everything))
-    assert asked(folder).count("/train/000003.tar") == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_copy_comes_again_whoever_opens_it(stored, home, workers):
+    folder, url = stored
+    streamed, local = StreamedReader(url, "train", GIGABYTE), TokenReader(folder, "train")
+    everything = np.arange(len(local))
+    streamed.read(everything)
+    damage = {3: lambda content: content[:700] + bytes([content[700] ^ 1]) + content[701:], 1: lambda content: b""}
+    for number, change in damage.items():
+        copy = streamed.store.path(streamed.shards[number])
+        copy.write_bytes(change(copy.read_bytes()))
+    place = {"batch_size": 8, "num_workers": workers, "seed": 0, "validation_samples": 4}
+    batches = islice(TokenDataModule(url, **place).train_dataloader(), 8)  # an epoch and more
+    wanted = islice(TokenDataModule(folder, **place).train_dataloader(), 8)
+    assert all(same(one, other) for one, other in zip(batches, wanted, strict=True))
+    fetched = [asked(folder).count(f"/train/{number:06d}.tar") for number in range(5)]
+    assert fetched == [1, 2, 1, 2, 1]
+    assert same(StreamedReader(url, "train", GIGABYTE).read(everything), local.read(everything))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_reader_lets_go_of_a_copy_that_has_come_again(stored, home):
+    _, url = stored
+    one, other = StreamedReader(url, "train", GIGABYTE), StreamedReader(url, "train", GIGABYTE)
+    one.read(np.asarray([0]))
+    copy = one.store.path(one.shards[0])
+
+    def mapped():
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [line for line in lines if copy.name in line and line.endswith("(deleted)")]
+
+    copy.unlink()
+    other.read(np.asarray([0]))
+    assert copy.exists() and len(mapped()) == 1
+    one.read(np.asarray([len(one) - 1]))
+    gc.collect()
+    assert not mapped()
 
 
 @pytest.mark.parametrize(

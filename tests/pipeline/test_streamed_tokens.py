@@ -1,5 +1,6 @@
 """train-prior and eval on a token cache at a URL: the bits of a run on the folder, through few bytes, and one line."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from data.tokens.manifest import Manifest
 from stages.weights import read_weights
 from tests.data.token_server import asked, fail, serving
-from tests.reliability.commands import octaves, signal_at, start, two
+from tests.reliability.commands import octaves, patch, signal_at, start, two
 from tests.reliability.test_resume import STEPS, preempted
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset asks curl")
@@ -74,6 +75,20 @@ def test_a_run_that_streams_and_is_stopped_ends_with_the_bits_of_one_that_does_n
     assert equal(one, other) and told["manifest_sha256"] == told_other["manifest_sha256"]
     # mixing a shard at a time is another order than mixing all
     assert not equal(one, weights(finished / "run")[1])
+
+
+@pytest.mark.parametrize("then", ["another", "none"])
+def test_a_manifest_that_changes_or_goes_while_training_changes_nothing(finished, store, tmp_path, then):
+    folder, url = store
+    path = folder / "manifest.json"
+    first = path.read_bytes()
+    change = partial(path.write_bytes, first.replace(b"\n", b"\n ")) if then == "another" else path.unlink
+    setup = partial(patch, "pipeline.train:build_prior", 1, change)
+    keys = ["prior_training.max_steps=2", "trainer.num_workers=1"]
+    ended = run_one(tmp_path, command(finished, tmp_path / "run", url, *keys), setup)
+    assert ended.code == 0 and asked(folder).count("/manifest.json") == 1, ended.said
+    assert not path.exists() or path.read_bytes() != first
+    assert weights(tmp_path / "run")[0]["manifest_sha256"] == hashlib.sha256(first).hexdigest()
 
 
 def test_two_processes_fetch_each_shard_once(finished, store, tmp_path):
