@@ -119,6 +119,22 @@ def test_fsq_reaches_every_code_and_each_id_is_another_vector():
     assert len(torch.unique(vectors, dim=0)) == 12
 
 
+@pytest.mark.parametrize("levels", [[1200, 8], [2048, 8], [1001, 5], [8, 5]])
+def test_saturated_numbers_take_the_outermost_values_of_any_number_of_levels(levels):
+    """The bound 1.001 (L - 1) / 2 lies past a rounding border where L is large."""
+    quantizer = make(FSQConfig(levels=levels), width_out=2).eval()
+    quantizer.project_in = quantizer.project_out = torch.nn.Identity()
+    features = torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(1)) * 60
+    result = quantizer(features)
+    assert result.ids.min() >= 0 and result.ids.max() < math.prod(levels)
+    assert torch.equal(quantizer.ids(features), result.ids)
+    assert torch.equal(quantizer.lookup(result.ids), result.features)
+    outermost = torch.tensor([[(level - 1) // 2 for level in levels], [-(level // 2) for level in levels]])
+    saturated = quantizer(torch.tensor([[[60.0, 60.0], [-60.0, -60.0]]]))
+    assert torch.equal(saturated.features[0] * (quantizer.levels // 2), outermost.float())
+    assert quantizer.margins(features).min() >= 0
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_autocast_changes_neither_ids_nor_losses(config):
     quantizer = make(config).eval()
