@@ -244,6 +244,12 @@ def test_revived_rows_reach_the_average_once(config):
     assert not torch.equal(mine[books[0]], averaged[books[0]])
 
 
+def test_simvq_begins_with_the_codes_that_were_drawn():
+    quantizer = make(SimVQConfig(codes=64, code_dim=8))
+    assert torch.equal(quantizer.rows, quantizer.frozen)
+    assert torch.equal(quantizer.codes(torch.arange(64).view(1, 64, 1))[0], quantizer.frozen)
+
+
 def test_simvq_moves_all_codes_where_a_learned_codebook_leaves_most_behind():
     """Both begin far from the data; without revival only the chosen rows of a learned codebook move."""
     learned = make(ResidualVQConfig(codes=64, code_dim=8, depth=1, revive_every=0), 16)

@@ -21,8 +21,8 @@ class SimVQConfig(CodebookConfig):
 
 
 class SimVQ(Quantizer):
-    """Vector quantisation by Euclidean distance to the rows of C W, arXiv 2411.02038: C is normal and stays
-    as it was drawn, W is learned.
+    """Vector quantisation by Euclidean distance to the rows of C W + b, arXiv 2411.02038: C is normal and stays
+    as it was drawn, W and b are learned from the identity and zero.
 
     Raises ValueError for fewer than two codes.
     """
@@ -39,6 +39,7 @@ class SimVQ(Quantizer):
         self.register_buffer("frozen", torch.randn(config.codes, config.code_dim) * config.code_dim**-0.5)
         self.map = nn.Linear(config.code_dim, config.code_dim)
         nn.init.eye_(self.map.weight)  # codes begin as C, as long as encodings; torch's own W would halve them
+        nn.init.zeros_(self.map.bias)
 
     @property
     def rows(self) -> Tensor:
