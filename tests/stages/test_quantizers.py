@@ -302,6 +302,14 @@ def test_the_entropy_term_brings_unused_codes_into_use(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("shape", [(1, 0), (0, 7)])
+def test_no_tokens_have_no_features(config, shape):
+    quantizer = make(config)
+    ids = torch.zeros(*shape, len(quantizer.fields), dtype=torch.int64)
+    assert quantizer.lookup(ids).shape == (*shape, 24)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("wrong", [-1, 5000])
 def test_ids_out_of_range_are_refused(config, wrong):
     quantizer = make(config)

@@ -84,6 +84,8 @@ class Quantizer(nn.Module, ABC):
                 inside = (ids[..., index] >= 0) & (ids[..., index] < part.vocabulary_size)
                 torch._assert_async(inside.all(), f"an id of field {part.name} is not 0 to {part.vocabulary_size - 1}")
                 continue
+            if not ids.numel():
+                return
             low, high = int(ids[..., index].min()), int(ids[..., index].max())
             if low < 0 or high >= part.vocabulary_size:
                 seen = low if low < 0 else high
