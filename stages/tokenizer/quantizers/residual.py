@@ -20,7 +20,7 @@ class ResidualVQConfig(LearnedCodebookConfig):
 
     kind: str = "residual"
     codes: int = 1024
-    """Entries of each stage's codebook."""
+    """Entries of each stage's codebook, 65,536 at most."""
     depth: int = 2
     """Stages; each is a field of the token."""
 
