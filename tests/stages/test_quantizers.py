@@ -17,6 +17,7 @@ from stages.tokenizer.quantizers import (
     SimVQConfig,
 )
 from stages.tokenizer.quantizers.digits import cut
+from stages.tokenizer.quantizers.quantizer import full_precision
 
 CONFIGS = {
     "fsq": FSQConfig(levels=[8, 5, 5, 5]),
@@ -144,6 +145,31 @@ def test_autocast_changes_neither_ids_nor_losses(config):
     exact = quantizer(x)
     assert torch.equal(lowered.ids, exact.ids)
     assert all(torch.equal(lowered.losses[name], exact.losses[name]) for name in exact.losses)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_no_tf32_on_gpus_while_a_quantiser_works_and_the_setting_comes_back(allowed):
+    """The setting is the process's, so it can be looked at where there is no GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with pytest.raises(KeyError), full_precision(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == allowed
+        with full_precision(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_compiled_quantiser_is_one_graph_with_the_same_ids(config):
+    quantizer = make(config).eval()
+    torch.compiler.reset()  # one function of many classes would pass the limit of recompilations
+    compiled = torch.compile(quantizer.ids, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(noise(0)), quantizer.ids(noise(0)))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from data.errors import InputError
 from stages.tokenizer.quantizers.digits import Digits, cut
 from stages.tokenizer.quantizers.gradients import straight_through
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision
 from stages.tokenizer.quantizers.ranks import mean_over_ranks
 
 
@@ -78,7 +78,7 @@ class LFQ(Quantizer):
         return signs
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             encodings = self.encodings(features.float())
             signs = torch.where(encodings > 0, 1.0, -1.0)
             losses = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from stages.tokenizer.quantizers.digits import Digits
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision
 
 LARGEST_FIELD = 1 << 16
 """Codes of one field; more are several fields, so that ids stay uint16 on disk and softmaxes small."""
@@ -58,7 +58,7 @@ class FSQ(Quantizer):
         return self.digits.pack(self.within(encodings.round()).long() + self.levels // 2)
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             bounded = self.encodings(features.float())
             passed = bounded + (self.within(bounded.round()) - bounded).detach()
             return Quantized(self.project_out(passed / (self.levels // 2)), self.choose(bounded.detach()), {})

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from stages.tokenizer.quantizers.codebook import CodebookConfig, check_codebook, lead, nearness, pulls
 from stages.tokenizer.quantizers.gradients import GRADIENTS
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, named_fields
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision, named_fields
 
 
 @dataclass
@@ -53,7 +53,7 @@ class SimVQ(Quantizer):
         return nearness(encodings, self.rows).argmax(-1, keepdim=True)
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             encodings = self.encodings(features.float())
             with torch.no_grad():
                 ids = self.choose(encodings)
