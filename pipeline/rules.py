@@ -127,7 +127,7 @@ def get(config: Config, key: str) -> Any:
 
 # Ranges of whole numbers, checked where the chosen kinds have them.
 BETWEEN = {
-    "tokenizer.quantizer.codes": (2, 2**18),
+    "tokenizer.quantizer.codes": (2, 2**16),
     "tokenizer.quantizer.bits": (1, 64),
     "tokenizer.quantizer.bits_per_field": (1, 16),
     "tokenizer.quantizer.entropy_group_bits": (1, 18),

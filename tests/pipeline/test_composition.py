@@ -182,7 +182,7 @@ REFUSED = {
     "kind=lfq": ["bits=0", "bits=65", "bits_per_field=17", "entropy_group_bits=0", "temperature=0", "temperature=nan"],
     "kind=bsq": ["bits_per_field=0", "entropy_group_bits=19", "temperature=-1"],
     "kind=cosine": ["codes=1", "code_dim=0", "gradient=none"],
-    "kind=simvq": ["codes=300000", "gradient=ste"],
+    "kind=simvq": ["codes=65537", "gradient=ste"],
     "kind=residual": ["depth=0", "codes=0", "gradient=rotate"],
 }
 

@@ -17,6 +17,7 @@ from stages.tokenizer.quantizers import (
     SimVQConfig,
 )
 from stages.tokenizer.quantizers.digits import cut
+from stages.tokenizer.quantizers.quantizer import full_precision
 
 CONFIGS = {
     "fsq": FSQConfig(levels=[8, 5, 5, 5]),
@@ -119,6 +120,22 @@ def test_fsq_reaches_every_code_and_each_id_is_another_vector():
     assert len(torch.unique(vectors, dim=0)) == 12
 
 
+@pytest.mark.parametrize("levels", [[1200, 8], [2048, 8], [1001, 5], [8, 5]])
+def test_saturated_numbers_take_the_outermost_values_of_any_number_of_levels(levels):
+    """The bound 1.001 (L - 1) / 2 lies past a rounding border where L is large."""
+    quantizer = make(FSQConfig(levels=levels), width_out=2).eval()
+    quantizer.project_in = quantizer.project_out = torch.nn.Identity()
+    features = torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(1)) * 60
+    result = quantizer(features)
+    assert result.ids.min() >= 0 and result.ids.max() < math.prod(levels)
+    assert torch.equal(quantizer.ids(features), result.ids)
+    assert torch.equal(quantizer.lookup(result.ids), result.features)
+    outermost = torch.tensor([[(level - 1) // 2 for level in levels], [-(level // 2) for level in levels]])
+    saturated = quantizer(torch.tensor([[[60.0, 60.0], [-60.0, -60.0]]]))
+    assert torch.equal(saturated.features[0] * (quantizer.levels // 2), outermost.float())
+    assert quantizer.margins(features).min() >= 0
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_autocast_changes_neither_ids_nor_losses(config):
     quantizer = make(config).eval()
@@ -128,6 +145,31 @@ def test_autocast_changes_neither_ids_nor_losses(config):
     exact = quantizer(x)
     assert torch.equal(lowered.ids, exact.ids)
     assert all(torch.equal(lowered.losses[name], exact.losses[name]) for name in exact.losses)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_no_tf32_on_gpus_while_a_quantiser_works_and_the_setting_comes_back(allowed):
+    """The setting is the process's, so it can be looked at where there is no GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with pytest.raises(KeyError), full_precision(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == allowed
+        with full_precision(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_compiled_quantiser_is_one_graph_with_the_same_ids(config):
+    quantizer = make(config).eval()
+    torch.compiler.reset()  # one function of many classes would pass the limit of recompilations
+    compiled = torch.compile(quantizer.ids, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(noise(0)), quantizer.ids(noise(0)))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -228,6 +270,12 @@ def test_revived_rows_reach_the_average_once(config):
     assert not torch.equal(mine[books[0]], averaged[books[0]])
 
 
+def test_simvq_begins_with_the_codes_that_were_drawn():
+    quantizer = make(SimVQConfig(codes=64, code_dim=8))
+    assert torch.equal(quantizer.rows, quantizer.frozen)
+    assert torch.equal(quantizer.codes(torch.arange(64).view(1, 64, 1))[0], quantizer.frozen)
+
+
 def test_simvq_moves_all_codes_where_a_learned_codebook_leaves_most_behind():
     """Both begin far from the data; without revival only the chosen rows of a learned codebook move."""
     learned = make(ResidualVQConfig(codes=64, code_dim=8, depth=1, revive_every=0), 16)
@@ -277,6 +325,14 @@ def test_the_entropy_term_brings_unused_codes_into_use(config):
 
 
 # ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("shape", [(1, 0), (0, 7)])
+def test_no_tokens_have_no_features(config, shape):
+    quantizer = make(config)
+    ids = torch.zeros(*shape, len(quantizer.fields), dtype=torch.int64)
+    assert quantizer.lookup(ids).shape == (*shape, 24)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -88,6 +88,20 @@ def test_rotation_is_finite_for_opposite_and_equal_vectors():
         torch.testing.assert_close(value[:2], other[:2])
 
 
+@pytest.mark.parametrize("length", [0, 1e-20, 1e-9, 1e-5, 1e-2, 1])
+def test_rotation_of_an_encoding_near_zero_gives_the_code_and_a_bounded_gradient(length):
+    generator = torch.Generator().manual_seed(0)
+    directions, chosen, gradient = (
+        functional.normalize(torch.randn(50, 6, generator=generator), dim=-1) for _ in range(3)
+    )
+    value, found = backward(rotation, length * directions, chosen, gradient)
+    assert torch.equal(value, chosen)
+    if length < 1e-3:  # no direction to turn
+        assert torch.equal(found, gradient)
+    else:
+        torch.testing.assert_close(found.norm(dim=-1), torch.full((50,), 1 / length))
+
+
 def bounded(quantizer, features):
     """What is rounded, in units of the codes: without the rounding."""
     encodings = quantizer.encodings(features)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from data.errors import InputError
 from stages.tokenizer.quantizers.digits import Digits, cut
 from stages.tokenizer.quantizers.gradients import straight_through
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision
 from stages.tokenizer.quantizers.ranks import mean_over_ranks
 
 
@@ -36,8 +36,9 @@ class LFQConfig(QuantizerConfig):
     """Most bits of one field; more are cut into the fewest fields, as even as can be: 18 are 9 and 9."""
     entropy_group_bits: int = 10
     """Most bits over whose codes the entropy of their mean use is taken. 1, every bit for itself, is BSQ's closed form:
-    it is content with bits that are balanced but all equal. With 10 bits it gave 17.3 dB and a perplexity of 8, one
-    group 19.2 dB and 23 (100 steps on Fashion-MNIST, one seed)."""
+    it does not tell bits that are balanced but all equal from independent ones. One pair of short runs is all that was
+    seen of it (10 bits, 100 steps on Fashion-MNIST, one seed: 17.3 dB and a perplexity of 8 by single bits, 19.2 dB and
+    23 as one group), too little to say how much it costs a whole training."""
     temperature: float = 1.0
     """How soft the entropy term takes a sign: a number x is positive with probability sigmoid(4 x / temperature)."""
 
@@ -78,7 +79,7 @@ class LFQ(Quantizer):
         return signs
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             encodings = self.encodings(features.float())
             signs = torch.where(encodings > 0, 1.0, -1.0)
             losses = {

@@ -19,7 +19,7 @@ class CodebookConfig(QuantizerConfig):
     """What every quantiser with a codebook has."""
 
     codes: int = 8192
-    """Entries of each codebook."""
+    """Entries of each codebook, 65,536 at most: more codes are several fields (lfq, bsq, residual or fsq)."""
     code_dim: int = 32
     """Width of a code; encodings are projected to it."""
     gradient: str = "straight-through"

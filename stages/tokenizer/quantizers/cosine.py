@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from stages.tokenizer.quantizers.codebook import Codebook, LearnedCodebookConfig, check_codebook, lead, pulls
 from stages.tokenizer.quantizers.gradients import GRADIENTS
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, named_fields
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision, named_fields
 
 
 @dataclass
@@ -42,7 +42,7 @@ class CosineVQ(Quantizer):
         return (encodings @ self.codebook.rows.T).argmax(-1, keepdim=True)
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             encodings = self.encodings(features.float())
             self.codebook.start_or_revive(encodings)
             with torch.no_grad():

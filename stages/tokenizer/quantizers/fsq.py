@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from stages.tokenizer.quantizers.digits import Digits
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision
 
 LARGEST_FIELD = 1 << 16
 """Codes of one field; more are several fields, so that ids stay uint16 on disk and softmaxes small."""
@@ -49,18 +49,24 @@ class FSQ(Quantizer):
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(values + torch.atanh(offset / half)) * half - offset
 
+    def within(self, numbers: Tensor) -> Tensor:
+        """Numbers held to the outermost values, -(L // 2) and (L - 1) // 2 of L: the bound of 1,001 or more lies past a
+        rounding border."""
+        return numbers.clamp(-(self.levels // 2), (self.levels - 1) // 2)
+
     def choose(self, encodings: Tensor) -> Tensor:
-        return self.digits.pack(encodings.round().long() + self.levels // 2)
+        return self.digits.pack(self.within(encodings.round()).long() + self.levels // 2)
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             bounded = self.encodings(features.float())
-            rounded = bounded + (bounded.round() - bounded).detach()
-            return Quantized(self.project_out(rounded / (self.levels // 2)), self.choose(bounded.detach()), {})
+            passed = bounded + (self.within(bounded.round()) - bounded).detach()
+            return Quantized(self.project_out(passed / (self.levels // 2)), self.choose(bounded.detach()), {})
 
     def distances(self, encodings: Tensor) -> Tensor:
-        """To the nearest rounding border, of the number nearest to one; at most 0.5."""
-        return (0.5 - (encodings - encodings.round()).abs()).amin(-1)
+        """To the nearest rounding border, of the number nearest to one; at most 0.5, also past the outermost values."""
+        held = self.within(encodings)
+        return (0.5 - (held - held.round()).abs()).amin(-1)
 
     def codes(self, ids: Tensor) -> Tensor:
         self.check_ids(ids)

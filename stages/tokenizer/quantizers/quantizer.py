@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,27 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.layout import Field
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products of float32 are computed in float32 here, whatever autocast says and whether or not GPUs may use TF32.
+
+    TF32 is a setting of the process, so a compiled or exported program keeps what it is run under, and a backward pass
+    outside of this context too.
+    """
+    allowed = "highest"
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        allowed = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        if allowed == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
 
 
 @dataclass
@@ -64,17 +87,17 @@ class Quantizer(nn.Module, ABC):
 
     def ids(self, features: Tensor) -> Tensor:
         """The ids int64 [B, N, F] of features, and nothing else of ``forward``."""
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return self.choose(self.encodings(features.float()))
 
     def margins(self, features: Tensor) -> Tensor:
         """How far each choice is from another one: float32 [B, N], 0 for a tie; the unit is the quantiser's own."""
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return self.distances(self.encodings(features.float()))
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Features [B, N, width_out] of ids [B, N, F]. Raises ValueError for ids out of range."""
-        with torch.autocast(ids.device.type, enabled=False):
+        with full_precision(ids.device):
             return self.project_out(self.codes(ids))
 
     def check_ids(self, ids: Tensor) -> None:
@@ -84,6 +107,8 @@ class Quantizer(nn.Module, ABC):
                 inside = (ids[..., index] >= 0) & (ids[..., index] < part.vocabulary_size)
                 torch._assert_async(inside.all(), f"an id of field {part.name} is not 0 to {part.vocabulary_size - 1}")
                 continue
+            if not ids.numel():
+                return
             low, high = int(ids[..., index].min()), int(ids[..., index].max())
             if low < 0 or high >= part.vocabulary_size:
                 seen = low if low < 0 else high

@@ -11,7 +11,7 @@ from torch.nn import functional
 from data.errors import InputError
 from stages.tokenizer.quantizers.codebook import Codebook, LearnedCodebookConfig, check_codebook, lead, nearness, pulls
 from stages.tokenizer.quantizers.gradients import GRADIENTS
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, named_fields
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision, named_fields
 
 
 @dataclass
@@ -20,7 +20,7 @@ class ResidualVQConfig(LearnedCodebookConfig):
 
     kind: str = "residual"
     codes: int = 1024
-    """Entries of each stage's codebook."""
+    """Entries of each stage's codebook, 65,536 at most."""
     depth: int = 2
     """Stages; each is a field of the token."""
 
@@ -59,7 +59,7 @@ class ResidualVQ(Quantizer):
         return torch.stack(ids, dim=-1)
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             encodings = self.encodings(features.float())
             left, ids, losses = encodings, [], []
             for codebook in self._stages():

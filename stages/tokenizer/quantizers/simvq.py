@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from stages.tokenizer.quantizers.codebook import CodebookConfig, check_codebook, lead, nearness, pulls
 from stages.tokenizer.quantizers.gradients import GRADIENTS
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, named_fields
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision, named_fields
 
 
 @dataclass
@@ -21,8 +21,8 @@ class SimVQConfig(CodebookConfig):
 
 
 class SimVQ(Quantizer):
-    """Vector quantisation by Euclidean distance to the rows of C W, arXiv 2411.02038: C is normal and stays
-    as it was drawn, W is learned.
+    """Vector quantisation by Euclidean distance to the rows of C W + b, arXiv 2411.02038: C is normal and stays
+    as it was drawn, W and b are learned from the identity and zero.
 
     Raises ValueError for fewer than two codes.
     """
@@ -39,6 +39,7 @@ class SimVQ(Quantizer):
         self.register_buffer("frozen", torch.randn(config.codes, config.code_dim) * config.code_dim**-0.5)
         self.map = nn.Linear(config.code_dim, config.code_dim)
         nn.init.eye_(self.map.weight)  # codes begin as C, as long as encodings; torch's own W would halve them
+        nn.init.zeros_(self.map.bias)
 
     @property
     def rows(self) -> Tensor:
@@ -52,7 +53,7 @@ class SimVQ(Quantizer):
         return nearness(encodings, self.rows).argmax(-1, keepdim=True)
 
     def forward(self, features: Tensor) -> Quantized:
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             encodings = self.encodings(features.float())
             with torch.no_grad():
                 ids = self.choose(encodings)
