@@ -84,6 +84,14 @@ def test_interleaving_needs_places_in_common():
         permutation_of(TokenLayout((replace(scales[0], grid=None), scales[1])), "interleaved")
 
 
+def test_interleaving_that_is_the_natural_order_is_refused():
+    scales = layout(scales=2).scales
+    one_place = TokenLayout((replace(scales[0], grid=(1, 1), length=1), scales[1]))
+    for of in (layout(scales=1), one_place):
+        with pytest.raises(InputError, match=r"is the natural order of these tokens: .*; set prior.order=natural"):
+            permutation_of(of, "interleaved")
+
+
 def by_hand(model):
     """A natural prior over the permuted layout, each element a scale of its own; the same weights, put where it has
     them."""
