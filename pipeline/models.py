@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.run import RunError, device_of, need
 from stages.conditions.encoders import TextEncoder, load_text_encoder
 from stages.contract import Prior, Prompts, Tokenizer
-from stages.prior.sampling import SamplingConfig, check_rounds, check_sampling, sample
+from stages.prior.sampling import SamplingConfig, check_order, check_sampling, sample
 from stages.weights import check_pair, load_prior, load_tokenizer
 
 DENSE_ENCODER = "this tokenizer's encoder sees all scales at once; train one with tokenizer.attention=sit-sce or sit-sc"
@@ -59,16 +59,11 @@ class Models:
         """Raise RunError or InputError for settings that this tokenizer and prior cannot follow."""
         layout = self.prior.layout
         check_sampling(settings, layout)
-        check_rounds(settings, self.prior)
+        check_order(settings, self.prior)
         if settings.scales not in (0, len(layout.scales)) and not layout.decodes_prefixes:
             raise RunError(
                 f"sampling.scales={settings.scales}: this tokenizer's decoder needs all {len(layout.scales)} "
                 "scales; train one with tokenizer.attention=sit-scd or sit-sc"
-            )
-        if settings.scales not in (0, len(layout.scales)) and not self.prior.writes_prefixes:
-            raise RunError(
-                f"sampling.scales={settings.scales}: this prior writes scales in the order {self.prior.order}; "
-                "train one with prior.order=natural"
             )
         if settings.guidance != 1 and not self.prior.condition.dropout:
             raise RunError(

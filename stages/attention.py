@@ -45,7 +45,7 @@ def attend(
     if mask is not None and not isinstance(mask, Tensor):
         parts = []
         for queries, seen in mask:
-            keys, values = (torch.cat([each[:, :, part] for part in seen], dim=2) for each in (key, value))
+            keys, values = (_at(each, seen) for each in (key, value))
             parts.append(attend(query[:, :, queries], keys, values))
         return torch.cat(parts, dim=2)
     if _fused_only or query.device.type != "cpu" or (mask is None and query.shape[-2] >= FUSED_FROM):
@@ -56,3 +56,9 @@ def attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1).to(value.dtype) @ value
+
+
+def _at(x: Tensor, parts: Sequence[slice]) -> Tensor:
+    """The places ``parts`` of keys or values [B, H, M, D], one after the other; a view where it is one part."""
+    pieces = [x[:, :, part] for part in parts]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)

@@ -15,7 +15,8 @@ def permutation_of(layout: TokenLayout, order: str) -> list[int]:
 
     natural and scale: the layout's own. reversed: from its last element to the first. interleaved: place by place in
     raster order, at each place all scales, coarse to fine; where grids differ the places are those of the coarsest one,
-    and a finer scale has several elements at each. luma_first: scales of luma, then the others, each naturally.
+    and a finer scale has several elements at each; not where that is the natural order. luma_first: scales of luma,
+    then the others, each naturally.
     Raises InputError for an order that the layout does not have.
     """
     if order not in FIXED_ORDERS:
@@ -27,6 +28,11 @@ def permutation_of(layout: TokenLayout, order: str) -> list[int]:
         return elements[::-1]
     if order == "interleaved":
         keys = _interleaved(layout)
+        if keys == sorted(keys):
+            raise InputError(
+                "prior.order=interleaved is the natural order of these tokens: they have one scale, or one place in "
+                "common; set prior.order=natural"
+            )
         return sorted(elements, key=keys.__getitem__)
     if order == "luma_first":
         planes = [scale.planes for scale in layout.scales for _ in range(scale.length)]

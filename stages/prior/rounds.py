@@ -7,6 +7,7 @@ sampling; so the first rounds decide few elements and the last ones many.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -26,10 +27,24 @@ def random_mask(batch: int, lengths: Sequence[int], device: torch.device, genera
     """bool [B, sum of lengths]: a random part of each scale, one element or more, its size by the law."""
     parts = []
     for length in lengths:
-        share = (math.pi / 2 * torch.rand(batch, 1, device=device, generator=generator)).cos()
-        ranks = torch.rand(batch, length, device=device, generator=generator).argsort(1).argsort(1)
-        parts.append(ranks < (length * share).ceil().clamp(min=1))
+        share = torch.rand(batch, 1, device=device, generator=generator)
+        parts.append(_part(share, torch.rand(batch, length, device=device, generator=generator)))
     return torch.cat(parts, dim=1)
+
+
+def mask_of_samples(ids: Tensor, lengths: Sequence[int], seed: int) -> Tensor:
+    """The same for samples int64 [B, L, F], each from its own ids and the seed: whatever its batch, on every device."""
+    uniform = torch.empty(len(ids), sum(1 + length for length in lengths))
+    for row, sample in zip(uniform, ids.cpu().numpy(), strict=True):
+        row.uniform_(generator=torch.Generator().manual_seed(zlib.crc32(sample.tobytes(), seed)))
+    pieces = uniform.split([1 + length for length in lengths], dim=1)
+    return torch.cat([_part(piece[:, :1], piece[:, 1:]) for piece in pieces], dim=1).to(ids.device)
+
+
+def _part(share: Tensor, noise: Tensor) -> Tensor:
+    """bool [B, n] of one scale, from uniform numbers [B, 1] that say how many and [B, n] that say which."""
+    count = (noise.shape[1] * (math.pi / 2 * share).cos()).ceil().clamp(min=1)
+    return noise.argsort(1).argsort(1) < count
 
 
 def still_open(open_: Tensor, confidence: Tensor, wanted: Tensor, share: float) -> Tensor:

@@ -92,8 +92,13 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
         raise InputError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
 
 
-def check_rounds(settings: SamplingConfig, prior: Prior) -> None:
-    """Raise ValueError for rounds asked of a prior that writes one element at a time."""
+def check_order(settings: SamplingConfig, prior: Prior) -> None:
+    """Raise InputError for scales or rounds that the order of the prior does not have."""
+    if not prior.writes_prefixes and settings.scales not in (0, len(prior.layout.scales)):
+        raise InputError(
+            f"sampling.scales={settings.scales}: this prior writes scales in the order {prior.order}; train one with "
+            "prior.order=natural"
+        )
     if (settings.rounds or settings.confidence_noise != CONFIDENCE_NOISE) and prior.order != "scale":
         raise InputError(
             f"sampling.rounds={settings.rounds}, sampling.confidence_noise={settings.confidence_noise}: a prior with "
@@ -131,7 +136,7 @@ def sample(
     """
     layout = prior.layout
     check_sampling(settings, layout)
-    check_rounds(settings, prior)
+    check_order(settings, prior)
     batch, device = len(prompts), prompts.labels.device
     if len(seeds) != batch:
         raise InputError(f"{len(seeds)} seeds for {batch} samples")
@@ -143,6 +148,11 @@ def sample(
         prefix = Tokens.fixed(torch.zeros(batch, 0, layout.num_fields, dtype=torch.int64, device=device))
     if prefix.ids.shape[1] > length or len(prefix) != batch:
         raise InputError(f"a prefix of {len(prefix)}x{prefix.ids.shape[1]} elements for {batch} sequences of {length}")
+    if fixed and not prior.writes_prefixes and len(prefix.lengths.unique()) > 1:
+        raise InputError(
+            f"a prefix of {int(prefix.lengths.min())} to {int(prefix.lengths.max())} elements; allowed with "
+            f"prior.order={prior.order}: as many in every row"
+        )
     prefix = prior.to_own_order(prefix, whole)
     start = int(prefix.lengths.min()) if batch else 0
     if start == length:

@@ -251,16 +251,16 @@ class TransformerPrior(Prior):
 
     def to_own_order(self, tokens: Tokens, whole: Sequence[int] = ()) -> Tokens:
         count = tokens.ids.shape[1]
-        if self.writes_prefixes or not count:
+        if self.grammar is not None or not count:
             return tokens
         if count == self.layout.length:
-            return replace(tokens, ids=tokens.ids[:, self.permutation])
+            return tokens if self.writes_prefixes else replace(tokens, ids=tokens.ids[:, self.permutation])
         given = [element for element in range(self.layout.length) if self.layout.scale_at(element) in whole]
         given = given or list(range(count))
         if given != sorted(self.written[:count]):
+            mend = "give its first scales" if self.writes_prefixes else "train a prior with prior.order=natural"
             raise InputError(
-                f"prior.order={self.order} writes other elements before these, so they cannot be given to it; train a "
-                "prior with prior.order=natural"
+                f"prior.order={self.order} writes other elements before these, so they cannot be given to it; {mend}"
             )
         return replace(tokens, ids=tokens.ids[:, [given.index(element) for element in self.written[:count]]])
 
@@ -271,7 +271,12 @@ class TransformerPrior(Prior):
         return replace(tokens, ids=tokens.ids[:, self.permutation[:count].argsort()])
 
     def forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
-        output = self._forward(self.to_own_order(tokens.prefix(self.max_length)), prompts)
+        tokens = tokens.prefix(self.max_length)
+        if not self.writes_prefixes and tokens.ids.shape[1] < self.layout.length:
+            raise InputError(
+                f"{tokens.ids.shape[1]} of {self.layout.length} elements; allowed with prior.order={self.order}: all"
+            )
+        output = self._forward(self.to_own_order(tokens), prompts)
         if self.order == "natural":
             return output
         confidence, hit = (

@@ -48,6 +48,8 @@ def legal(kind, prior, order, averaging, borders, head):
         return False
     if order in ("interleaved", "scale") and kind == "nested":
         return False
+    if order == "interleaved" and kind == "vit-vqgan":  # one scale: that is the natural order
+        return False
     if averaging != "none" and (order == "scale" or (order == "interleaved" and borders != "sample")):
         return False
     if averaging == "learned" and borders == "grid":

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data.errors import InputError
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.contract import Prompts
 from stages.prior.order import permutation_of, reordered
@@ -20,7 +21,7 @@ ORDERS = ("natural", "reversed", "interleaved", "luma_first")
 
 
 def colours(num_fields=1):
-    """Y0 C0 Y1 C1: luma on 2x2 places, chroma on one and two; chroma has a codebook of its own."""
+    """Y0 C0 Y1 C1: luma on 2x2 places, chroma on two; chroma has a codebook of its own."""
     books = [tuple(Field(f"{name}{index}", 7 + book) for index in range(num_fields)) for book, name in enumerate("yc")]
 
     def scale(name, length, grid, planes, k):
@@ -30,7 +31,7 @@ def colours(num_fields=1):
     return TokenLayout(
         (
             scale("Y0", 4, (2, 2), "luma", 0),
-            scale("C0", 1, (1, 1), "chroma", 0),
+            scale("C0", 2, (2, 1), "chroma", 0),
             scale("Y1", 4, (2, 2), "luma", 1),
             scale("C1", 2, (2, 1), "chroma", 1),
         )
@@ -56,11 +57,9 @@ def test_an_order_is_a_permutation_and_comes_back(of, order):
 def test_permutations_of_small_layouts():
     assert permutation_of(layout(scales=2), "interleaved") == [0, 4, 1, 5, 2, 6, 3, 7]
     assert permutation_of(layout(scales=2), "reversed") == [7, 6, 5, 4, 3, 2, 1, 0]
-    assert permutation_of(colours(), "luma_first") == [0, 1, 2, 3, 5, 6, 7, 8, 4, 9, 10]
-    # one place for all of an image's Y0, C0, Y1, C1: the coarsest grid is 1x1
-    assert permutation_of(colours(), "interleaved") == list(range(11))
-    halves = replace(colours(), scales=(colours().scales[0], colours().scales[3]))  # 2x2 and 2x1: a place is a row
-    assert permutation_of(halves, "interleaved") == [0, 1, 4, 2, 3, 5]
+    assert permutation_of(colours(), "luma_first") == [0, 1, 2, 3, 6, 7, 8, 9, 4, 5, 10, 11]
+    # grids of 2x2 and 2x1: a place is a row
+    assert permutation_of(colours(), "interleaved") == [0, 1, 4, 6, 7, 10, 2, 3, 5, 8, 9, 11]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +82,14 @@ def test_interleaving_needs_places_in_common():
         permutation_of(odd, "interleaved")
     with pytest.raises(ValueError, match="these scales have no grid"):
         permutation_of(TokenLayout((replace(scales[0], grid=None), scales[1])), "interleaved")
+
+
+def test_interleaving_that_is_the_natural_order_is_refused():
+    scales = layout(scales=2).scales
+    one_place = TokenLayout((replace(scales[0], grid=(1, 1), length=1), scales[1]))
+    for of in (layout(scales=1), one_place):
+        with pytest.raises(InputError, match=r"is the natural order of these tokens: .*; set prior.order=natural"):
+            permutation_of(of, "interleaved")
 
 
 def by_hand(model):
@@ -163,7 +170,7 @@ def test_what_is_known_stays_and_seeds_do_not_know_the_batch(order):
     alone = [sample(model, LABELS[row : row + 1], settings, [4 + row]).ids for row in range(3)]
     assert torch.equal(together, torch.cat(alone))
     keep = torch.zeros(3, of.length, dtype=torch.bool)
-    keep[:, [1, 4, 10]] = True
+    keep[:, [1, 4, 11]] = True
     kept = sample(model, LABELS, settings, [4, 5, 6], known=given, keep=keep).ids
     assert torch.equal(kept[keep], given.ids[keep]) and not torch.equal(kept, together)
     assert torch.equal(sample(model, LABELS, settings, [4, 5, 6], prefix=given).ids, given.ids)
@@ -180,7 +187,7 @@ def test_luma_given_is_a_beginning_in_luma_first_alone():
     assert torch.equal(sample(model, LABELS, SamplingConfig(), range(3), known=given, keep=keep).ids, made.ids)
     # chroma is drawn as the full pass says of it, given the luma
     greedy = sample(model, LABELS, SamplingConfig(temperature=[0.0]), range(3), prefix=beginning, whole=luma)
-    assert bool(model(greedy, LABELS).hit[:, [4, 9, 10]].all())
+    assert bool(model(greedy, LABELS).hit[:, [4, 5, 10, 11]].all())
     first = keep_scales(given, of, [0])
     assert torch.equal(sample(model, LABELS, SamplingConfig(), range(3), prefix=first).ids[:, :4], first.ids)
     with pytest.raises(ValueError, match=r"luma_first writes other elements .* train a prior with prior.order=natural"):
@@ -188,6 +195,33 @@ def test_luma_given_is_a_beginning_in_luma_first_alone():
     for order in ("reversed", "interleaved"):
         with pytest.raises(ValueError, match=f"prior.order={order} writes other elements"):
             sample(prior(layout(), order=order), LABELS, SamplingConfig(), range(3), prefix=tokens(layout()).prefix(4))
+
+
+@pytest.mark.parametrize("order", ["natural", "scale"])
+def test_a_beginning_is_not_taken_for_another(order):
+    """Where the first scales come first, scales that are not the first ones are refused, whatever their number."""
+    of = layout()
+    model, given = prior(of, order=order), tokens(of)
+    for whole in ([1], [0, 2]):
+        part = keep_scales(given, of, whole)
+        with pytest.raises(InputError, match=f"prior.order={order} writes other elements .*; give its first scales"):
+            sample(model, LABELS, SamplingConfig(), range(3), prefix=part, whole=whole)
+    first = keep_scales(given, of, [0, 1])
+    assert torch.equal(model.to_own_order(first, [0, 1]).ids, first.ids)
+
+
+@pytest.mark.parametrize("order", ORDERS[1:])
+def test_parts_that_an_order_does_not_have_are_refused(order):
+    of = colours()
+    model, given = prior(of, order=order), tokens(of)
+    with pytest.raises(InputError, match=f"4 of 12 elements; allowed with prior.order={order}: all"):
+        model(given.prefix(4), LABELS)
+    with pytest.raises(InputError, match=f"sampling.scales=1: this prior writes scales in the order {order}"):
+        sample(model, LABELS, SamplingConfig(scales=1), range(3))
+    assert sample(model, LABELS, SamplingConfig(scales=4), range(3)).ids.shape == given.ids.shape
+    uneven = replace(given.prefix(4), lengths=torch.tensor([4, 2, 4]))
+    with pytest.raises(InputError, match=f"of 2 to 4 elements; allowed with prior.order={order}: as many in every row"):
+        sample(model, LABELS, SamplingConfig(), range(3), prefix=uneven)
 
 
 def test_averages_stop_at_scales_where_these_are_in_one_piece():

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.contract import Prompts
-from stages.prior.rounds import random_mask, rounds_of, still_open
+from stages.prior.rounds import mask_of_samples, random_mask, rounds_of, still_open
 from stages.prior.sampling import SamplingConfig, sample
 from stages.prior.scalewise import ScalewisePrior
 from stages.weights import load_prior, save_prior
@@ -45,6 +45,17 @@ def test_order_scale_is_a_prior_of_its_own():
         model.nll(tokens(layout()), LABELS)
     with pytest.raises(ValueError, match="12 elements|end inside a scale"):
         model(tokens(layout()).prefix(6), LABELS)
+
+
+def test_the_cost_of_a_sample_does_not_know_its_batch():
+    model, given = prior(layout(num_fields=2), order="scale"), tokens(layout(num_fields=2))
+    together = model(given, LABELS)
+    for rows in (slice(0, 1), slice(1, 2), slice(2, 3), slice(1, 3)):
+        some = model(given[rows], LABELS[rows])
+        assert torch.equal(some.judged, together.judged[rows])
+        torch.testing.assert_close(some.nll, together.nll[rows], atol=1e-6, rtol=1e-6)
+    assert len(together.judged.unique(dim=0)) == 3  # each has a mask of its own
+    assert len(model(given[:0], LABELS[:0]).nll) == 0
 
 
 @pytest.mark.parametrize("place", [0, 1, 4, 6, 8, 9])
@@ -174,8 +185,13 @@ def test_guidance_of_one_is_the_conditional_model_and_zero_the_unconditional():
     assert torch.equal(sample(model, LABELS, SamplingConfig(guidance=0.0), range(3)).ids, unconditional)
 
 
-def test_the_law_of_masks():
-    masks = random_mask(4000, [16, 64], torch.device("cpu"), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_law_of_masks(held_out):
+    generator = torch.Generator().manual_seed(0)
+    if held_out:
+        masks = mask_of_samples(torch.randint(4, (4000, 80, 1), generator=generator), [16, 64], 0)
+    else:
+        masks = random_mask(4000, [16, 64], torch.device("cpu"), generator)
     counts = [masks[:, :16].sum(1), masks[:, 16:].sum(1)]
     for count, length in zip(counts, (16, 64), strict=True):
         assert int(count.min()) >= 1 and int(count.max()) == length
