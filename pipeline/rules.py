@@ -108,12 +108,12 @@ def misplaced(config: Config) -> str | None:
         with torch.device("meta"):
             size = (config.images.size, config.images.size)
             layout = build_tokenizer(config.tokenizer, size, config.images.channels).layout
-    except Exception:  # whatever a tokenizer of foreign numbers breaks on: it is said when it is built
+    except InputError:  # numbers that do not fit the tokenizer: it says so when it is built
         return None
     try:
         permutation_of(layout, order)
     except InputError as error:
-        return str(error)
+        return f"{error} (tokenizer.kind={config.tokenizer.kind})"
     return None
 
 
@@ -225,10 +225,6 @@ ILLEGAL: list[Rule] = [
             f"prior.order={get(c, 'prior.order')} with tokenizer.kind=bitplane: elements of a stream have no place "
             "before those that precede them are known; set prior.order=natural"
         ),
-    ),
-    (
-        lambda c: misplaced(c) is not None,
-        lambda c: f"{misplaced(c)} (tokenizer.kind={c.tokenizer.kind})",
     ),
     (
         lambda c: get(c, "prior.order") == "scale" and averages(c),
@@ -458,4 +454,5 @@ def broken_rule(config: Config) -> str | None:
     for key in SHARES:
         if not 0 <= (get(config, key) or 0) < 1:
             return f"{key}={get(config, key)}; allowed: 0 to 1, without 1"
-    return next((message(config) for refuses, message in ILLEGAL if refuses(config)), None)
+    found = next((message(config) for refuses, message in ILLEGAL if refuses(config)), None)
+    return found or misplaced(config)

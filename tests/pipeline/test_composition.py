@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from pipeline import rules
 from pipeline.config import ConfigError, check_command, load_config
 from stages.contract import Prompts
 from stages.factory import QUANTIZERS, TOKENIZERS, build_prior, build_tokenizer
@@ -98,6 +99,22 @@ def test_what_cannot_work_together_is_refused_with_one_line_and_nothing_else_is(
         assert "\n" not in str(caught.value) and len(str(caught.value)) > 20, keys
         refused += 1
     assert refused > 50
+
+
+def test_an_order_is_judged_once_and_defects_of_tokenizers_show(plain, monkeypatch):
+    keys = overrides("vit-vqgan", "transformer", "interleaved", "none", "sample", "none", "class")
+    built = []
+    monkeypatch.setattr(rules, "build_tokenizer", lambda *a: (built.append(a), build_tokenizer(*a))[1])
+    with pytest.raises(ConfigError, match=r"is the natural order of these tokens.*\(tokenizer.kind=vit-vqgan\)"):
+        load_config(plain, keys)
+    assert len(built) == 1
+
+    def broken(*_):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(rules, "build_tokenizer", broken)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        load_config(plain, keys)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
