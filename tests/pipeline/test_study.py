@@ -112,10 +112,15 @@ def test_a_study_is_trained_once_and_tabled(study, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")} == made
 
 
-def test_what_does_not_fit_is_not_run_and_what_fails_stops_only_itself(study, tmp_path, capsys):
+def test_what_does_not_fit_is_not_run(study, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(study, out, "minutes=0") == 0
     assert {row["state"] for row in rows_of(out)} == {"not run"} and "| not run |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_fails_stops_only_itself(study, tmp_path, capsys):
+    out = tmp_path / "out"
     text = study.read_text() + "  - {name: broken, keys: {tokenizer.patch: 3}, seeds: [0]}\n"
     study.write_text(text)
     assert run(study, out, "only=dense,broken") == 2
@@ -127,6 +132,7 @@ def test_what_does_not_fit_is_not_run_and_what_fails_stops_only_itself(study, tm
     assert len(list((out / "runs").rglob("study.log"))) == 3
 
 
+@pytest.mark.slow
 def test_sigterm_reaches_the_stage_which_saves_and_the_next_call_goes_on(study, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pipeline", "study", str(study), f"out={out}", "only=dense"]
