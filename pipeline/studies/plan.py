@@ -36,7 +36,6 @@ FIGURES = [
 ]
 """What a study shows when it does not say."""
 
-
 OWN = (
     "seed",
     "name",
@@ -47,7 +46,7 @@ OWN = (
     "eval.name",
     "tokenizer_training.start_from",
 )
-"""Keys of the config that neither a study nor its command line may set."""
+"""Keys of the config that neither a study nor its command line may set; nor may they set any of ``trainer``."""
 
 
 @dataclass
@@ -77,6 +76,7 @@ class StudyConfig:
     keys: dict[str, Any] = field(default_factory=dict)
     """Dotted keys of the config and their values, for all arms."""
     seeds: list[int] = field(default_factory=lambda: [0])
+    """Of arms that name none."""
     prior: bool = False
     """Whether the arms have a second stage: tokens cached, a prior trained and sampled."""
     figures: list[str] = field(default_factory=lambda: list(FIGURES))
@@ -160,10 +160,10 @@ def check_study(study: StudyConfig, file: str) -> None:
 
 
 def check_keys(keys: Iterable[str], where: str) -> None:
-    """Raise ConfigError for keys that the study itself sets, or that its runs are not told apart by."""
+    """Raise ConfigError for keys that the study itself sets, or by which runs are not told apart."""
     for key in keys:
         if key in OWN or key.split(".")[0] == "trainer":
-            raise ConfigError(f"{where}: {key} is no key of a study; it names runs by what decides their tokens")
+            raise ConfigError(f"{where}: {key} is no key of a study: runs are told apart by what decides their tokens")
 
 
 def cells_of(study: StudyConfig, root: Path, extra: Sequence[str] = ()) -> list[Cell]:

@@ -134,13 +134,9 @@ def markdown(study: StudyConfig, name: str, rows: Sequence[dict[str, Any]]) -> s
             continue
         sizes = [row["tokenizer_parameters"] + (row["prior_parameters"] or 0) for row in done]
         spent = [row["training"] for row in done if row["training"] is not None]
-        means = (
-            [statistics.fmean(each[key] for each in spent) for key in ("cpu_minutes", "peak_megabytes")]
-            if spent
-            else []
-        )
-        told = [f"{mean:,.{1 - number}f}" if mean else "–" for number, mean in enumerate(means)] or ["–", "–"]
-        cells = [arm, str(len(done)), f"{sizes[0]:,}", *told]
+        minutes = f"{statistics.fmean(each['cpu_minutes'] for each in spent):.1f}" if spent else "–"
+        peaks = [each["peak_megabytes"] for each in spent if each["peak_megabytes"] is not None]
+        cells = [arm, str(len(done)), f"{sizes[0]:,}", minutes, f"{max(peaks):,.0f}" if peaks else "–"]
         cells += [spread([row["figures"][key] for row in done]) for key in shown]
         lines.append(f"| {' | '.join(cells)} |")
     missing = [f"{row['arm']}, seed {row['seed']}: {row['state']}" for row in rows if row["state"] != "done"]

@@ -152,7 +152,7 @@ def remember(job: Job, seconds: float, megabytes: float) -> None:
     write_atomically(path, json.dumps(seen, indent=1).encode())
 
 
-def effort(cell: Cell) -> dict[str, float] | None:
+def effort(cell: Cell) -> dict[str, float | None] | None:
     """CPU minutes of training the cell's stages and the most memory that one took; None where nobody counted.
 
     Caching and evaluation are left out. Memory is the resident set of the training process, libraries and all.
@@ -165,5 +165,5 @@ def effort(cell: Cell) -> dict[str, float] | None:
     found = [seen[key] for key in own]
     return {
         "cpu_minutes": sum(each["cpu_seconds"] for each in found) / 60,
-        "peak_megabytes": max(each.get("peak_megabytes", 0.0) for each in found),
+        "peak_megabytes": max((each["peak_megabytes"] for each in found if "peak_megabytes" in each), default=None),
     }

@@ -19,7 +19,7 @@ from pipeline.__main__ import main
 from pipeline.config import ConfigError
 from pipeline.processes import REQUEUE
 from pipeline.studies.plan import CONFIG_FOLDER, cells_of, find_study, load_study
-from pipeline.studies.table import spread, values_of
+from pipeline.studies.table import markdown, spread, values_of
 
 STUDY = """
 question: Which is nearer?
@@ -162,9 +162,18 @@ def test_a_figure_that_is_no_number_is_named():
 
 
 def test_spread_is_the_mean_and_the_sample_deviation():
-    assert spread([1.0, 3.0]) == "2 ± 1.4" or spread([1.0, 3.0]).startswith("2.0")
-    assert "±" not in spread([1.0]) and spread([None]) == "–"
-    assert spread([(1.0, 10.0), (3.0, 10.0)]).count("±") == 2
+    assert spread([1.0, 3.0]) == "2 ± 1.4" and spread([1.25, None]) == "1.25"
+    assert spread([None]) == spread([]) == "–"
+    assert spread([(1.0, 10.0), (3.0, 10.0)]) == "2 ± 1.4, 10 ± 0"
+
+
+def test_memory_is_the_most_of_those_that_were_counted(study):
+    figures = {key: 1.0 for key in load_study(study).figures}
+    row = {"arm": "dense", "state": "done", "tokenizer_parameters": 10, "prior_parameters": None, "figures": figures}
+    spent = [{"cpu_minutes": 1.0, "peak_megabytes": peak} for peak in (None, 1400.0, 900.0)]
+    rows = [row | {"seed": seed, "training": each} for seed, each in enumerate(spent)]
+    assert "| dense | 3 | 10 | 1.0 | 1,400 |" in markdown(load_study(study), "toy", rows)
+    assert "| dense | 1 | 10 | 1.0 | – |" in markdown(load_study(study), "toy", rows[:1])
 
 
 @pytest.mark.parametrize(
