@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from data.errors import InputError
 from stages.tokenizer.quantizers.gradients import GRADIENTS
-from stages.tokenizer.quantizers.quantizer import QuantizerConfig
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision, named_fields
 from stages.tokenizer.quantizers.ranks import of_first_rank, sum_over_ranks
 
 
@@ -62,6 +63,57 @@ def pulls(encodings: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         "commitment": functional.mse_loss(encodings, chosen.detach()),
         "codebook": functional.mse_loss(chosen, encodings.detach()),
     }
+
+
+class NearestCode(Quantizer):
+    """Vector quantisation by the nearest of ``rows``; encodings are projected to their width and back.
+
+    Raises ValueError for fewer than two codes.
+    """
+
+    def __init__(self, config: CodebookConfig, width_in: int, width_out: int) -> None:
+        super().__init__()
+        check_codebook(config)
+        self.config = config
+        self.fields = named_fields([config.codes])
+        self.project_in = nn.Linear(width_in, config.code_dim)
+        self.project_out = nn.Linear(config.code_dim, width_out)
+
+    @property
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """The codes [K, D]."""
+
+    def encodings(self, features: Tensor) -> Tensor:
+        return self.project_in(features)
+
+    def choose(self, encodings: Tensor) -> Tensor:
+        return nearness(encodings, self.rows).argmax(-1, keepdim=True)
+
+    def assign(self, encodings: Tensor) -> Tensor:
+        """``choose``, in ``forward``."""
+        return self.choose(encodings)
+
+    def forward(self, features: Tensor) -> Quantized:
+        with full_precision(features.device):
+            encodings = self.encodings(features.float())
+            with torch.no_grad():
+                ids = self.assign(encodings)
+            chosen = self.chosen(ids)
+            passed = GRADIENTS[self.config.gradient](encodings, chosen)
+            return Quantized(self.project_out(passed), ids, pulls(encodings, chosen))
+
+    def distances(self, encodings: Tensor) -> Tensor:
+        """Half the difference of the squared distances to the second best code and the best."""
+        return lead(nearness(encodings, self.rows))
+
+    def codes(self, ids: Tensor) -> Tensor:
+        self.check_ids(ids)
+        return self.chosen(ids)
+
+    def chosen(self, ids: Tensor) -> Tensor:
+        """The rows [..., D] of ids [..., 1]."""
+        return functional.embedding(ids[..., 0], self.rows)
 
 
 class Codebook(nn.Module):
