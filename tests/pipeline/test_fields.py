@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data.images.sources import open_source
 from data.images.views import to_float
@@ -33,15 +32,10 @@ EVALUATED = 72
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, many_images):
     """A run of 18 signs a token, evaluated with two of three scales kept and with the ladder."""
     folder = tmp_path_factory.mktemp("fields")
-    generator = np.random.default_rng(0)
-    for index in range(90):
-        (folder / "images" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
-        coarse = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((16, 16)).save(folder / "images" / "ab"[index % 2] / f"{index}.png")
-    text = TINY.format(path=folder / "images")
+    text = TINY.format(path=many_images)
     start = text.index("quantizer:")
     (folder / "tiny.yaml").write_text(text[:start] + SIGNS + text[text.index("\n", start) :])
     keys = ["images.val_share=0.8", f"eval.num_images={EVALUATED}", "eval.upsample_from=8", "eval.num_upsampled=4"]

@@ -20,8 +20,7 @@ from pipeline.evaluation_images import Images
 from pipeline.models import Models, load_models
 from stages.codecs.sparse_dct import SparseDCTCodec, SparseDCTConfig
 from stages.weights import load_prior, load_tokenizer, save_tokenizer
-from tests.conftest import TINY
-from tests.pipeline.test_streams import stop_after_two
+from tests.pipeline.runs import caller, stop_after_two, train_all, write_tiny
 
 LISTS = (
     *("tokenizer.kind=sparse-dct", "tokenizer.quality=30", "tokenizer.block=4", "images.flip=true"),
@@ -31,20 +30,16 @@ LISTS = (
 
 
 def made_with(folder, *more):
-    def call(command, *overrides):
-        return main([command, str(folder / "tiny.yaml"), f"run={folder}/run", *LISTS, *more, *overrides])
-
-    return call
+    return caller(folder, *LISTS, *more)
 
 
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory, image_folder):
     """A finished run over lists and its YAML, with priors of both orders; they were trained for some steps."""
     folder = tmp_path_factory.mktemp("lists")
-    (folder / "tiny.yaml").write_text(TINY.format(path=image_folder))
+    write_tiny(folder, image_folder)
     call = made_with(folder)
-    for command in ("train-tokenizer", "cache-tokens", "train-prior"):
-        assert call(command, "prior_training.max_steps=6") == 0
+    train_all(call, "prior_training.max_steps=6")
     luma = (f"prior.path={folder}/luma/prior.safetensors", "prior.order=luma_first")
     assert call("train-prior", "prior_training.max_steps=6", *luma) == 0
     return folder
@@ -53,14 +48,6 @@ def lists(tmp_path_factory, image_folder):
 @pytest.fixture(scope="module")
 def luma(lists):
     return made_with(lists, f"prior.path={lists}/luma/prior.safetensors", "prior.order=luma_first")
-
-
-@pytest.fixture(scope="module")
-def gray(tmp_path_factory, image_folder):
-    folder = tmp_path_factory.mktemp("gray")
-    for number in range(2):
-        Image.open(image_folder / f"green/00{number}.png").convert("L").save(folder / f"{number}.png")
-    return folder
 
 
 def test_the_cache_holds_whole_lists_and_what_was_remarked(lists, capsys):

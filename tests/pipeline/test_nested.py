@@ -2,26 +2,20 @@
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.__main__ import main
-from tests.conftest import TINY
+from tests.pipeline.runs import write_tiny
 
 NESTED = ("kind=nested", "num_tokens=6", "patch=4")
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+def evaluated(tmp_path_factory, many_images):
     """A run of nested tokens with priors of both orders, evaluated with each."""
     folder = tmp_path_factory.mktemp("nested")
-    generator = np.random.default_rng(0)
-    for index in range(90):
-        (folder / "images" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
-        coarse = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((16, 16)).save(folder / "images" / "ab"[index % 2] / f"{index}.png")
-    (folder / "tiny.yaml").write_text(TINY.format(path=folder / "images"))
+    write_tiny(folder, many_images)
     common = [f"run={folder}/run", "images.val_share=0.8", "eval.num_images=72", *(f"tokenizer.{k}" for k in NESTED)]
     reversed_ = ["prior.order=reversed", f"prior.path={folder}/run/reversed/prior.safetensors"]
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 import pipeline.colorize as colorize
 from data.images.views import to_uint8
-from pipeline.__main__ import main
 from pipeline.colorize import colorize_pixels, elements_of, luma_scales
 from pipeline.config import load_config
 from pipeline.models import load_models
@@ -17,33 +16,21 @@ from pipeline.run import RunError
 from stages.prior.sampling import SamplingConfig
 from stages.spectral.colour import luma_of
 from stages.weights import load_tokenizer
-from tests.conftest import TINY
+from tests.pipeline.runs import caller, train_all, write_tiny
 
 PLANES = ("tokenizer.planes=ycbcr", "tokenizer.transform=bior2.2", "tokenizer.scales=2", "tokenizer.overlap=1")
 
 
 def made_with(folder, *more):
-    def call(command, *overrides):
-        return main([command, str(folder / "tiny.yaml"), f"run={folder}/run", *PLANES, *more, *overrides])
-
-    return call
+    return caller(folder, *PLANES, *more)
 
 
 @pytest.fixture(scope="module")
 def planes(tmp_path_factory, image_folder):
     """A finished run and its YAML."""
     folder = tmp_path_factory.mktemp("planes")
-    (folder / "tiny.yaml").write_text(TINY.format(path=image_folder))
-    for command in ("train-tokenizer", "cache-tokens", "train-prior"):
-        assert made_with(folder)(command) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def gray(tmp_path_factory, image_folder):
-    folder = tmp_path_factory.mktemp("gray")
-    for number in range(2):
-        Image.open(image_folder / f"green/00{number}.png").convert("L").save(folder / f"{number}.png")
+    write_tiny(folder, image_folder)
+    train_all(made_with(folder))
     return folder
 
 

@@ -9,10 +9,9 @@ from PIL import Image
 
 from data.tokens.module import TokenDataModule
 from data.tokens.reader import TokenReader
-from pipeline.__main__ import main
 from stages.factory import build_grammar
 from stages.weights import load_prior, load_tokenizer
-from tests.conftest import TINY
+from tests.pipeline.runs import caller, stop_after_two, train_all, write_tiny
 
 BITPLANES = ("tokenizer.kind=bitplane", "tokenizer.final_threshold=1.0", "tokenizer.wavelet=haar", "images.flip=true")
 
@@ -21,18 +20,13 @@ BITPLANES = ("tokenizer.kind=bitplane", "tokenizer.final_threshold=1.0", "tokeni
 def streams(tmp_path_factory, image_folder):
     """A finished run over bit-planes and its YAML; the stages were trained for three steps."""
     folder = tmp_path_factory.mktemp("streams")
-    (folder / "tiny.yaml").write_text(TINY.format(path=image_folder))
-    call = made_with(folder)
-    for command in ("train-tokenizer", "cache-tokens", "train-prior"):
-        assert call(command, "prior_training.max_steps=3") == 0
+    write_tiny(folder, image_folder)
+    train_all(made_with(folder), "prior_training.max_steps=3")
     return folder
 
 
 def made_with(folder):
-    def call(command, *overrides):
-        return main([command, str(folder / "tiny.yaml"), f"run={folder}/run", *BITPLANES, *overrides])
-
-    return call
+    return caller(folder, *BITPLANES)
 
 
 def test_stage_one_only_fits_and_the_cache_holds_whole_streams(streams):
@@ -67,11 +61,6 @@ def test_the_prior_resumes_in_the_middle_of_a_bucket(streams, tmp_path, capsys):
         assert ("continuing from" in capsys.readouterr().out) == (name == "halves")
         weights.append(load_prior(tmp_path / name / "prior.safetensors")[0].state_dict())
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def stop_after_two(module, *_):
-    if module.batches_seen == 3:
-        raise KeyboardInterrupt
 
 
 def test_eval_shows_rates_growth_and_other_settings(streams, capsys):

@@ -4,22 +4,17 @@ import numpy as np
 import pytest
 
 from data.tokens.reader import TokenReader
-from pipeline.__main__ import main
 from stages.weights import load_prior
-from tests.conftest import TINY
+from tests.pipeline.runs import caller, write_tiny
 
 TEXT = "".join(f"{number} bottles of beer, Würzburg style. " for number in range(300)).encode()
 
 
 @pytest.fixture
 def call(tmp_path, image_folder):
-    (tmp_path / "tiny.yaml").write_text(TINY.format(path=image_folder))
+    write_tiny(tmp_path, image_folder)
     (tmp_path / "beer.txt").write_bytes(TEXT)
-
-    def run(command, *items):
-        return main([command, str(tmp_path / "tiny.yaml"), f"run={tmp_path}/run", "condition.kind=none", *items])
-
-    return run
+    return caller(tmp_path, "condition.kind=none")
 
 
 def test_the_pieces_are_the_text_and_train_a_prior(call, tmp_path):
