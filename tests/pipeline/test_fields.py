@@ -160,9 +160,9 @@ def test_perplexity_by_position_is_one_number_a_token(tmp_path):
     )
 
 
-def test_sample_edit_orders_and_export_take_two_fields(run, tmp_path, capsys):
+def test_sample_edit_orders_and_export_take_two_fields(run, tmp_path, capsys, many_images):
     folder, common = run
-    image = next((folder / "images" / "a").iterdir())
+    image = next((many_images / "a").iterdir())
     assert main(["sample", *common, "count=2", f"out={tmp_path}/samples"]) == 0
     assert main(["edit", *common, f"input={image}", "frozen=1", f"out={tmp_path}/edited"]) == 0
     assert main(["orders", *common, f"runs={folder}/run/eval/default", f"out={tmp_path}/orders"]) == 0
