@@ -1,6 +1,7 @@
 """What a config must not be: values outside their range, and parts that cannot work together.
 
-One table each; a new combination that must be refused is one entry of ``ILLEGAL``.
+One table each; a new combination that must be refused is one entry of ``ILLEGAL``. Keys that the chosen kinds do not
+have are passed over.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "images.train_view": ("center", "random_resized_crop", "random_crop", "pad"),
     "images.eval_view": ("center", "pad"),
     "tokens.precision": ("32", "bf16"),
+    "tokenizer.planes": PLANES,
+    "tokenizer.quantizer.gradient": tuple(GRADIENTS),
     "tokenizer_training.precision": ("32", "bf16"),
     "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
     "tokenizer_training.discriminator": ("patch", "style"),
     "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
+    "prior.averaging": AVERAGING,
+    "prior.averaging_borders": AVERAGING_BORDERS,
     "prior_training.precision": ("32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.strategy": ("ddp", "fsdp"),
@@ -85,13 +90,38 @@ POSITIVE = (
     "eval.num_head",
 )
 
-# Sizes of networks, checked where the chosen kinds have them.
+ZERO_OR_MORE = (
+    "tokenizer_training.entropy_weight",
+    "prior.early_bias",
+    "prior_training.shuffle_shards",
+    "eval.timing_repeats",
+)
+
+ABOVE_ZERO = ("tokens.local_gigabytes", "tokenizer.quantizer.temperature")
+
+# Sizes of networks.
 NETWORK_SIZES = (
     *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
     *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length", "chunk", "overlap", "patch")),
     *(f"prior.{part}_depth" for part in ("encoder", "channel", "position", "value")),
     *(f"tokenizer.quantizer.{key}" for key in ("code_dim", "depth")),
 )
+
+
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    ((*POSITIVE, *NETWORK_SIZES), lambda value: value >= 1, "1 or more"),
+    (ZERO_OR_MORE, lambda value: 0 <= value < math.inf, "0 or more"),
+    (ABOVE_ZERO, lambda value: 0 < value < math.inf, "above 0"),
+    (SHARES, lambda value: 0 <= value < 1, "0 to 1, without 1"),
+)
+
+# Ranges of whole numbers.
+BETWEEN = {
+    "tokenizer.quantizer.codes": (2, 2**16),
+    "tokenizer.quantizer.bits": (1, 64),
+    "tokenizer.quantizer.bits_per_field": (1, 16),
+    "tokenizer.quantizer.entropy_group_bits": (1, 18),
+}
 
 
 def averages(config: Config) -> bool:
@@ -125,14 +155,6 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
-# Ranges of whole numbers, checked where the chosen kinds have them.
-BETWEEN = {
-    "tokenizer.quantizer.codes": (2, 2**16),
-    "tokenizer.quantizer.bits": (1, 64),
-    "tokenizer.quantizer.bits_per_field": (1, 16),
-    "tokenizer.quantizer.entropy_group_bits": (1, 18),
-}
-
 _WRITES_TO_FOLDERS: Rule = (
     lambda c: is_remote(c.tokens.path),
     lambda c: f"tokens.path={c.tokens.path}: a cache is written to a folder; give one, and copy it to the URL then",
@@ -147,14 +169,6 @@ ILLEGAL: list[Rule] = [
     (
         lambda c: c.images.kind in ("folder", "webdataset") and c.images.path is None,
         lambda c: f"images.path is not set; images.kind={c.images.kind} needs images.path=<where your images lie>",
-    ),
-    (
-        lambda c: not 0 < c.tokens.local_gigabytes < math.inf,
-        lambda c: f"tokens.local_gigabytes={c.tokens.local_gigabytes}; allowed: above 0",
-    ),
-    (
-        lambda c: c.prior_training.shuffle_shards < 0,
-        lambda c: f"prior_training.shuffle_shards={c.prior_training.shuffle_shards}; allowed: 0, or 1 and more",
     ),
     (
         lambda c: c.trainer.devices == 0 or c.trainer.devices < -1,
@@ -273,10 +287,6 @@ ILLEGAL: list[Rule] = [
         ),
     ),
     (
-        lambda c: get(c, "tokenizer.planes") not in (None, *PLANES),
-        lambda c: f"tokenizer.planes={get(c, 'tokenizer.planes')!r}; allowed: {', '.join(PLANES)}",
-    ),
-    (
         lambda c: get(c, "tokenizer.planes") == "ycbcr" and c.images.channels == 1,
         lambda c: (
             "tokenizer.planes=ycbcr with images.channels=1: gray images have no chroma; set images.channels=3, or "
@@ -344,34 +354,6 @@ ILLEGAL: list[Rule] = [
         ),
     ),
     (
-        lambda c: get(c, "tokenizer.quantizer.gradient") not in (None, *GRADIENTS),
-        lambda c: (
-            f"tokenizer.quantizer.gradient={get(c, 'tokenizer.quantizer.gradient')!r}; allowed: {', '.join(GRADIENTS)}"
-        ),
-    ),
-    (
-        lambda c: not 0 < (1.0 if (t := get(c, "tokenizer.quantizer.temperature")) is None else t) < math.inf,
-        lambda c: f"tokenizer.quantizer.temperature={get(c, 'tokenizer.quantizer.temperature')}; allowed: above 0",
-    ),
-    (
-        lambda c: not 0 <= c.tokenizer_training.entropy_weight < math.inf,
-        lambda c: f"tokenizer_training.entropy_weight={c.tokenizer_training.entropy_weight}; allowed: 0 or more",
-    ),
-    (
-        lambda c: not 0 <= (get(c, "prior.early_bias") or 0) < math.inf,
-        lambda c: f"prior.early_bias={get(c, 'prior.early_bias')}; allowed: 0 or more",
-    ),
-    (
-        lambda c: get(c, "prior.averaging") not in (None, *AVERAGING),
-        lambda c: f"prior.averaging={get(c, 'prior.averaging')!r}; allowed: {', '.join(AVERAGING)}",
-    ),
-    (
-        lambda c: get(c, "prior.averaging_borders") not in (None, *AVERAGING_BORDERS),
-        lambda c: (
-            f"prior.averaging_borders={get(c, 'prior.averaging_borders')!r}; allowed: {', '.join(AVERAGING_BORDERS)}"
-        ),
-    ),
-    (
         lambda c: get(c, "prior.averaging") == "learned" and get(c, "prior.averaging_borders") == "grid",
         lambda c: (
             "prior.averaging=learned with prior.averaging_borders=grid: learned windows have one dimension; set "
@@ -411,10 +393,6 @@ ILLEGAL: list[Rule] = [
             "layers can be gathered only in common; set trainer.strategy=ddp"
         ),
     ),
-    (
-        lambda c: c.eval.timing_repeats < 0,
-        lambda c: f"eval.timing_repeats={c.eval.timing_repeats}; allowed: 0 or more",
-    ),
 ]
 
 # The same where one command alone minds, by its name.
@@ -441,18 +419,14 @@ def broken_rule_for(command: str, config: Config) -> str | None:
 def broken_rule(config: Config) -> str | None:
     """One line that says which value is outside its range or which parts do not fit, and what to change; or None."""
     for key, allowed in ALLOWED.items():
-        if get(config, key) not in allowed:
-            return f"{key}={get(config, key)!r}; allowed: {', '.join(map(str, allowed))}"
-    for key in (*POSITIVE, *NETWORK_SIZES):
-        value = get(config, key)
-        if value is not None and value < 1:
-            return f"{key}={value}; allowed: 1 or more"
+        if (value := get(config, key)) is not None and value not in allowed:
+            return f"{key}={value!r}; allowed: {', '.join(map(str, allowed))}"
+    for keys, fits, said in RANGES:
+        for key in keys:
+            if (value := get(config, key)) is not None and not fits(value):
+                return f"{key}={value}; allowed: {said}"
     for key, (low, high) in BETWEEN.items():
-        value = get(config, key)
-        if value is not None and not low <= value <= high:
+        if (value := get(config, key)) is not None and not low <= value <= high:
             return f"{key}={value}; allowed: {low} to {high}"
-    for key in SHARES:
-        if not 0 <= (get(config, key) or 0) < 1:
-            return f"{key}={get(config, key)}; allowed: 0 to 1, without 1"
     found = next((message(config) for refuses, message in ILLEGAL if refuses(config)), None)
     return found or misplaced(config)

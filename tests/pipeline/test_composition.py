@@ -131,7 +131,7 @@ def test_every_prior_but_the_chunked_one_may_be_shared_out(plain, kind):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("prior_training.shuffle_shards=-1", "prior_training.shuffle_shards=-1; allowed: 0, or 1 and more"),
+        ("prior_training.shuffle_shards=-1", "prior_training.shuffle_shards=-1; allowed: 0 or more"),
         ("tokens.local_gigabytes=0", "tokens.local_gigabytes=0.0; allowed: above 0"),
         ("trainer.strategy=zero", "trainer.strategy='zero'; allowed: ddp, fsdp"),
     ],

@@ -7,7 +7,7 @@ import torch
 
 from data.layout import Tokens
 from pipeline.config import CONFIG_FOLDER, ConfigError, load_config, to_plain
-from pipeline.rules import ALLOWED, BETWEEN, NETWORK_SIZES, POSITIVE, SHARES, get
+from pipeline.rules import ALLOWED, BETWEEN, RANGES, get
 from stages.contract import Prompts
 from stages.factory import QUANTIZERS, build_prior, build_tokenizer
 from stages.tokenizer.module import TokenizerModule
@@ -25,7 +25,7 @@ def test_the_shipped_experiments_are_there():
 def test_every_rule_is_about_a_key_that_there_is():
     found = [load_config(name) for name in SHIPPED]
     found += [load_config("demo", [f"tokenizer.quantizer.kind={kind}"]) for kind in QUANTIZERS]
-    for key in (*ALLOWED, *POSITIVE, *NETWORK_SIZES, *SHARES, *BETWEEN):
+    for key in (*ALLOWED, *BETWEEN, *(key for keys, *_ in RANGES for key in keys)):
         assert any(get(config, key) is not None for config in found), key
 
 
