@@ -75,23 +75,33 @@ def defaults_of(config: Config) -> dict[str, dict[str, Any]]:
 def hold_to_config(folder: Path, plain: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:
     """Write ``folder/config.yaml``, or raise RunError that names the first key in which the written one differs.
 
-    A folder in which nothing was made yet takes the new config: a typo in the first call must not stick. A key that is
-    younger than the folder had its default there, so that an interrupted run goes on with a newer version.
+    A folder in which nothing was made yet takes the new config: a typo in the first call must not stick.
     """
     path = folder / "config.yaml"
-    made = any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "checkpoints/*.ckpt", "*/*.tar"))
-    if path.exists() and made:
-        written: Any = OmegaConf.to_container(OmegaConf.load(path))
-        for section in [name for name in plain if name in defaults and name in written]:
-            younger = plain[section].keys() - written[section].keys()
-            written[section] |= {key: defaults[section][key] for key in younger}
-        difference = first_difference(written, plain)
-        if difference:
-            raise RunError(
-                f"{folder} was made with another config ({difference}); choose another RUN=, or delete the folder"
-            )
-        return
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(plain)).encode())
+    if not path.exists() or not is_made(folder):
+        write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(plain)).encode())
+    elif difference := difference_from(folder, plain, defaults):
+        raise RunError(
+            f"{folder} was made with another config ({difference}); choose another RUN=, or delete the folder"
+        )
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a stage has made something in its folder."""
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "checkpoints/*.ckpt", "*/*.tar"))
+
+
+def difference_from(folder: Path, plain: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> str | None:
+    """The first key in which ``folder/config.yaml`` is not ``plain``, with both values; None where all agree.
+
+    A key that is younger than the folder had its default there, so that an interrupted run goes on with a newer
+    version.
+    """
+    written: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    for section in [name for name in plain if name in defaults and name in written]:
+        younger = plain[section].keys() - written[section].keys()
+        written[section] |= {key: defaults[section][key] for key in younger}
+    return first_difference(written, plain)
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.run import RunError
 from pipeline.studies.plan import cells_of, find_study, load_study
 from pipeline.studies.table import write_tables
-from pipeline.studies.train import Outcome, train
+from pipeline.studies.train import outdated, train
 
 
 @dataclass
@@ -44,11 +44,11 @@ def run_study(arguments: Sequence[str]) -> Path:
     arms = [arm.name for arm in study.arms]
     if foreign := [name for name in chosen if name not in arms]:
         raise RunError(f"only={foreign[0]}: no such arm; allowed: {', '.join(arms)}")
-    outcome = Outcome()
+    outcome = outdated(cells)
     try:
         if request.train:
             wanted = [cell for cell in cells if not chosen or cell.arm in chosen]
-            outcome = train(wanted, request.jobs, request.minutes)
+            train(wanted, request.jobs, request.minutes, outcome)
     finally:
         table = write_tables(study, path.stem, cells, outcome, Path(request.out) / path.stem)
     print(f"\n{table.read_text(encoding='utf-8')}\nwrote {table} and cells.csv, study.json, plot.png beside it")

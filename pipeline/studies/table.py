@@ -68,10 +68,10 @@ def write_tables(study: StudyConfig, name: str, cells: Sequence[Cell], outcome: 
 
 def row_of(study: StudyConfig, cell: Cell, outcome: Outcome) -> dict[str, Any]:
     """Plain data of a cell: what it was, its state (done, not run, failed: why) and its figures."""
-    done = cell.metrics.exists()
+    failed = outcome.reason(cell)
+    done = failed is None and cell.metrics.exists()
     metrics = json.loads(cell.metrics.read_text(encoding="utf-8")) if done else {}
     tokenizer, prior = Path(cell.config.tokenizer.path), Path(cell.config.prior.path)
-    failed = outcome.reason(cell)
     return {
         "arm": cell.arm,
         "seed": cell.seed,

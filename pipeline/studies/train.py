@@ -19,11 +19,14 @@ from pathlib import Path
 
 from data.files import write_atomically
 from pipeline.processes import REQUEUE, prepare_child
+from pipeline.run import defaults_of, difference_from, stage_config
 from pipeline.studies.plan import Cell
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 120.0
 """How long stages may take to save after SIGTERM."""
+STAGES = {"train-tokenizer": "tokenizer", "cache-tokens": "tokens", "train-prior": "prior"}
+"""Commands that hold their folder to one config, and the sections of it (``STAGE_SECTIONS``)."""
 
 
 @dataclass
@@ -43,22 +46,37 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What training the cells came to."""
+    """What training the cells came to, as far as it did not work."""
 
     failed: dict[Path, str] = field(default_factory=dict)
-    """What a stage that failed would have written: the last line that it printed."""
+    """What a stage that failed would have written, or what it wrote with another config: why."""
 
     def reason(self, cell: Cell) -> str | None:
         """Why a cell has no evaluation; None where nothing failed."""
         return next((self.failed[made] for _, made in cell.stages if made in self.failed), None)
 
 
-def train(cells: Sequence[Cell], jobs: int, minutes: float | None) -> Outcome:
+def outdated(cells: Sequence[Cell]) -> Outcome:
+    """What was made with another config than the cell's: runs are named by keys that differ from their defaults, and a
+    newer version may have other defaults."""
+    outcome = Outcome()
+    for cell in cells:
+        for stage, made in cell.stages:
+            if stage in STAGES and made.exists() and (made.parent / "config.yaml").exists():
+                difference = difference_from(
+                    made.parent, stage_config(cell.config, STAGES[stage]), defaults_of(cell.config)
+                )
+                if difference:
+                    outcome.failed[made] = f"{made.parent} was made with another config ({difference}); delete it"
+    return outcome
+
+
+def train(cells: Sequence[Cell], jobs: int, minutes: float | None, outcome: Outcome) -> None:
     """Run what is missing, ``jobs`` processes at once; after ``minutes`` (None: no limit) no stage begins.
 
-    SIGTERM (Preempted) and Ctrl-C are passed on to the stages, which save.
+    Cells that ``outcome`` has as failed are left out, and those that fail are put there. SIGTERM (Preempted) and Ctrl-C
+    are passed on to the stages, which save.
     """
-    outcome = Outcome()
     running: list[Job] = []
     end = None if minutes is None else time.monotonic() + 60 * minutes
     try:
@@ -73,7 +91,7 @@ def train(cells: Sequence[Cell], jobs: int, minutes: float | None) -> Outcome:
             while len(running) < jobs and not late and (found := next_stage(cells, running, outcome)):
                 running.append(start(*found, jobs))
             if not running:
-                return outcome
+                return
             time.sleep(POLL_SECONDS)
     finally:
         for job in running:

@@ -111,6 +111,16 @@ def test_a_study_is_trained_once_and_tabled(study, tmp_path, capsys):
     assert run(study, out) == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")} == made
 
+    # as a version with another default would find it
+    path = cells_of(load_study(study), out / "runs")[3].run / "tokenizer/config.yaml"
+    path.write_text(path.read_text().replace("perceptual_weight: ", "perceptual_weight: 7"))
+    assert run(study, out, "train=false") == 2
+    rows = rows_of(out)
+    assert [row["state"] for row in rows[:3]] == ["done"] * 3
+    assert "another config (tokenizer_training.perceptual_weight: 7" in rows[3]["state"]
+    assert rows[3]["figures"]["tokenizer.psnr_mean_of_images"] is None
+    assert "| dense | 1 |" in (out / "toy/table.md").read_text()
+
 
 def test_what_does_not_fit_is_not_run(study, tmp_path, capsys):
     out = tmp_path / "out"
