@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.config import load_config
+from pipeline.evaluate import evaluate
 from pipeline.models import load_models
 from pipeline.studio_actions import Studio
+from stages.measures.config import EvalConfig
+from tests.pipeline.toy_evaluation import CLASSES, toy_run, write_baseline
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +39,44 @@ def many_images(tmp_path_factory):
         coarse = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((16, 16)).save(folder / "ab"[index % 2] / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bright_and_dark(tmp_path_factory):
+    """Two classes of 20 training and 8 held-out pictures."""
+    folder = tmp_path_factory.mktemp("bright_and_dark")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 8)):
+        for index, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 128, (16, 16, 3)) + (128 if index == 0 else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory, bright_and_dark):
+    """The folder of an evaluation with everything that a toy run can have."""
+    run = tmp_path_factory.mktemp("run")
+    config = toy_run(run, bright_and_dark, with_prior=True, attention="sit-sc")
+    config.sampling.guidance = 30.0  # an untrained prior hardly listens
+    config.eval = EvalConfig(
+        **{
+            **vars(config.eval),
+            "baseline": str(write_baseline(run / "baseline.safetensors")),
+            "timing_repeats": 2,
+            "upsample_from": 8,
+            "num_upsampled": 6,
+            "edit_frozen": [1],
+            "num_edited": 5,
+        }
+    )
+    with SummaryWriter(str(run / "tokenizer" / "logs")) as writer:
+        for step in range(30):
+            writer.add_scalar("loss/pixel", 1 / (step + 1), step)
+        writer.add_scalar("validation/psnr", 20, 30)
+    return evaluate(config)
 
 
 @pytest.fixture(scope="session")
