@@ -32,7 +32,7 @@ from stages.spectral.dct import dct_matrix, lowpass
 from stages.spectral.patches import from_patches, to_patches
 from stages.tokenizer.config import TokenizerConfig
 from stages.tokenizer.heads import HeadConfig, HeadedTokenizer
-from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
+from stages.tokenizer.quantizers import CosineVQConfig, QuantizerConfig
 from stages.tokenizer.rings import RingSummaries
 from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
 
@@ -70,7 +70,7 @@ class NestedConfig(TokenizerConfig):
     """Cut what the decoder makes to the prefix's frequencies: never farther from what it should be."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
     decoder: TransformerConfig = field(default_factory=TransformerConfig)
-    quantizer: QuantizerConfig = field(default_factory=FSQConfig)
+    quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
 
 

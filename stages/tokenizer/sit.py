@@ -39,7 +39,7 @@ from stages.spectral.patches import from_windows, to_windows
 from stages.spectral.wavelets import WAVELETS, dwt, idwt, is_wavelet
 from stages.tokenizer.config import PLANES, TokenizerConfig
 from stages.tokenizer.heads import HeadConfig, HeadedTokenizer
-from stages.tokenizer.quantizers import FSQConfig, QuantizerConfig
+from stages.tokenizer.quantizers import CosineVQConfig, QuantizerConfig
 from stages.tokenizer.transformer import Transformer, TransformerConfig, blind_to_chroma, scale_causal
 
 CAUSAL = {  # attention: (encoder, decoder)
@@ -77,7 +77,7 @@ class SITConfig(TokenizerConfig):
     """ADTransformer: separate weights for approximation and detail tokens."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
     decoder: TransformerConfig = field(default_factory=TransformerConfig)
-    quantizer: QuantizerConfig = field(default_factory=FSQConfig)
+    quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     detail_head_gain: float = 0.1
     """Factor on the detail heads' first weights: the model starts as a blurred image."""

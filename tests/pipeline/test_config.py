@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_that_names_the_key(override, message):
 
 def test_kind_picks_the_keys_of_its_section():
     config = load_config("demo", ["tokenizer.quantizer.kind=cosine"])
-    assert config.tokenizer.quantizer.codes == 8192 and config.tokenizer.patch == 1
+    assert config.tokenizer.quantizer.codes == 1024 and config.tokenizer.patch == 1
     config = load_config("demo", ["tokenizer.kind=vit-vqgan", "tokenizer.scales=1", "tokenizer.patch=8"])
     assert config.tokenizer.transform == "identity" and config.tokenizer.encoder.width == 128
     with pytest.raises(ConfigError, match="levels"):

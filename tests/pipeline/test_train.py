@@ -33,7 +33,9 @@ def run_ddp(tmp_path, tiny, name, *overrides):
 
 def without_codebook(tiny):
     """FSQ: codes that are started and revived come from the local batch, which differs by construction."""
-    tiny.write_text(tiny.read_text().replace("kind: cosine, codes: 16, code_dim: 8, revive_every: 2", "levels: [4, 4]"))
+    tiny.write_text(
+        tiny.read_text().replace("kind: cosine, codes: 16, code_dim: 8, revive_every: 2", "kind: fsq, levels: [4, 4]")
+    )
 
 
 def close(a, b):

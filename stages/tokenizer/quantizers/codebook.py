@@ -19,10 +19,10 @@ from stages.tokenizer.quantizers.ranks import of_first_rank, sum_over_ranks
 class CodebookConfig(QuantizerConfig):
     """What every quantiser with a codebook has."""
 
-    codes: int = 8192
+    codes: int = 1024
     """Entries of each codebook, 65,536 at most: more codes are several fields (lfq, bsq, residual or fsq)."""
-    code_dim: int = 32
-    """Width of a code; encodings are projected to it."""
+    code_dim: int = 8
+    """Width of a code; encodings are projected to it. ViT-VQGAN has 8192 codes of 32."""
     gradient: str = "straight-through"
     """straight-through, or rotation: the gradient is turned and scaled like the code into its encoding."""
 

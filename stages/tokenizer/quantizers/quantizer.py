@@ -39,8 +39,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 class QuantizerConfig:
     """What every quantiser's section has."""
 
-    kind: str = "fsq"
-    """fsq, lfq, bsq, cosine, simvq or residual; picks the other keys of this section."""
+    kind: str = "cosine"
+    """cosine, fsq, lfq, bsq, simvq or residual; picks the other keys of this section."""
 
 
 @dataclass

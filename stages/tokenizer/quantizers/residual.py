@@ -19,8 +19,6 @@ class ResidualVQConfig(LearnedCodebookConfig):
     """Residual vector quantisation."""
 
     kind: str = "residual"
-    codes: int = 1024
-    """Entries of each stage's codebook, 65,536 at most."""
     depth: int = 2
     """Stages; each is a field of the token."""
 
