@@ -67,9 +67,14 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
 
 
 def defaults_of(config: Config) -> dict[str, dict[str, Any]]:
-    """The default of every key of every section, for the kinds that the config has."""
-    sections = [field.name for field in fields(config) if is_dataclass(getattr(config, field.name))]
-    return {name: asdict(type(getattr(config, name))()) for name in sections}
+    """The default of every key of every section, for the kinds that the config and its parts have."""
+
+    def of(part: Any) -> dict[str, Any]:
+        inner = {field.name: getattr(part, field.name) for field in fields(part)}
+        return asdict(type(part)()) | {name: of(value) for name, value in inner.items() if is_dataclass(value)}
+
+    sections = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: of(section) for name, section in sections.items() if is_dataclass(section)}
 
 
 def hold_to_config(folder: Path, plain: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:

@@ -74,6 +74,12 @@ def test_writing_a_default_out_changes_no_name(study, tmp_path):
         for more in ([], ["tokenizer.specialised=true"], ["tokenizer.specialised=false"])
     ]
     assert cells[0] == cells[1] != cells[2]
+    kind = "tokenizer.quantizer.kind=fsq"  # not the kind of the default quantiser
+    cells = [
+        cells_of(load_study(study), tmp_path, [kind, f"tokenizer.quantizer.levels={levels}"])[0].run
+        for levels in ([8, 5, 5, 5], [8, 8, 8])
+    ]
+    assert cells_of(load_study(study), tmp_path, [kind])[0].run == cells[0] != cells[1]
 
 
 def test_every_shipped_study_has_cells_that_load():
