@@ -157,7 +157,7 @@ class ScalewisePrior(TransformerPrior):
                 )
                 for field in range(wanted.shape[1])
             ]
-            nll = nll.index_copy(1, places, torch.stack(costs, dim=-1).view(len(ids), len(places), -1))
+            nll = nll.index_copy(1, places, torch.stack(costs, dim=-1).view(len(ids), len(places), len(costs)))
         nll = torch.where(masked.unsqueeze(-1), nll, 0.0)
         return PriorOutput(nll, judged=masked)
 
