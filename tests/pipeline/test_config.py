@@ -7,7 +7,7 @@ import torch
 
 from data.layout import Tokens
 from pipeline.config import CONFIG_FOLDER, ConfigError, load_config, to_plain
-from pipeline.rules import ALLOWED, BETWEEN, RANGES, get
+from pipeline.ranges import ALLOWED, BETWEEN, RANGES, get
 from stages.contract import Prompts
 from stages.factory import QUANTIZERS, build_prior, build_tokenizer
 from stages.tokenizer.module import TokenizerModule
