@@ -35,6 +35,7 @@ from pipeline.pretrained import Pretrained, load_pretrained
 from pipeline.requests import ask, checked_texts, class_ids, known_classes, to_prompts
 from pipeline.upsample import DETAIL, EXACT_ROUNDS, upsample_pixels
 from stages.contract import Prior, Tokenizer
+from stages.precision import resolve
 from stages.prior.sampling import SamplingConfig
 
 __all__ = ["Images", "Model", "OctavesError", "Tokens", "load", "to_pil"]
@@ -75,10 +76,11 @@ class Model:
     def __init__(self, pretrained: Pretrained, device: torch.device) -> None:
         self.tokenizer = pretrained.tokenizer.to(device)
         self.prior, self.device, self.sampling = pretrained.prior, device, pretrained.sampling
+        self.tokenizer.precision = resolve(self.sampling.precision, device)
         self._images = pretrained.images
         self._models: Models | None = None
         if self.prior is not None:
-            self._models = join(self.tokenizer, self.prior, device, BATCH_SIZE)
+            self._models = join(self.tokenizer, self.prior, device, BATCH_SIZE, self.sampling.precision)
 
     @property
     def layout(self) -> TokenLayout:

@@ -26,6 +26,7 @@ from data.images.sources import open_source
 from data.tokens.errors import CacheError
 from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
 from data.tokens.shards import ShardInfo, finished_shard, to_json, total_remarks
+from pipeline.callbacks import TRAINER_PRECISIONS, SamePrecision
 from pipeline.config import Config, check_command
 from pipeline.encoding import Encoding, SplitPlan
 from pipeline.models import check_images
@@ -45,7 +46,6 @@ STATE_PARTS = {
     "text": "captions of another text encoder",
 }
 VIEWS = ("identity", "flip")
-PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
 # A rank waits at the end for the slowest one, up to a whole shard: on a CPU longer than torch's 30 minutes.
 RANK_TIMEOUT = timedelta(hours=24)
 
@@ -65,7 +65,7 @@ def cache_tokens(config: Config) -> Path:
     check_command("cache-tokens", config)
     tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
     folder = Path(config.tokens.path)
-    with stage_folder(folder, config, "tokens"):
+    with stage_folder(folder, config, "tokens") as config:
         tokenizer, metadata = load_tokenizer(tokenizer_path)
         check_images(tokenizer, config.images.channels, config.images.size, config.images.size)
         sources = {split: open_source(config.images, split) for split in SPLITS}
@@ -139,8 +139,13 @@ def encode(
     quiet_lightning()
     # 32 means 32 here: tokens are written once and read for ever, and codes near a border notice TF32.
     torch.set_float32_matmul_precision("highest")
+    precision = config.tokens.precision
     trainer = L.Trainer(
-        **place, precision=PRECISIONS[config.tokens.precision], logger=False, enable_checkpointing=False
+        **place,
+        precision=TRAINER_PRECISIONS[precision],
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[SamePrecision(precision)],
     )
     encoding = Encoding(tokenizer, text_encoder, plans, missing, config)
     try:

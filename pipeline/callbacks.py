@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,8 +12,41 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torchvision.utils import make_grid
 
 from data.layout import Tokens
+from pipeline.run import RunError
 from stages.contract import Prompts, Tokenizer
+from stages.precision import slowness
 from stages.prior.sampling import SamplingConfig, sample
+
+
+TRAINER_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
+"""Lightning's names of ours."""
+
+
+class SamePrecision(L.Callback):
+    """Says in one line what a precision costs that the device emulates; holds all processes of a run to one."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raises RunError where precision=auto is one thing for one process and another for the others."""
+        first = trainer.strategy.broadcast(self.precision)
+        if trainer.strategy.reduce_boolean_decision(first != self.precision, all=False):
+            raise RunError(
+                "precision=auto is 32 on some of these machines and bf16 on others; set it to one of these for all"
+            )
+        if trainer.is_global_zero and (costs := slowness(self.precision, trainer.strategy.root_device)):
+            print(f"precision={self.precision}: {costs}", flush=True)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run goes on in the precision that it began with."""
+        checkpoint["precision"] = self.precision
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raises RunError for a checkpoint of another precision: somebody has moved it here."""
+        found = checkpoint.get("precision", self.precision)  # older versions had it in config.yaml alone
+        if found != self.precision:
+            raise RunError(f"the checkpoint is of a training in precision {found}, this one is in {self.precision}")
 
 
 class Throughput(L.Callback):

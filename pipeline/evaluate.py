@@ -55,6 +55,7 @@ from stages.measures.reconstruction import (
     measure_reconstruction,
     reconstruct,
 )
+from stages.precision import NAMES, resolve
 from stages.tokenizer.heads import NO_HEAD
 from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer, tokens_sha256
 
@@ -70,7 +71,11 @@ def evaluate(config: Config) -> Path:
     check_parts(config, tokenizer, path)
     device = device_of(config)
     tokenizer.to(device)
+    precision = resolve(config.eval.precision, device)
     models = load_matching_prior(config, tokenizer, path)
+    tokenizer.precision = precision
+    if models is not None:
+        models.prior.precision = precision
     skipped: list[str] = []
     judge = load_judge(metadata.get("perceptual", config.tokenizer_training.perceptual), device, skipped)
     inception = load_inception(config, device, skipped)
@@ -193,6 +198,7 @@ def empty_folder(folder: Path) -> Path:
 def settings(config: Config, path: Path, kind: str, device: torch.device) -> dict[str, Any]:
     """All that the numbers depend on."""
     prior = Path(config.prior.path)
+    precision, sampling = (resolve(part.precision, device) for part in (config.eval, config.sampling))
     baseline, inception = (
         None if each is None else Path(each) for each in (config.eval.baseline, config.eval.inception)
     )
@@ -206,7 +212,11 @@ def settings(config: Config, path: Path, kind: str, device: torch.device) -> dic
         "fd_lite0": "timm tf_efficientnet_lite0 (ImageNet), mean of block 10, 112 channels; under 64 px enlarged to 64",
         "sfd_lite0": "the same network, first 7 channels of the map of stride 8, averaged to 8x8 places",
         "inception": None if inception is None else {"path": str(inception), "sha256": file_sha256(inception)},
-        "precision": "networks float32, classifier's training bfloat16 autocast, Fréchet distance and PSNR float64",
+        "precision": (
+            f"tokenizer, prior and classifier's training {NAMES[precision]}, sampling {NAMES[sampling]}, judges "
+            "float32, Fréchet distance and PSNR float64"
+        ),
+        "precisions": {"eval": precision, "sampling": sampling},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -250,7 +260,9 @@ def fit_classifier(
         skipped.append(f"class accuracy, and all that is measured in the classifier's features: {reason}")
         return None
     steps = config.eval.classifier_steps
-    return train_classifier(train.pixels[known], train.labels[known], num_classes, steps, config.eval.seed, device)
+    precision = resolve(config.eval.precision, device)
+    pixels, labels = train.pixels[known], train.labels[known]
+    return train_classifier(pixels, labels, num_classes, steps, config.eval.seed, device, precision)
 
 
 def calibration_of(folder: Path, tokenizer: Tokenizer, said: Said) -> dict[str, Any] | None:

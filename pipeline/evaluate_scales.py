@@ -76,6 +76,7 @@ def load_baseline(config: Config, tokenizer: Tokenizer, judge: Judge | None, dev
     if judge is not None:
         trained_with = metadata.get("perceptual", config.tokenizer_training.perceptual)
         judge = dataclasses.replace(judge, same_backbone_as_loss=trained_with == Lite0Perceptual.name)
+    baseline.precision = resolve(config.eval.precision, device)
     return Contender(baseline.to(device), judge)
 
 

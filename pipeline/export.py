@@ -75,7 +75,7 @@ def export_run(config: Config, request: ExportRequest) -> Path:
         sources[PRIOR] = Path(config.prior.path)
         prior, about_prior = load_prior(sources[PRIOR])
         check_pair(about_prior, sources[PRIOR], tokenizer_path)
-        join(tokenizer, prior, torch.device("cpu"), 1).check(config.sampling)
+        join(tokenizer, prior, torch.device("cpu"), 1, "32").check(config.sampling)
     else:
         print(f"no prior at {config.prior.path}: the tokenizer is exported alone")
     programs: dict[str, ExportedProgram] = {}

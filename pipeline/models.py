@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.run import RunError, device_of, need
 from stages.conditions.encoders import TextEncoder, load_text_encoder
 from stages.contract import Prior, Prompts, Tokenizer
+from stages.precision import resolve, running_in
 from stages.prior.sampling import SamplingConfig, check_order, check_sampling, sample
 from stages.weights import check_pair, load_prior, load_tokenizer
 
@@ -101,8 +102,7 @@ class Models:
             if forced is None:
                 begun = self.tokenizer.start_prefix(prompts.labels[rows], chosen)
                 forced = None if begun is None else begun.to(self.device)
-            # bfloat16 where it is fast; a CPU samples in float32
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with running_in(self.prior, resolve(settings.precision, self.device)):
                 tokens = sample(self.prior, asked, settings, chosen, forced, there, kept, whole)
             parts.append(tokens[: count - start].to("cpu"))
         return Tokens.cat(parts)
@@ -156,14 +156,21 @@ def load_models(config: Config) -> Models:
 
 def assemble(config: Config, tokenizer: Tokenizer, prior: Prior) -> Models:
     """Models that belong together, on the device of ``trainer.accelerator``, checked against ``config.sampling``."""
-    models = join(tokenizer, prior, device_of(config), config.eval.batch_size, config.trainer.progress)
+    batch_size, progress = config.eval.batch_size, config.trainer.progress
+    models = join(tokenizer, prior, device_of(config), batch_size, config.sampling.precision, progress)
     models.check(config.sampling)
     if config.sampling.compile:
         prior.compile_step()
     return models
 
 
-def join(tokenizer: Tokenizer, prior: Prior, device: torch.device, batch_size: int, progress: bool = False) -> Models:
-    """Models that belong together, on a device. Raises InputError where the text encoder is not to be had."""
+def join(
+    tokenizer: Tokenizer, prior: Prior, device: torch.device, batch_size: int, precision: str, progress: bool = False
+) -> Models:
+    """Models that belong together, on a device, in a precision there.
+
+    Raises InputError where the text encoder is not to be had, or the device does not have that precision.
+    """
     encoder = load_text_encoder(prior.text) if prior.text is not None and prior.condition.uses_text else None
+    tokenizer.precision = prior.precision = resolve(precision, device)
     return Models(tokenizer.to(device), prior.to(device), encoder, device, batch_size, progress)

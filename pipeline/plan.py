@@ -129,7 +129,7 @@ def stage_plan(network: nn.Module, cost: Cost, training: Any, request: PlanReque
     parameters = sum(parameter.numel() for parameter in network.parameters())
     batch = training.batch_size_per_device * training.accumulate_batches * request.gpus
     rate = speed_of(request) / cost.flops
-    half = 2 if training.precision == "bf16" else 1
+    half = 1 if training.precision == "32" else 2  # auto is bf16 on the GPUs that are planned for
     return {
         "parameters": parameters,
         "flops_per_sample": cost.flops,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stages.precision import CHOICES
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS
 from stages.tokenizer.config import PLANES
 from stages.tokenizer.quantizers.gradients import GRADIENTS
@@ -21,16 +22,18 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "images.channels": (1, 3),
     "images.train_view": ("center", "random_resized_crop", "random_crop", "pad"),
     "images.eval_view": ("center", "pad"),
-    "tokens.precision": ("32", "bf16"),
+    "tokens.precision": CHOICES,
     "tokenizer.planes": PLANES,
     "tokenizer.quantizer.gradient": tuple(GRADIENTS),
-    "tokenizer_training.precision": ("32", "bf16"),
+    "tokenizer_training.precision": CHOICES,
     "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
     "tokenizer_training.discriminator": ("patch", "style"),
     "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
     "prior.averaging": AVERAGING,
     "prior.averaging_borders": AVERAGING_BORDERS,
-    "prior_training.precision": ("32", "bf16"),
+    "prior_training.precision": CHOICES,
+    "sampling.precision": CHOICES,
+    "eval.precision": CHOICES,
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.strategy": ("ddp", "fsdp"),
 }

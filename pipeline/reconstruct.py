@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.models import check_channels
 from pipeline.requests import find_inputs, parse_numbers, read_plain
 from pipeline.run import RunError, device_of, need
+from stages.precision import resolve
 from stages.tokenizer.heads import NO_HEAD, checked_crop
 from stages.weights import load_tokenizer
 
@@ -45,6 +46,7 @@ def reconstruct_images(config: Config, request: ReconstructRequest) -> Path:
     check_channels(tokenizer, config.images.channels)
     device, own = device_of(config), tokenizer.layout.image_size
     tokenizer.to(device)
+    tokenizer.precision = resolve(config.sampling.precision, device)
     if size is not None and not tokenizer.renders:
         raise RunError(f"size={request.size}: {NO_HEAD}")
     top, left, height, width = checked_crop(size or own, crop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from data.errors import OctavesError
 from data.files import remove_temporaries, write_atomically
 from pipeline.config import Config, to_plain
-from pipeline.processes import is_first_process
+from pipeline.processes import is_first_process, is_follower
+from stages.precision import resolve
 
 # The sections that decide what a stage produces. `trainer` is missing on purpose: it decides where, not what.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,7 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "tokens": ("images", "tokenizer", "tokens"),
     "prior": ("seed", "tokens", "condition", "prior", "prior_training"),
 }
+SECTION_WITH_PRECISION = {"tokenizer": "tokenizer_training", "tokens": "tokens", "prior": "prior_training"}
 
 
 class RunError(OctavesError):
@@ -43,17 +45,21 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
     sections.get("tokens", {}).pop("local_gigabytes", None)
     for key in ("skip_corrupt", "max_corrupt_share"):
         sections.get("images", {}).pop(key, None)
+    if stage == "prior":
+        sections["tokens"].pop("precision")  # the cache has that of its own
     return sections
 
 
 @contextmanager
-def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
-    """Lock ``folder`` for this process and hold it to one config. Raises RunError.
+def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Config]:
+    """Lock ``folder`` for this process and hold it to one config: the one given, its precision settled.
 
-    The lock is flock's: it ends with the process that holds it, so a killed run leaves no stale lock.
+    The lock is flock's: it ends with the process that holds it, so a killed run leaves no stale lock. Raises RunError,
+    and InputError for a precision that the device does not have.
     """
+    config = with_settled_precision(folder, config, stage)
     if not is_first_process():
-        yield folder  # the first process holds the lock for all ranks that it started
+        yield config  # the first process holds the lock for all ranks that it started
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -63,7 +69,28 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Path]:
             raise RunError(f"{folder} is in use by another process; wait for it, or choose another RUN=") from error
         remove_temporaries(folder)
         hold_to_config(folder, stage_config(config, stage), defaults_of(config))
-        yield folder
+        yield config
+
+
+def with_settled_precision(folder: Path, config: Config, stage: str) -> Config:
+    """The config with ``32`` or ``bf16`` as the precision of a stage.
+
+    ``auto`` is what a folder in which something was made has written down, else what suits this machine.
+    """
+    section = SECTION_WITH_PRECISION[stage]
+    part = getattr(config, section)
+    # a rank that the first process started finds the decision there
+    begun = is_made(folder) or is_follower()
+    written = written_config(folder).get(section, {}).get("precision") if begun else None
+    precision = written if part.precision == "auto" and written else resolve(part.precision, device_of(config))
+    return replace(config, **{section: replace(part, precision=precision)})
+
+
+def written_config(folder: Path) -> dict[str, Any]:
+    """What ``folder/config.yaml`` holds; empty where there is none."""
+    path = folder / "config.yaml"
+    written: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    return dict(written)
 
 
 def defaults_of(config: Config) -> dict[str, dict[str, Any]]:
@@ -100,13 +127,17 @@ def difference_from(folder: Path, plain: dict[str, Any], defaults: dict[str, dic
     """The first key in which ``folder/config.yaml`` is not ``plain``, with both values; None where all agree.
 
     A key that is younger than the folder had its default there, so that an interrupted run goes on with a newer
-    version.
+    version. ``precision: auto`` agrees with every precision: the folder goes on in its own.
     """
-    written: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    written, wanted = written_config(folder), dict(plain)
+    if "prior" in plain:
+        written.get("tokens", {}).pop("precision", None)  # older versions wrote it down
     for section in [name for name in plain if name in defaults and name in written]:
         younger = plain[section].keys() - written[section].keys()
         written[section] |= {key: defaults[section][key] for key in younger}
-    return first_difference(written, plain)
+        if plain[section].get("precision") == "auto":
+            wanted[section] = plain[section] | {"precision": written[section]["precision"]}
+    return first_difference(written, wanted)
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> str | None:

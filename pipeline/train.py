@@ -29,7 +29,7 @@ from data.tokens.manifest import check_belongs
 from data.tokens.module import TokenDataModule, to_tensors, widened
 from data.tokens.reader import TokenReader
 from data.tokens.streamed import StreamedReader
-from pipeline.callbacks import SamplePictures, StepProgressBar, Throughput
+from pipeline.callbacks import TRAINER_PRECISIONS, SamePrecision, SamplePictures, StepProgressBar, Throughput
 from pipeline.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints, newest_checkpoint
 from pipeline.config import Config, TrainerConfig, check_command
 from pipeline.processes import is_first_process
@@ -57,7 +57,7 @@ def train_tokenizer(config: Config) -> Path:
     """
     check_command("train-tokenizer", config)
     path = Path(config.tokenizer.path)
-    with stage_folder(path.parent, config, "tokenizer"):
+    with stage_folder(path.parent, config, "tokenizer") as config:
         if path.exists():
             print(f"{path} is finished; choose another RUN= to train again")
             return path
@@ -87,6 +87,7 @@ def train_tokenizer(config: Config) -> Path:
             tokenizer = module.average.module
             perceptual = training.perceptual if training.perceptual_weight > 0 else "none"
             extra = {"steps": module.step, "world_size": trainer.world_size, "perceptual": perceptual}
+            extra["precision"] = training.precision
         else:
             extra = {"steps": 0, "world_size": 1, "perceptual": "none"}
         if is_first_process():
@@ -120,7 +121,7 @@ def train_prior(config: Config) -> Path:
     if not is_remote(config.tokens.path):
         need(Path(config.tokens.path) / "manifest.json", "token cache", "cache-tokens", config)
     path = Path(config.prior.path)
-    with stage_folder(path.parent, config, "prior"):
+    with stage_folder(path.parent, config, "prior") as config:
         if path.exists():
             print(f"{path} is finished; choose another RUN= to train again")
             return path
@@ -169,6 +170,7 @@ def train_prior(config: Config) -> Path:
                 "tokenizer_sha256": manifest.tokenizer_sha256,
                 "steps": module.step,
                 "world_size": trainer.world_size,
+                "precision": training.precision,
                 "manifest_sha256": tokens.manifest_sha256,
             }
             save_prior(path, prior, config.prior, config.condition, extra, weights)
@@ -213,14 +215,15 @@ def fit(
     """
     quiet_lightning()
     micro_batches = training.max_steps * training.accumulate_batches
-    callbacks: list[Callback] = [Throughput(training.max_steps, training.log_every), *pictures]
+    same = SamePrecision(training.precision)
+    callbacks: list[Callback] = [same, Throughput(training.max_steps, training.log_every), *pictures]
     if place.progress:
         callbacks.append(StepProgressBar(micro_batches))
     callbacks.append(Checkpoints(folder / FOLDER, training.checkpoint_every))
     manual = not module.automatic_optimization
     trainer = L.Trainer(
         **placement(place),
-        precision="bf16-mixed" if training.precision == "bf16" else "32-true",
+        precision=TRAINER_PRECISIONS[training.precision],
         max_steps=trainer_steps(training.max_steps, num_optimizers),
         max_epochs=-1,
         val_check_interval=min(training.validate_every, training.max_steps) * training.accumulate_batches,
@@ -237,7 +240,7 @@ def fit(
     )
     checkpoint = newest_checkpoint(folder / FOLDER)
     if checkpoint:
-        print(f"continuing from {checkpoint}")
+        print(f"continuing from {checkpoint} in precision {training.precision}")
     with ending_together(trainer):
         trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     if module.step < training.max_steps:

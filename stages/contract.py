@@ -21,6 +21,7 @@ from torch.nn import functional
 from data.errors import InputError, OctavesError
 from data.layout import TokenLayout, Tokens
 from stages.grammar import Grammar
+from stages.precision import OwnPrecision
 from stages.prior.config import PREFIX_ORDERS
 
 FORBIDDEN = -1e9
@@ -53,9 +54,10 @@ class TokenizerOutput:
     """What the reconstruction should be, like it; None for the pixels themselves."""
 
 
-class Tokenizer(nn.Module, ABC):
+class Tokenizer(OwnPrecision, nn.Module, ABC):
     """Pixels → tokens → pixels. Pixels are float32 [B, C, H, W] in [-1, 1]."""
 
+    IN_PRECISION = ("encode", "decode", "render")
     layout: TokenLayout
     channels: int
 
@@ -257,9 +259,10 @@ class PriorOutput:
         return None if self.legal_nll is None else -torch.expm1(-self.legal_nll.detach())
 
 
-class Prior(nn.Module, ABC):
+class Prior(OwnPrecision, nn.Module, ABC):
     """A model of token sequences. It knows their layout, never which tokenizer made them."""
 
+    IN_PRECISION = ("forward", "begin", "logits", "advance", "look")
     layout: TokenLayout
     condition: Condition
     class_names: list[str]

@@ -73,7 +73,12 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
                 print(line_of(figure), flush=True)
     found: dict[str, Any] = {
         "machine": machine_of(place.device),
-        "settings": {**asdict(request), "config": config.name, "image_size": config.images.size},
+        "settings": {
+            **asdict(request),
+            "config": config.name,
+            "image_size": config.images.size,
+            "precision": place.config.prior_training.precision,
+        },
         "figures": [figure.to_dict() for figure in figures],
         "peak_memory_bytes": peak_memory(place.device),
     }

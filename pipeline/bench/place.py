@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.run import device_of
 from pipeline.train import fit_statistics
 from stages.contract import Tokenizer
 from stages.factory import build_tokenizer
+from stages.precision import resolve
 from stages.weights import load_tokenizer, save_tokenizer
 
 RANDOM = {"train": 2048, "val": 16}
@@ -39,10 +41,13 @@ class Place:
 
     def __post_init__(self) -> None:
         self.device = device_of(self.config)
-        sections = {
+        sections: dict[str, Any] = {
             name: dataclasses.replace(getattr(self.config, name), path=str(self.folder / path))
             for name, path in (("tokenizer", "tokenizer.safetensors"), ("tokens", "tokens"))
         }
+        for name in ("tokenizer_training", "tokens", "prior_training"):
+            part = sections.get(name, getattr(self.config, name))
+            sections[name] = dataclasses.replace(part, precision=resolve(part.precision, self.device))
         # other processes would measure in folders of their own
         trainer = dataclasses.replace(self.config.trainer, progress=False, devices=1, num_nodes=1)
         self.config = dataclasses.replace(self.config, **sections, trainer=trainer)

@@ -21,6 +21,7 @@ from pipeline.bench.steps import compare_steps
 from stages.conditions.labels import NoConditionConfig
 from stages.contract import Prior, Prompts
 from stages.factory import build_prior
+from stages.precision import slowness
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
 from stages.prior.order import permutation_of
@@ -37,7 +38,7 @@ PEAK_SIDE = 2048
 
 
 def bench_prior(place: Place) -> list[Figure]:
-    """Tokens a second of training steps in both precisions, and FLOPs a second over those of a matrix product.
+    """Tokens a second of training steps in every precision that the device multiplies, and FLOPs a second over those of a matrix product.
 
     For layouts of fixed length.
     """
@@ -47,7 +48,10 @@ def bench_prior(place: Place) -> list[Figure]:
         print("prior: only layouts of fixed length are measured")
         return []
     training = config.prior_training
-    arms = {f"precision {name}": dataclasses.replace(training, precision=name) for name in ("32", "bf16")}
+    kinds = {"32": torch.float32}
+    if slowness("bf16", place.device) is None:  # where it is emulated a step takes minutes
+        kinds["bf16"] = torch.bfloat16
+    arms = {f"precision {name}": dataclasses.replace(training, precision=name) for name in kinds}
 
     def built() -> Prior:
         L.seed_everything(config.seed, verbose=False)
@@ -60,7 +64,7 @@ def bench_prior(place: Place) -> list[Figure]:
 
     found = compare_steps("prior", arms, prepared, place, layout.length, "tokens/s")
     flops = flops_of_token(built(), place)
-    for figure, kind in zip(list(found), (torch.float32, torch.bfloat16), strict=False):
+    for figure, kind in zip(list(found), kinds.values(), strict=False):
         peak = peak_of(kind, place.device)
         share = figure.value * flops / peak
         name = f"FLOPs over {peak / 1e9:.0f} GFLOP/s, {str(kind).removeprefix('torch.')}"

@@ -25,6 +25,7 @@ from pipeline.bench.figures import Figure, speeds
 from pipeline.bench.place import Place
 from pipeline.cache import cache_tokens
 from pipeline.text_tokens import TextTokensRequest, cache_text
+from stages.precision import autocast
 
 MOST_IMAGES = 20_000
 """Images of the largest set that is cached: its pixels are held in memory to encode them alone."""
@@ -60,7 +61,7 @@ def bench_cache(place: Place) -> list[Figure]:
 
     @torch.inference_mode()
     def encode() -> None:
-        with torch.autocast(place.device.type, torch.bfloat16, enabled=config.tokens.precision == "bf16"):
+        with autocast(config.tokens.precision, place.device):
             for part in pixels.split(batch):
                 for flip in flips:
                     views = to_float(part.flip(-1) if flip else part)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.precision import autocast
+
 BATCH = 128
 PEAK_LEARNING_RATE = 4e-3
 MAX_SHIFT = 2
@@ -144,10 +146,11 @@ def train_classifier(
     steps: int,
     seed: int,
     device: torch.device | str = "cpu",
+    precision: str = "32",
 ) -> Classifier:
     """Train on pixels uint8 [N, 1 or 3, H, W] and int64 labels [N] for ``steps`` batches of 128, classes drawn equally.
 
-    The same seed, device and thread count give the same weights; the global random state is untouched. Raises
+    The same seed, device, precision and thread count give the same weights; the global random state is untouched. Raises
     ValueError for labels outside ``[0, num_classes)``.
     """
     if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
@@ -167,7 +170,7 @@ def train_classifier(
     for _ in range(steps):
         chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
         batch = prepare(augment(pixels[chosen], generator).to(device)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(precision, device):
             logits = network(batch)
         loss = F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)

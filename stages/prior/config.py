@@ -38,8 +38,9 @@ class PriorTrainingConfig:
     """Samples are mixed from so many shards at a time, in an order of shards that every epoch draws; 0: from all."""
     accumulate_batches: int = 1
     """Forward passes per update."""
-    precision: str = "bf16"
-    """32 or bf16; the cross entropy stays in float32."""
+    precision: str = "auto"
+    """auto (bf16 where the hardware multiplies it), 32 or bf16; the cross entropy stays in float32. A run goes on in what
+    it began with."""
     learning_rate: float = 1e-3
     """Peak."""
     warmup_steps: int = 200

@@ -24,6 +24,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from stages.contract import Prior, Prompts
+from stages.precision import CHOICES
 from stages.prior.rounds import rounds_of, still_open
 from stages.scales import keep_scales
 
@@ -55,6 +56,8 @@ class SamplingConfig:
     """prior.order=scale: Gumbel noise on the confidence that decides which elements stay, less from round to round."""
     compile: bool = False
     """Compile the decoding step (GPU)."""
+    precision: str = "auto"
+    """auto (bf16 where the hardware multiplies it), 32 or bf16: of tokenizer and prior while they are used."""
 
 
 def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
@@ -88,6 +91,8 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
             f"sampling.guidance_schedule={settings.guidance_schedule}: nobody knows how long a stream will be; "
             "allowed: constant"
         )
+    if settings.precision not in CHOICES:
+        raise InputError(f"sampling.precision={settings.precision!r}; allowed: {', '.join(CHOICES)}")
     if not 0 <= settings.scales <= num_scales:
         raise InputError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
 

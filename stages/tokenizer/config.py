@@ -28,8 +28,9 @@ class TokenizerTrainingConfig:
     """Images in one forward pass of one process."""
     accumulate_batches: int = 1
     """Forward passes per update."""
-    precision: str = "bf16"
-    """32 or bf16; transforms, quantiser, perceptual distance and adversarial loss stay in float32."""
+    precision: str = "auto"
+    """auto (bf16 where the hardware multiplies it), 32 or bf16; transforms, quantiser, perceptual distance and adversarial
+    loss stay in float32. A run goes on in what it began with."""
     learning_rate: float = 4e-4
     """Peak, generator."""
     discriminator_learning_rate: float = 2e-4

@@ -1,0 +1,158 @@
+"""In which precision networks compute: ``auto``, ``32`` or ``bf16``, decided here for every command.
+
+What is notable here:
+
+- ``auto`` is bfloat16 where the hardware multiplies it, else float32. Emulated bfloat16 is 3 to 130 times slower than
+  float32, and nothing but a clock tells for sure: asking the hardware only rules bfloat16 out, a timed product decides;
+- ``bf16`` means autocast: weights stay float32, matrix products are computed in bfloat16. Transforms, quantisers,
+  perceptual distances and adversarial losses stay in float32 in either case;
+- a model that is used, not trained, keeps its precision as an attribute, so that every command runs it alike.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, wraps
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+
+CHOICES = ("auto", "32", "bf16")
+NAMES = {"32": "float32", "bf16": "bfloat16 autocast"}
+NATIVE_ON_CPU = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")
+"""Capabilities, as torch names them, of which one at least is there where a CPU multiplies bfloat16."""
+SIDES = {"cpu": 256, "cuda": 4096}
+"""Side of the square matrices that are multiplied for time."""
+SECONDS = 0.03
+"""Time for the products of one kind. One that is emulated is over it with the first."""
+CLEARLY_FASTER = 1.2
+"""Casts of weights and activations cost something, too."""
+
+
+def resolve(asked: str, device: torch.device) -> str:
+    """``32`` or ``bf16``, for one of ``CHOICES`` on a device. Raises InputError for bf16 where there is none."""
+    if asked == "auto":
+        return _fastest(device.type)
+    if asked == "bf16" and _has_no_bf16(device.type):
+        raise InputError(f"precision=bf16: this {device.type} device has no bfloat16; allowed: auto, 32")
+    return asked
+
+
+def slowness(precision: str, device: torch.device) -> str | None:
+    """What a precision costs where the device emulates it, in words; None where it does not."""
+    if precision != "bf16" or _fastest(device.type) == "bf16":
+        return None
+    times = _product_seconds(device.type, torch.bfloat16) / _product_seconds(device.type, torch.float32)
+    return f"bf16 is emulated on this {device.type}: a matrix product takes {times:.0f} times as long as in float32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a network computes in ``32`` or ``bf16``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@cache
+def _fastest(kind: str) -> str:
+    if kind not in SIDES or _has_no_bf16(kind) or _is_emulated(kind):
+        return "32"
+    half, single = (_product_seconds(kind, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return "bf16" if single > CLEARLY_FASTER * half else "32"
+
+
+def _has_no_bf16(kind: str) -> bool:
+    """Whether a kind of device cannot compute in bfloat16 at all. On Apple's GPUs it was never tried here."""
+    return kind == "mps" or (kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _is_emulated(kind: str) -> bool:
+    """Whether the hardware says that it has no products of bfloat16. False where it cannot be asked."""
+    if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.11
+        return False
+    known = platform.machine().lower() in ("x86_64", "amd64", "arm64", "aarch64")
+    capabilities = torch.cpu.get_capabilities()
+    return known and not any(capabilities.get(name, False) for name in NATIVE_ON_CPU)
+
+
+@cache
+def _product_seconds(kind: str, dtype: torch.dtype) -> float:
+    """The least time that a product of two square matrices takes."""
+    matrix = torch.ones(SIDES[kind], SIDES[kind], dtype=dtype, device=kind)
+    started = time.perf_counter()
+    seconds = float("inf")
+    while (begun := time.perf_counter()) - started < SECONDS:
+        product = matrix @ matrix
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        seconds = min(seconds, time.perf_counter() - begun)
+        del product
+    return seconds
+
+
+class OwnPrecision:
+    """Mixin of models: the methods ``IN_PRECISION`` compute in ``precision``, where it is set."""
+
+    IN_PRECISION: ClassVar[tuple[str, ...]] = ()
+    precision: str | None = None
+    """32 or bf16; None, as in training, leaves it to the caller's autocast."""
+
+    def __init_subclass__(cls, **keys: Any) -> None:
+        super().__init_subclass__(**keys)
+        for name in cls.IN_PRECISION:
+            method = cls.__dict__.get(name)
+            if method is not None and not getattr(method, "__isabstractmethod__", False):
+                setattr(cls, name, _in_own_precision(method))
+
+
+def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def run(self: Any, *arguments: Any, **keys: Any) -> Any:
+        weights = None if self.precision is None else next(self.parameters(), None)
+        if weights is None:  # nobody asks, or a codec, which computes in float64
+            return method(self, *arguments, **keys)
+        with autocast(self.precision, weights.device):
+            return method(self, *arguments, **keys)
+
+    return run
+
+
+@contextmanager
+def running_in(model: Any, precision: str) -> Iterator[None]:
+    """A frozen model of ``OwnPrecision`` computes in ``precision`` here, at its full speed.
+
+    Autocast casts weights that need no gradient again in every call, thousands of times while sampling. Here those of
+    linear layers are cast once, which gives the same bits.
+    """
+    before, originals = model.precision, []
+    model.precision = precision
+    try:
+        for parameter in _weights_to_cast(model) if precision == "bf16" else ():
+            originals.append((parameter, parameter.data))
+            parameter.data = parameter.data.to(torch.bfloat16)
+        yield
+    finally:
+        for parameter, original in originals:
+            parameter.data = original
+        model.precision = before
+
+
+def _weights_to_cast(model: nn.Module) -> list[Tensor]:
+    """Frozen float32 parameters that linear layers use, and nothing else: each once."""
+    linear: dict[int, Tensor] = {}
+    elsewhere: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, nn.Linear):
+                linear[id(parameter)] = parameter
+            else:
+                elsewhere.add(id(parameter))
+    return [
+        parameter
+        for key, parameter in linear.items()
+        if key not in elsewhere and parameter.dtype == torch.float32 and not parameter.requires_grad
+    ]
