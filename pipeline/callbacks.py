@@ -17,7 +17,6 @@ from stages.contract import Prompts, Tokenizer
 from stages.precision import slowness
 from stages.prior.sampling import SamplingConfig, sample
 
-
 TRAINER_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
 """Lightning's names of ours."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import file_sha256, write_atomically
 from data.images.reading import pixels_of
-from data.images.source import ImageSource
+from data.images.source import ImageSource, sha256_of
 from data.layout import Tokens
 from pipeline.config import Config, to_plain
 from pipeline.evaluate_grids import show_grids, show_growing
@@ -29,6 +33,8 @@ from stages.measures.inception import Inception
 from stages.measures.reconstruction import Judge, reconstruct
 from stages.measures.samples import HELD_OUT, Space, frechet_key, measure_memorised
 from stages.prior.sampling import SamplingConfig
+
+KEPT = "train_as_decoded.npz"
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def measure_samples(
     }
     # A copied sequence of tokens decodes to the training image *as the tokenizer sees it*: against the originals the
     # tokenizer's own error would hide the copy.
-    train_decoded = decoded_thumbnails(models.tokenizer, train_source, train.indices, config, models.device)
+    train_decoded = kept_thumbnails(models.tokenizer, train_source, train.indices, config, models.device)
     measured["memorised_as_decoded"] = measure_memorised(
         fake, train_decoded, thumbnails(val_decoded), "pixels, all sides decoded by the tokenizer"
     )
@@ -218,6 +224,31 @@ def measure_decoded(original: Tensor, decoded: Tensor, judges: Judges, reference
         for name, (features, same) in judges.features().items()
         if name != "lite0"
     }
+
+
+def kept_thumbnails(
+    tokenizer: Tokenizer, source: ImageSource, indices: list[int], config: Config, device: torch.device
+) -> Tensor:
+    """``decoded_thumbnails``, kept in the run's folder ``eval`` for later evaluations of the same tokenizer.
+
+    Decoding all training images is most of the time of an evaluation, and no setting of it changes them.
+    """
+    images = {key: getattr(config.images, key) for key in ("size", "channels", "eval_view", "background")}
+    made_of = [tokenizer.precision, device.type, str(torch.__version__), images, source.fingerprint()]
+    parts = [file_sha256(Path(config.tokenizer.path)).encode(), json.dumps(made_of).encode()]
+    wanted = sha256_of([*parts, np.asarray(indices, np.int64).tobytes()])
+    path = Path(config.run) / "eval" / KEPT
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["made_of"]) == wanted:
+                return torch.from_numpy(kept["pixels"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or a damaged one: it is made again
+        pass
+    pixels = decoded_thumbnails(tokenizer, source, indices, config, device)
+    content = io.BytesIO()
+    np.savez(content, pixels=pixels.numpy(), made_of=np.array(wanted))
+    write_atomically(path, content.getbuffer())
+    return pixels
 
 
 def decoded_thumbnails(

@@ -29,6 +29,7 @@ from stages.measures.ladder import Contender, measure_agreement, measure_rung, m
 from stages.measures.perceptual import Lite0Perceptual
 from stages.measures.reconstruction import Judge, Reconstructed
 from stages.measures.upsampling import back_project, blend, enlarge, measure_enlarged, reduce_to
+from stages.precision import resolve
 from stages.weights import load_tokenizer
 
 TIMED_BATCH = 32

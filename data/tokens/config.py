@@ -22,8 +22,8 @@ class TokensConfig:
     permutation_seed: int = 0
     """Seed of the fixed order in which images are stored."""
     precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16: the encoder's precision while caching. A cache goes on in
-    what it began with."""
+    """auto (bf16 where the hardware multiplies it), 32 or bf16: the encoder's precision while caching. A cache goes on
+    in what it began with."""
     text_encoder: str = "none"
     """none, words (ids of the training captions' most frequent words), minilm (a small encoder that installs as a
     package), a folder with a transformers text encoder, or its name on the Hugging Face hub."""

@@ -38,8 +38,9 @@ PEAK_SIDE = 2048
 
 
 def bench_prior(place: Place) -> list[Figure]:
-    """Tokens a second of training steps in every precision that the device multiplies, and FLOPs a second over those of a matrix product.
+    """Tokens a second of training steps, and FLOPs a second over those of a matrix product.
 
+    In every precision that the device multiplies.
     For layouts of fixed length.
     """
     config = place.config

@@ -150,8 +150,8 @@ def train_classifier(
 ) -> Classifier:
     """Train on pixels uint8 [N, 1 or 3, H, W] and int64 labels [N] for ``steps`` batches of 128, classes drawn equally.
 
-    The same seed, device, precision and thread count give the same weights; the global random state is untouched. Raises
-    ValueError for labels outside ``[0, num_classes)``.
+    The same seed, device, precision and thread count give the same weights; the global random state is untouched.
+    Raises ValueError for labels outside ``[0, num_classes)``.
     """
     if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(f"labels must lie in [0, {num_classes}) and be at least one")

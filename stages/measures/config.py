@@ -18,8 +18,8 @@ class EvalConfig:
     batch_size: int = 100
     """Images at once in reconstruction and sampling; changes speed only."""
     precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16: of tokenizer and prior while they are measured, and of the
-    classifier's training. Features and distances stay in float32 and above."""
+    """auto (bf16 where the hardware multiplies it), 32 or bf16: of tokenizer and prior while they are measured, and of
+    the classifier's training. Features and distances stay in float32 and above."""
     seed: int = 0
     """Sample i is drawn with seed + i."""
     classifier: bool = True

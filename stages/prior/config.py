@@ -39,8 +39,8 @@ class PriorTrainingConfig:
     accumulate_batches: int = 1
     """Forward passes per update."""
     precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16; the cross entropy stays in float32. A run goes on in what
-    it began with."""
+    """auto (bf16 where the hardware multiplies it), 32 or bf16; the cross entropy stays in float32. A run goes on in
+    what it began with."""
     learning_rate: float = 1e-3
     """Peak."""
     warmup_steps: int = 200

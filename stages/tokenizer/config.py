@@ -29,8 +29,8 @@ class TokenizerTrainingConfig:
     accumulate_batches: int = 1
     """Forward passes per update."""
     precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16; transforms, quantiser, perceptual distance and adversarial
-    loss stay in float32. A run goes on in what it began with."""
+    """auto (bf16 where the hardware multiplies it), 32 or bf16; transforms, quantiser, perceptual distance and
+    adversarial loss stay in float32. A run goes on in what it began with."""
     learning_rate: float = 4e-4
     """Peak, generator."""
     discriminator_learning_rate: float = 2e-4

@@ -17,8 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data.images.reading import pixels_of
 from data.images.sources import open_source
+from pipeline import evaluate_samples
 from pipeline.evaluate import evaluate
-from pipeline.evaluate_samples import save_samples
+from pipeline.evaluate_samples import decoded_thumbnails, kept_thumbnails, save_samples
 from pipeline.report_curves import panels_of, read_scalars, smoothed
 from pipeline.run import RunError
 from stages import factory
@@ -251,3 +252,30 @@ def test_copies_of_training_images_are_seen_through_the_tokenizers_own_error(
     measured = read(evaluate(config))["samples"]
     assert measured["memorised_as_decoded"]["share"] == 0.5
     assert measured["memorised_in_pixels"]["threshold"] > measured["memorised_as_decoded"]["threshold"]
+
+
+def test_training_images_are_decoded_once_for_each_tokenizer(tmp_path, bright_and_dark, monkeypatch):
+    config = toy_run(tmp_path, bright_and_dark, with_prior=False)
+    source, indices, cpu = open_source(config.images, "train"), [3, 1, 2], torch.device("cpu")
+    tokenizer, _ = load_tokenizer(config.tokenizer.path)
+    decodings: list[int] = []
+
+    def decoded(*arguments):
+        decodings.append(len(arguments[2]))
+        return decoded_thumbnails(*arguments)
+
+    monkeypatch.setattr(evaluate_samples, "decoded_thumbnails", decoded)
+    first, again = (kept_thumbnails(tokenizer, source, indices, config, cpu) for _ in range(2))
+    assert torch.equal(again, decoded_thumbnails(tokenizer, source, indices, config, cpu)) and len(decodings) == 1
+    kept_thumbnails(tokenizer, source, indices[::-1], config, cpu)
+    tokenizer.precision = "bf16"
+    kept_thumbnails(tokenizer, source, indices, config, cpu)
+    assert len(decodings) == 3
+    # a damaged file, and another tokenizer under the same name
+    kept = tmp_path / "eval" / "train_as_decoded.npz"
+    kept.write_bytes(kept.read_bytes()[:-100])
+    tokenizer.precision = None
+    assert torch.equal(kept_thumbnails(tokenizer, source, indices, config, cpu), first)
+    save_tokenizer(Path(config.tokenizer.path), tokenizer, config.tokenizer, {"steps": 1})
+    kept_thumbnails(tokenizer, source, indices, config, cpu)
+    assert len(decodings) == 5
