@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS
 from stages.tokenizer.config import PLANES
-from stages.tokenizer.quantizers.gradients import GRADIENTS
+from stages.tokenizer.parts import GRADIENT_NAMES
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "images.eval_view": ("center", "pad"),
     "tokens.precision": ("32", "bf16"),
     "tokenizer.planes": PLANES,
-    "tokenizer.quantizer.gradient": tuple(GRADIENTS),
+    "tokenizer.quantizer.gradient": GRADIENT_NAMES,
     "tokenizer_training.precision": ("32", "bf16"),
     "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
     "tokenizer_training.discriminator": ("patch", "style"),
