@@ -1,6 +1,7 @@
 """What lies at a URL or behind a pipe, in parts: ``https://…``, ``s3://…``, ``gs://…``, ``hf://…``, ``pipe:command``.
 
-``webdataset.gopen`` opens them, by curl or the store's own program; any other store is a pipe to its program.
+``webdataset.gopen`` opens them, by curl or the store's own program; any other store is a pipe to its program. It brings
+torch along, so it is imported when something is opened: a config alone asks here whether a name is remote.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
-
-import webdataset
 
 from data.errors import OctavesError
 
@@ -52,6 +51,8 @@ def is_remote(name: str) -> bool:
 
 def parts_of(url: str) -> Iterator[bytes]:
     """What is at ``url``, in parts. Raises RemoteError, also where nothing comes for a while."""
+    import webdataset
+
     scheme = url.partition(":")[0]
     known = ("file", "s3", *(name for name in webdataset.gopen_schemes if name != "__default__"))
     if scheme not in known:

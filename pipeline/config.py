@@ -19,10 +19,9 @@ from data.images.config import ImagesConfig
 from data.tokens.config import TokensConfig
 from pipeline.rules import broken_rule, broken_rule_for
 from stages.conditions.config import ConditionConfig
-from stages.factory import condition_kind, head_kind, prior_kind, quantizer_kind, tokenizer_kind
+from stages.factory import condition_config, head_config, prior_config, quantizer_config, tokenizer_config
 from stages.measures.config import EvalConfig
-from stages.prior.config import PriorConfig, PriorTrainingConfig
-from stages.prior.sampling import SamplingConfig
+from stages.prior.config import PriorConfig, PriorTrainingConfig, SamplingConfig
 from stages.tokenizer.config import TokenizerConfig, TokenizerTrainingConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -73,12 +72,12 @@ class Config:
 
 
 # Keys whose value picks the dataclass of the section they stand in. Outer sections come first.
-KINDS: dict[str, tuple[str, Callable[[str], tuple[type[Any], Any]]]] = {
-    "tokenizer": ("sit", tokenizer_kind),
-    "tokenizer.quantizer": ("fsq", quantizer_kind),
-    "tokenizer.head": ("none", head_kind),
-    "condition": ("class", condition_kind),
-    "prior": ("transformer", prior_kind),
+KINDS: dict[str, tuple[str, Callable[[str], type[Any]]]] = {
+    "tokenizer": ("sit", tokenizer_config),
+    "tokenizer.quantizer": ("fsq", quantizer_config),
+    "tokenizer.head": ("none", head_config),
+    "condition": ("class", condition_config),
+    "prior": ("transformer", prior_config),
 }
 
 
@@ -127,7 +126,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
                     raise ConfigError(f"{section}={value} is a section; write {section}.kind={value}")
             written = OmegaConf.select(raw, f"{section}.kind", default=default)
             kind = OmegaConf.select(chosen, f"{section}.kind", default=written)
-            part = OmegaConf.structured(lookup(kind)[0](kind=kind))
+            part = OmegaConf.structured(lookup(kind)(kind=kind))
             OmegaConf.update(schema, section, part, merge=False)
             if kind != written and OmegaConf.select(raw, section) is not None:
                 # another kind from the command line: the YAML's keys of the old one no longer count

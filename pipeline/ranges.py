@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from stages.precision import CHOICES
+from data.tokens.config import PRECISIONS
 from stages.prior.config import AVERAGING, AVERAGING_BORDERS
 from stages.tokenizer.config import PLANES
-from stages.tokenizer.quantizers.gradients import GRADIENTS
+from stages.tokenizer.parts import GRADIENT_NAMES
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -22,18 +22,18 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "images.channels": (1, 3),
     "images.train_view": ("center", "random_resized_crop", "random_crop", "pad"),
     "images.eval_view": ("center", "pad"),
-    "tokens.precision": CHOICES,
+    "tokens.precision": PRECISIONS,
     "tokenizer.planes": PLANES,
-    "tokenizer.quantizer.gradient": tuple(GRADIENTS),
-    "tokenizer_training.precision": CHOICES,
+    "tokenizer.quantizer.gradient": GRADIENT_NAMES,
+    "tokenizer_training.precision": PRECISIONS,
     "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
     "tokenizer_training.discriminator": ("patch", "style"),
     "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
     "prior.averaging": AVERAGING,
     "prior.averaging_borders": AVERAGING_BORDERS,
-    "prior_training.precision": CHOICES,
-    "sampling.precision": CHOICES,
-    "eval.precision": CHOICES,
+    "prior_training.precision": PRECISIONS,
+    "sampling.precision": PRECISIONS,
+    "eval.precision": PRECISIONS,
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.strategy": ("ddp", "fsdp"),
 }

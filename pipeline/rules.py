@@ -1,6 +1,7 @@
 """What a config must not be: values outside their range (``pipeline/ranges.py``), and parts that cannot work together.
 
-A new combination that must be refused is one entry of ``ILLEGAL``.
+A new combination that must be refused is one entry of ``ILLEGAL``. Only a rule that builds a layout imports torch: all
+others answer before it is loaded.
 """
 
 from __future__ import annotations
@@ -8,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from data.errors import InputError
 from data.remote import is_remote
 from pipeline.ranges import get, out_of_range
 from stages.factory import build_tokenizer
-from stages.lists import ORDERS
-from stages.prior.config import FIXED_ORDERS, PREFIX_ORDERS
-from stages.prior.order import permutation_of
-from stages.prior.sampling import CONFIDENCE_NOISE
-from stages.spectral.wavelets import WAVELETS, is_wavelet
+from stages.prior.config import CONFIDENCE_NOISE, FIXED_ORDERS, LIST_ORDERS, PREFIX_ORDERS
+from stages.spectral.names import WAVELETS, is_wavelet
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -37,6 +33,10 @@ def misplaced(config: Config) -> str | None:
     order = get(config, "prior.order")
     if config.prior.kind != "transformer" or order in ("natural", "reversed"):
         return None
+    import torch
+
+    from stages.prior.order import permutation_of
+
     try:
         with torch.device("meta"):
             size = (config.images.size, config.images.size)
@@ -125,8 +125,8 @@ ILLEGAL: list[Rule] = [
         ),
     ),
     (
-        lambda c: c.prior.kind == "chunked" and get(c, "prior.order") not in ORDERS,
-        lambda c: f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=chunked: {', '.join(ORDERS)}",
+        lambda c: c.prior.kind == "chunked" and get(c, "prior.order") not in LIST_ORDERS,
+        lambda c: f"prior.order={get(c, 'prior.order')!r}; allowed with prior.kind=chunked: {', '.join(LIST_ORDERS)}",
     ),
     (
         lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") != "natural",

@@ -38,7 +38,7 @@ from pipeline.run import RunError, need, stage_folder
 from pipeline.sharding import WatchedFSDP
 from stages.conditions.text import TextCondition
 from stages.contract import Prior, Prompts, RefusedImage, Tokenizer
-from stages.factory import build_grammar, build_prior, build_tokenizer, condition_kind
+from stages.factory import build_grammar, build_prior, build_tokenizer, condition_class
 from stages.grammar import PlacedGrammar
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
@@ -132,7 +132,7 @@ def train_prior(config: Config) -> Path:
             config.trainer.num_workers,
             config.seed,
             training.validation_samples,
-            with_text=condition_kind(config.condition.kind)[1].uses_text,
+            with_text=condition_class(config.condition.kind).uses_text,
             bucket_batches=training.bucket_batches,
             shuffle_shards=training.shuffle_shards,
             local_gigabytes=config.tokens.local_gigabytes,

@@ -1,4 +1,4 @@
-"""One factory a concern: the line that a new part adds stands here, as kind: (module, config dataclass, class)."""
+"""One factory a concern: the line that a new part adds stands here, as kind: (config dataclass, class)."""
 
 from __future__ import annotations
 
@@ -14,79 +14,98 @@ if TYPE_CHECKING:
     from stages.tokenizer.heads import Head
     from stages.tokenizer.quantizers import Quantizer
 
-Registry = dict[str, tuple[str, str, str]]
+Registry = dict[str, tuple[str, str]]
+"""kind: (config dataclass, class), each as module:name. Modules of dataclasses import no torch: a config is read, or
+refused, before anything else is loaded."""
 
 TOKENIZERS: Registry = {
-    "sit": ("stages.tokenizer.sit", "SITConfig", "SIT"),
-    "vit-vqgan": ("stages.tokenizer.sit", "ViTVQGANConfig", "SIT"),
-    "nested": ("stages.tokenizer.nested", "NestedConfig", "NestedTokenizer"),
-    "bitplane": ("stages.codecs.bitplane", "BitplaneConfig", "BitplaneCodec"),
-    "sparse-dct": ("stages.codecs.sparse_dct", "SparseDCTConfig", "SparseDCTCodec"),
+    "sit": ("stages.tokenizer.config:SITConfig", "stages.tokenizer.sit:SIT"),
+    "vit-vqgan": ("stages.tokenizer.config:ViTVQGANConfig", "stages.tokenizer.sit:SIT"),
+    "nested": ("stages.tokenizer.config:NestedConfig", "stages.tokenizer.nested:NestedTokenizer"),
+    "bitplane": ("stages.codecs.config:BitplaneConfig", "stages.codecs.bitplane:BitplaneCodec"),
+    "sparse-dct": ("stages.codecs.config:SparseDCTConfig", "stages.codecs.sparse_dct:SparseDCTCodec"),
 }
-GRAMMARS: dict[str, tuple[str, str]] = {
-    "bitplane": ("stages.codecs.grammar", "BitplaneGrammar"),
-    "list": ("stages.lists", "ListGrammar"),
+GRAMMARS: dict[str, str] = {
+    "bitplane": "stages.codecs.grammar:BitplaneGrammar",
+    "list": "stages.lists:ListGrammar",
 }
 QUANTIZERS: Registry = {
-    "fsq": ("stages.tokenizer.quantizers", "FSQConfig", "FSQ"),
-    "lfq": ("stages.tokenizer.quantizers", "LFQConfig", "LFQ"),
-    "bsq": ("stages.tokenizer.quantizers", "BSQConfig", "BSQ"),
-    "cosine": ("stages.tokenizer.quantizers", "CosineVQConfig", "CosineVQ"),
-    "simvq": ("stages.tokenizer.quantizers", "SimVQConfig", "SimVQ"),
-    "residual": ("stages.tokenizer.quantizers", "ResidualVQConfig", "ResidualVQ"),
+    "fsq": ("stages.tokenizer.parts:FSQConfig", "stages.tokenizer.quantizers:FSQ"),
+    "lfq": ("stages.tokenizer.parts:LFQConfig", "stages.tokenizer.quantizers:LFQ"),
+    "bsq": ("stages.tokenizer.parts:BSQConfig", "stages.tokenizer.quantizers:BSQ"),
+    "cosine": ("stages.tokenizer.parts:CosineVQConfig", "stages.tokenizer.quantizers:CosineVQ"),
+    "simvq": ("stages.tokenizer.parts:SimVQConfig", "stages.tokenizer.quantizers:SimVQ"),
+    "residual": ("stages.tokenizer.parts:ResidualVQConfig", "stages.tokenizer.quantizers:ResidualVQ"),
 }
 HEADS: Registry = {
-    "none": ("stages.tokenizer.heads", "HeadConfig", "NoHead"),
-    "wavelet": ("stages.tokenizer.heads", "WaveletHeadConfig", "WaveletHead"),
+    "none": ("stages.tokenizer.parts:HeadConfig", "stages.tokenizer.heads:NoHead"),
+    "wavelet": ("stages.tokenizer.parts:WaveletHeadConfig", "stages.tokenizer.heads:WaveletHead"),
 }
 CONDITIONS: Registry = {
-    "none": ("stages.conditions.labels", "NoConditionConfig", "NoCondition"),
-    "class": ("stages.conditions.labels", "ClassConditionConfig", "ClassCondition"),
-    "text": ("stages.conditions.text", "TextConditionConfig", "TextCondition"),
-    "class-text": ("stages.conditions.text", "ClassTextConditionConfig", "ClassTextCondition"),
+    "none": ("stages.conditions.config:NoConditionConfig", "stages.conditions.labels:NoCondition"),
+    "class": ("stages.conditions.config:ClassConditionConfig", "stages.conditions.labels:ClassCondition"),
+    "text": ("stages.conditions.config:TextConditionConfig", "stages.conditions.text:TextCondition"),
+    "class-text": ("stages.conditions.config:ClassTextConditionConfig", "stages.conditions.text:ClassTextCondition"),
 }
 PRIORS: Registry = {
-    "transformer": ("stages.prior.transformer", "TransformerPriorConfig", "TransformerPrior"),
-    "chunked": ("stages.prior.chunked", "ChunkedPriorConfig", "ChunkedPrior"),
+    "transformer": ("stages.prior.config:TransformerPriorConfig", "stages.prior.transformer:TransformerPrior"),
+    "chunked": ("stages.prior.config:ChunkedPriorConfig", "stages.prior.chunked:ChunkedPrior"),
 }
 
 
-def _look_up(registry: Registry, section: str, kind: str) -> tuple[Any, Any]:
+def _load(place: str) -> Any:
+    """What ``module:name`` is."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+def _look_up(registry: Registry, section: str, kind: str) -> tuple[str, str]:
     if not isinstance(kind, str) or kind not in registry:  # a YAML can hold anything
         raise InputError(f"{section}.kind={kind!r}; allowed: {', '.join(sorted(registry))}")
-    module, config, cls = registry[kind]
-    loaded = import_module(module)
-    return getattr(loaded, config), getattr(loaded, cls)
+    return registry[kind]
 
 
-def tokenizer_kind(kind: str) -> tuple[type[Any], type[Tokenizer]]:
-    """(config dataclass, class) of a tokenizer kind. Raises ValueError that lists the kinds; so do the others."""
-    return _look_up(TOKENIZERS, "tokenizer", kind)
+def _config_of(registry: Registry, section: str, kind: str) -> type[Any]:
+    return _load(_look_up(registry, section, kind)[0])
 
 
-def quantizer_kind(kind: str) -> tuple[type[Any], type[Quantizer]]:
-    """(config dataclass, class) of a quantiser kind."""
-    return _look_up(QUANTIZERS, "tokenizer.quantizer", kind)
+def _class_of(registry: Registry, section: str, kind: str) -> type[Any]:
+    return _load(_look_up(registry, section, kind)[1])
 
 
-def head_kind(kind: str) -> tuple[type[Any], type[Head]]:
-    """(config dataclass, class) of the kind of a decoder for any resolution."""
-    return _look_up(HEADS, "tokenizer.head", kind)
+def tokenizer_config(kind: str) -> type[Any]:
+    """The config dataclass of a tokenizer kind. Raises ValueError that lists the kinds; so do the others."""
+    return _config_of(TOKENIZERS, "tokenizer", kind)
 
 
-def condition_kind(kind: str) -> tuple[type[Any], type[Condition]]:
-    """(config dataclass, class) of a condition kind."""
-    return _look_up(CONDITIONS, "condition", kind)
+def quantizer_config(kind: str) -> type[Any]:
+    """The config dataclass of a quantiser kind."""
+    return _config_of(QUANTIZERS, "tokenizer.quantizer", kind)
 
 
-def prior_kind(kind: str) -> tuple[type[Any], type[Prior]]:
-    """(config dataclass, class) of a prior kind."""
-    return _look_up(PRIORS, "prior", kind)
+def head_config(kind: str) -> type[Any]:
+    """The config dataclass of the kind of a decoder for any resolution."""
+    return _config_of(HEADS, "tokenizer.head", kind)
+
+
+def condition_config(kind: str) -> type[Any]:
+    """The config dataclass of a condition kind."""
+    return _config_of(CONDITIONS, "condition", kind)
+
+
+def prior_config(kind: str) -> type[Any]:
+    """The config dataclass of a prior kind."""
+    return _config_of(PRIORS, "prior", kind)
+
+
+def condition_class(kind: str) -> type[Condition]:
+    """The class of a condition kind."""
+    return _class_of(CONDITIONS, "condition", kind)
 
 
 def build_tokenizer(config: Any, image_size: tuple[int, int], channels: int) -> Tokenizer:
     """A tokenizer of ``config.kind`` with fresh weights, for pixels [B, channels, *image_size]."""
-    return tokenizer_kind(config.kind)[1](config, image_size=image_size, channels=channels)
+    return _class_of(TOKENIZERS, "tokenizer", config.kind)(config, image_size=image_size, channels=channels)
 
 
 def build_grammar(layout: TokenLayout, **more: Any) -> Grammar | None:
@@ -99,8 +118,7 @@ def build_grammar(layout: TokenLayout, **more: Any) -> Grammar | None:
     kind = layout.grammar["kind"]
     if kind not in GRAMMARS:
         raise InputError(f"a grammar of kind {kind!r}; this version knows {', '.join(sorted(GRAMMARS))}")
-    module, cls = GRAMMARS[kind]
-    grammar: Grammar = getattr(import_module(module), cls)(
+    grammar: Grammar = _load(GRAMMARS[kind])(
         **{key: value for key, value in layout.grammar.items() if key != "kind"}, **more
     )
     return grammar
@@ -108,24 +126,24 @@ def build_grammar(layout: TokenLayout, **more: Any) -> Grammar | None:
 
 def build_quantizer(config: Any, width_in: int, width_out: int) -> Quantizer:
     """A quantiser of ``config.kind`` for features [B, N, width_in] → [B, N, width_out]."""
-    return quantizer_kind(config.kind)[1](config, width_in, width_out)
+    return _class_of(QUANTIZERS, "tokenizer.quantizer", config.kind)(config, width_in, width_out)
 
 
 def build_head(config: Any, width_in: int, patch: int, grid: tuple[int, int], channels: int) -> Head:
     """A decoder of ``config.kind`` for any resolution, from features of a ``grid`` of places of ``patch`` pixels."""
-    return head_kind(config.kind)[1](config, width_in, patch, grid, channels)
+    return _class_of(HEADS, "tokenizer.head", config.kind)(config, width_in, patch, grid, channels)
 
 
 def build_condition(config: Any, class_names: list[str], width: int, text: dict[str, Any] | None = None) -> Condition:
     """A condition of ``config.kind`` that speaks to a prior of that width; ``text`` is the text encoder's spec."""
-    return condition_kind(config.kind)[1](config, class_names, width, text)
+    return condition_class(config.kind)(config, class_names, width, text)
 
 
 def build_prior(
     config: Any, condition: Any, layout: TokenLayout, class_names: list[str], text: dict[str, Any] | None = None
 ) -> Prior:
     """A prior of ``config.kind`` with fresh weights over ``layout``, conditioned as ``condition`` says."""
-    cls = prior_kind(config.kind)[1]
+    cls = _class_of(PRIORS, "prior", config.kind)
     if (config.kind, config.order) == ("transformer", "scale"):  # the same keys, trained and sampled in another way
-        cls = import_module("stages.prior.scalewise").ScalewisePrior
+        cls = _load("stages.prior.scalewise:ScalewisePrior")
     return cls(config, condition, layout, class_names, text)

@@ -20,9 +20,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.layout import Tokens
 from stages.grammar import Grammar, GrammarState
-
-ORDERS = ("natural", "luma_first")
-"""natural: as the code has it, coarse to fine; luma_first: all of plane 0 before the other planes."""
+from stages.prior.config import LIST_ORDERS
 
 
 class ListGrammar(Grammar):
@@ -30,7 +28,7 @@ class ListGrammar(Grammar):
 
     ``planes`` and ``scales`` say of each channel to which it belongs. A value's id is value + ``largest``. The end
     element is (number of channels, 0, value 0). Notes are the channel and the position of the element before; -1 at
-    the beginning. Raises ValueError for an order that is none of ``ORDERS``.
+    the beginning. Raises ValueError for an order that is none of ``LIST_ORDERS``.
     """
 
     plane_of: Tensor
@@ -48,8 +46,8 @@ class ListGrammar(Grammar):
         order: str = "natural",
     ) -> None:
         super().__init__()
-        if order not in ORDERS:
-            raise InputError(f"prior.order={order!r}; allowed for lists: {', '.join(ORDERS)}")
+        if order not in LIST_ORDERS:
+            raise InputError(f"prior.order={order!r}; allowed for lists: {', '.join(LIST_ORDERS)}")
         self.order, self.largest = order, largest
         self.grids = tuple((int(rows), int(columns)) for rows, columns in grids)
         self.end = len(planes)

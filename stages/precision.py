@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 
-CHOICES = ("auto", "32", "bf16")
 NAMES = {"32": "float32", "bf16": "bfloat16 autocast"}
 NATIVE_ON_CPU = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")
 """Capabilities, as torch names them, of which one at least is there where a CPU multiplies bfloat16."""
@@ -36,7 +35,7 @@ CLEARLY_FASTER = 1.2
 
 
 def resolve(asked: str, device: torch.device) -> str:
-    """``32`` or ``bf16``, for one of ``CHOICES`` on a device. Raises InputError for bf16 where there is none."""
+    """``32`` or ``bf16``, for one of ``PRECISIONS`` on a device. Raises InputError for bf16 where there is none."""
     if asked == "auto":
         return _fastest(device.type)
     if asked == "bf16" and _has_no_bf16(device.type):

@@ -22,15 +22,15 @@ from stages.contract import Prior, Tokenizer
 from stages.factory import (
     build_prior,
     build_tokenizer,
-    condition_kind,
-    head_kind,
-    prior_kind,
-    quantizer_kind,
-    tokenizer_kind,
+    condition_config,
+    head_config,
+    prior_config,
+    quantizer_config,
+    tokenizer_config,
 )
 
 FORMAT = "octaves/1"
-PARTS_WITH_KINDS = {"quantizer": quantizer_kind, "head": head_kind}
+PARTS_WITH_KINDS = {"quantizer": quantizer_config, "head": head_config}
 """Parts of a tokenizer's config whose dataclass their ``kind`` chooses."""
 
 
@@ -140,7 +140,7 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
     if metadata.get("part") != "tokenizer":
         raise WeightsError(f"{path}: holds a {metadata.get('part')}, not a tokenizer")
     try:
-        config = from_plain(tokenizer_kind(metadata["kind"])[0], metadata["config"])
+        config = from_plain(tokenizer_config(metadata["kind"]), metadata["config"])
         height, width = metadata["image_size"]
         tokenizer = build_tokenizer(config, (height, width), metadata["channels"])
         tokenizer.restore(metadata.get("statistics", {}))
@@ -218,8 +218,8 @@ def load_prior(path: str | Path) -> tuple[Prior, dict[str, Any]]:
     if metadata.get("part") != "prior":
         raise WeightsError(f"{path}: holds a {metadata.get('part')}, not a prior")
     try:
-        config = from_plain(prior_kind(metadata["kind"])[0], metadata["config"])
-        condition = from_plain(condition_kind(metadata["condition"]["kind"])[0], metadata["condition"])
+        config = from_plain(prior_config(metadata["kind"]), metadata["config"])
+        condition = from_plain(condition_config(metadata["condition"]["kind"]), metadata["condition"])
         layout = TokenLayout.from_dict(metadata["layout"])
         prior = build_prior(config, condition, layout, metadata["class_names"], metadata.get("text"))
     except Exception as error:  # whatever a model of foreign numbers breaks on
@@ -248,7 +248,7 @@ def from_plain(config_class: type[Any], plain: dict[str, Any]) -> Any:
     hints = get_type_hints(config_class)
     for name, value in plain.items():
         if name in PARTS_WITH_KINDS:
-            values[name] = from_plain(PARTS_WITH_KINDS[name](value["kind"])[0], value)
+            values[name] = from_plain(PARTS_WITH_KINDS[name](value["kind"]), value)
         elif is_dataclass(hints.get(name)):
             values[name] = from_plain(hints[name], value)
     return config_class(**values)

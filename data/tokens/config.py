@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PRECISIONS = ("auto", "32", "bf16")
+"""Of networks, in every section that has the key; ``stages/precision.py`` says what auto is."""
+
 
 @dataclass
 class TokensConfig:

@@ -25,32 +25,16 @@ from torch import Tensor
 from data.errors import InputError
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.codecs import kernels
+from stages.codecs.config import BitplaneConfig
 from stages.codecs.grammar import NAMES, BitplaneGrammar, Variant
 from stages.contract import Tokenizer
 from stages.scales import keep_scales
 from stages.spectral.colour import to_rgb, to_ycbcr
 from stages.spectral.nested import largest_coefficient, levels_of, nested_dwt, nested_idwt
-from stages.tokenizer.config import TokenizerConfig
 
 SCALING = 4
 """Scaling coefficients of a colour plane."""
 WAVELETS = ("haar", "bior4.4")
-
-
-@dataclass
-class BitplaneConfig(TokenizerConfig):
-    """Wavelet bit-planes."""
-
-    kind: str = "bitplane"
-    wavelet: str = "bior4.4"
-    """haar, or bior4.4 (CDF 9/7, as in JPEG 2000)."""
-    variant: str = "blocks"
-    """blocks: one token for a block of 4x4 or a group of 2x2 without significance; zerotree: one for a coefficient and
-    all of the finer ones at its place."""
-    final_threshold: float = 0.0625
-    """Threshold of the last plane, for pixels in [0, 1]: a power of two, and the quality. Lower is finer."""
-    start_threshold: float = 0.0
-    """Threshold of the first plane; 0 takes each image's own, which its header then says."""
 
 
 class BitplaneCodec(Tokenizer):

@@ -14,7 +14,7 @@ What is notable here:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,41 +23,18 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.layout import Field, Scale, TokenLayout, Tokens
+from stages.codecs.config import SparseDCTConfig
 from stages.contract import RefusedImage, Tokenizer
 from stages.lists import ListGrammar
 from stages.scales import keep_scales
 from stages.spectral.colour import to_rgb, to_ycbcr
 from stages.spectral.dct import block_dct, block_idct, frequencies_by_shell, pad_to_multiple, shell
 from stages.spectral.jpeg import double, halve, quantization_table
-from stages.tokenizer.config import TokenizerConfig
 
 BLOCKS = (2, 4, 8, 16)
 SUBSAMPLINGS = ("4:2:0", "4:4:4")
 UPSAMPLINGS = ("triangle", "nearest")
 OVERFLOWS = ("refuse", "lower")
-
-
-@dataclass
-class SparseDCTConfig(TokenizerConfig):
-    """Sparse lists of DCT coefficients."""
-
-    kind: str = "sparse-dct"
-    quality: int = 50
-    """JPEG's, from 1 to 100."""
-    block: int = 8
-    """Side of a block in pixels: 2, 4, 8 or 16. JPEG has 8."""
-    chroma: str = "4:2:0"
-    """4:2:0: chroma at half the sides; 4:4:4: at full size. Of no matter for gray images."""
-    chroma_upsampling: str = "triangle"
-    """How halved chroma is doubled again: triangle (libjpeg's filter) or nearest (each sample repeated)."""
-    largest_value: int = 0
-    """Largest quantised value, positive or negative; what lies beyond is clipped, and counted in the manifest. 0: the
-    largest in the images that are measured (tokenizer_training.fit_images)."""
-    max_length: int = 0
-    """Elements of a list, with its end; 0: as many as there are coefficients."""
-    overflow: str = "refuse"
-    """An image whose list is longer than that: refuse it by name, or code it at a lower quality, halved until it
-    fits, which the manifest counts."""
 
 
 class Channel(NamedTuple):

@@ -13,3 +13,34 @@ class ConditionConfig:
     """none, class, text or class-text; the kinds with text need tokens.text_encoder."""
     dropout: float = 0.1
     """Share of training samples whose condition is dropped, for classifier-free guidance."""
+
+
+@dataclass
+class NoConditionConfig(ConditionConfig):
+    """An unconditional prior."""
+
+    kind: str = "none"
+    dropout: float = 0.0
+
+
+@dataclass
+class ClassConditionConfig(ConditionConfig):
+    """A class id for each sample."""
+
+    kind: str = "class"
+
+
+@dataclass
+class TextConditionConfig(ConditionConfig):
+    """A caption for each sample."""
+
+    kind: str = "text"
+    attend: str = "prefix"
+    """How the prior reads the caption: prefix (before the tokens) or cross (cross-attention in every layer)."""
+
+
+@dataclass
+class ClassTextConditionConfig(TextConditionConfig):
+    """A class and a caption; each is also dropped alone, so that either may be given without the other."""
+
+    kind: str = "class-text"

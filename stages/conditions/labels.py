@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
-from stages.conditions.config import ConditionConfig
+from stages.conditions.config import ClassConditionConfig as ClassConditionConfig
+from stages.conditions.config import ConditionConfig, NoConditionConfig
 from stages.contract import Condition, ConditionStates, Prompts
-
-
-@dataclass
-class NoConditionConfig(ConditionConfig):
-    """An unconditional prior."""
-
-    kind: str = "none"
-    dropout: float = 0.0
-
-
-@dataclass
-class ClassConditionConfig(ConditionConfig):
-    """A class id for each sample."""
-
-    kind: str = "class"
 
 
 class ClassCondition(Condition):
@@ -65,7 +50,7 @@ class NoCondition(Condition):
     uses_labels = False
 
     def __init__(
-        self, config: ConditionConfig, class_names: list[str], width: int, text: dict[str, Any] | None = None
+        self, config: NoConditionConfig, class_names: list[str], width: int, text: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.dropout = config.dropout

@@ -12,7 +12,6 @@ What is notable here:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,25 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
-from stages.conditions.config import ConditionConfig
+from stages.conditions.config import ClassTextConditionConfig, TextConditionConfig
 from stages.conditions.labels import ClassCondition
 from stages.contract import Condition, ConditionStates, Prompts
-
-
-@dataclass
-class TextConditionConfig(ConditionConfig):
-    """A caption for each sample."""
-
-    kind: str = "text"
-    attend: str = "prefix"
-    """How the prior reads the caption: prefix (before the tokens) or cross (cross-attention in every layer)."""
-
-
-@dataclass
-class ClassTextConditionConfig(TextConditionConfig):
-    """A class and a caption; each is also dropped alone, so that either may be given without the other."""
-
-    kind: str = "class-text"
 
 
 class TextCondition(Condition):
@@ -124,7 +107,7 @@ class ClassTextCondition(TextCondition):
     uses_labels = True
 
     def __init__(
-        self, config: TextConditionConfig, class_names: list[str], width: int, text: dict[str, Any] | None = None
+        self, config: ClassTextConditionConfig, class_names: list[str], width: int, text: dict[str, Any] | None = None
     ) -> None:
         super().__init__(config, class_names, width, text)
         self.labels = ClassCondition(config, class_names, width)

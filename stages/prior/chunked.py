@@ -29,45 +29,12 @@ from stages.factory import build_condition, build_grammar
 from stages.grammar import GrammarState
 from stages.lists import ListGrammar
 from stages.prior.blocks import Block, Decoder, cache_dtype
-from stages.prior.config import PriorConfig
+from stages.prior.config import ChunkedPriorConfig
 from stages.prior.dense import DenseImage
 from stages.prior.judge import judge
 
 KNOWN_CHUNKS = 64
 """Chunks that are told apart by number; later ones count as the last of them."""
-
-
-@dataclass
-class ChunkedPriorConfig(PriorConfig):
-    """Encoder and three decoders over lists."""
-
-    kind: str = "chunked"
-    width: int = 512
-    """Features of an element and of a patch."""
-    heads: int = 8
-    """Attention heads; must divide the width."""
-    encoder_depth: int = 3
-    """Layers of the encoder."""
-    channel_depth: int = 3
-    """Layers of the decoder of channels."""
-    position_depth: int = 3
-    """Layers of the decoder of positions."""
-    value_depth: int = 5
-    """Layers of the decoder of values."""
-    hidden_ratio: float = 8 / 3
-    """Hidden width of SwiGLU over the width."""
-    dropout: float = 0.1
-    """Dropout on embeddings and residual branches."""
-    chunk: int = 896
-    """Elements that the decoders predict at once; lists that are shorter are one chunk."""
-    overlap: int = 128
-    """Elements before the chunk that the decoders see besides."""
-    patch: int = 2
-    """Side of the encoder's patches in blocks of luma."""
-    early_bias: float = 1.0
-    """Training takes chunk k = 1, 2, … of a list with probability proportional to k^-early_bias; 0: each as often."""
-    order: str = "natural"
-    """natural: coarse to fine; luma_first: all of luma before chroma, for colouring."""
 
 
 @dataclass

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,41 +22,14 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.layout import TokenLayout, Tokens
+from data.tokens.config import PRECISIONS
 from stages.contract import Prior, Prompts
-from stages.precision import CHOICES
+from stages.prior.config import CONFIDENCE_NOISE, SamplingConfig
 from stages.prior.rounds import rounds_of, still_open
 from stages.scales import keep_scales
 
 NOISE_CHUNK = 1024
 """Elements for which random numbers are drawn at once."""
-CONFIDENCE_NOISE = 4.5
-"""MaskGIT's choice temperature, as its code has it; the paper names no number."""
-
-
-@dataclass
-class SamplingConfig:
-    """How tokens are drawn: one config section, ``sampling``. Lists have one value, or one per scale."""
-
-    temperature: list[float] = field(default_factory=lambda: [1.0])
-    """Divides the logits; 0 takes the most probable id. One value or one per scale."""
-    top_k: list[int] = field(default_factory=lambda: [0])
-    """Keep the k most probable ids; 0 keeps all. One value or one per scale."""
-    top_p: list[float] = field(default_factory=lambda: [1.0])
-    """Keep the most probable ids up to this mass. One value or one per scale."""
-    guidance: float = 1.0
-    """Classifier-free guidance: logits = unconditional + guidance * (conditional - unconditional); 1 is off."""
-    guidance_schedule: str = "constant"
-    """constant, linear or cosine: how guidance rises from 1 to its value over the sequence."""
-    scales: int = 0
-    """Stop after this many scales, or bit-planes; 0 samples all. Needs a decoder of prefixes."""
-    rounds: list[int] = field(default_factory=list)
-    """Rounds in which prior.order=scale writes a scale. One value or one per scale; empty: 8, 2, then 1 for each."""
-    confidence_noise: float = CONFIDENCE_NOISE
-    """prior.order=scale: Gumbel noise on the confidence that decides which elements stay, less from round to round."""
-    compile: bool = False
-    """Compile the decoding step (GPU)."""
-    precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16: of tokenizer and prior while they are used."""
 
 
 def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
@@ -91,8 +63,8 @@ def check_sampling(settings: SamplingConfig, layout: TokenLayout) -> None:
             f"sampling.guidance_schedule={settings.guidance_schedule}: nobody knows how long a stream will be; "
             "allowed: constant"
         )
-    if settings.precision not in CHOICES:
-        raise InputError(f"sampling.precision={settings.precision!r}; allowed: {', '.join(CHOICES)}")
+    if settings.precision not in PRECISIONS:
+        raise InputError(f"sampling.precision={settings.precision!r}; allowed: {', '.join(PRECISIONS)}")
     if not 0 <= settings.scales <= num_scales:
         raise InputError(f"sampling.scales={settings.scales}; allowed: 1 to {num_scales}, or 0 for all")
 

@@ -16,7 +16,7 @@ What is notable here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,47 +33,13 @@ from stages.factory import build_condition, build_grammar
 from stages.grammar import GrammarState, PlacedGrammar
 from stages.prior.averaging import MovingAverages, segments_of
 from stages.prior.blocks import Block, cache_dtype
-from stages.prior.config import PriorConfig
+from stages.prior.config import TransformerPriorConfig
 from stages.prior.embeddings import GridEmbedding, InputEmbedding, StreamEmbedding
 from stages.prior.judge import judge
 from stages.prior.order import permutation_of, reordered, scales_of
 
 FIRST_SLOTS = 256
 """Slots of a stream's first key-value cache; it doubles when it is full."""
-
-
-@dataclass
-class TransformerPriorConfig(PriorConfig):
-    """Decoder-only transformer."""
-
-    kind: str = "transformer"
-    depth: int = 12
-    """Layers."""
-    width: int = 768
-    """Features of a token."""
-    heads: int = 12
-    """Attention heads; must divide the width."""
-    hidden_ratio: float = 8 / 3
-    """Hidden width of SwiGLU over the width; 8/3 has the parameters of a plain MLP of 4."""
-    dropout: float = 0.1
-    """Dropout on embeddings and residual branches."""
-    checkpoint_gradients: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
-    max_length: int = 4096
-    """Elements of a stream that are modelled, a beginning where it is longer; a fixed length is always whole."""
-    context: bool = True
-    """Streams: tell each slot what the grammar knows of the next place, beside the place itself."""
-    order: str = "natural"
-    """In layouts of fixed length: natural; reversed: from the last element to the first; interleaved: all scales of a
-    place together; luma_first: scales of luma before those of chroma; scale: whole scales at once
-    (``stages/prior/scalewise.py``)."""
-    averaging: str = "none"
-    """WaveletGPT: between layers half of the coordinates become moving averages over 2, 4, … slots. none; replace (the
-    paper's); mix (a fifth of the average, as replications did); learned (weighted windows, one for each length)."""
-    averaging_borders: str = "sample"
-    """Where windows stop: sample (beginning of the sequence), scale (of each scale), or grid (squares of its grid)."""
-    averaging_longest: int = 0
-    """Longest window, in slots or along a grid's side; 0: as long as the longest run of slots between borders."""
 
 
 Memory = tuple[Tensor, Tensor]

@@ -25,13 +25,6 @@ def taps(wavelet: str) -> Tensor:
     return torch.tensor([found.dec_lo, found.dec_hi], dtype=torch.float64, device="cpu").flip(1)
 
 
-@lru_cache
-def orthogonal_wavelets() -> tuple[str, ...]:
-    """PyWavelets' names of orthogonal wavelets with taps that are exact; ``dmey`` is an approximation of one."""
-    names = pywt.wavelist(kind="discrete")
-    return tuple(name for name in names if name != "dmey" and pywt.Wavelet(name).orthogonal)
-
-
 def split(x: Tensor, dim: int, wavelet: str, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """Low-pass and high-pass halves of an even number of samples along ``dim``, -2 or -1."""
     kernel = _kernel(wavelet, dim, x) * (1 if scaling == "orthonormal" else math.sqrt(0.5))

@@ -18,18 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stages.spectral.names import LIFTED
 from stages.spectral.pyramid import Scaling
 
 Boundary = Literal["symmetric", "periodization"]
-
-LIFTED: dict[str, tuple[tuple[float, ...], float]] = {
-    "bior2.2": ((-0.5, 0.25), 1.0),
-    "bior4.4": (
-        (-1.5861343420599235, -0.0529801185729614, 0.8829110755309333, 0.4435068520439712),
-        1.2301741049140359,
-    ),
-}
-"""Weights of the two neighbours, for odd and even samples in turn, and the sum of the low-pass filter they make."""
 
 
 def split(x: Tensor, dim: int, wavelet: str, scaling: Scaling, boundary: Boundary) -> tuple[Tensor, Tensor]:

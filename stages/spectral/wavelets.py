@@ -20,17 +20,9 @@ from torch import Tensor
 from data.errors import InputError
 from stages.spectral import filters, lifting
 from stages.spectral.haar import haar_step, haar_unstep
-from stages.spectral.lifting import LIFTED, Boundary
+from stages.spectral.lifting import Boundary
+from stages.spectral.names import HAAR, LIFTED, WAVELETS, is_wavelet
 from stages.spectral.pyramid import Scaling, Size, compose, decompose, even_sides, lift_dtype
-
-HAAR = ("haar", "db1")
-WAVELETS = f"haar, {', '.join(LIFTED)}, or an orthogonal wavelet of PyWavelets such as db2, sym4, coif1"
-"""The names that ``dwt`` knows, in words."""
-
-
-def is_wavelet(name: str) -> bool:
-    """Whether ``dwt`` knows a wavelet of this name."""
-    return name in HAAR or name in LIFTED or name in filters.orthogonal_wavelets()
 
 
 def check_wavelet(name: str, boundary: Boundary | None = None) -> None:

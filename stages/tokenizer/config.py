@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stages.tokenizer.parts import CosineVQConfig, HeadConfig, QuantizerConfig, TransformerConfig
+
 PLANES = ("all", "ycbcr")
 """Which channels a token may hold."""
 
@@ -16,6 +18,83 @@ class TokenizerConfig:
     """Which tokenizer; picks the other keys of this section."""
     path: str = "${run}/tokenizer/tokenizer.safetensors"
     """Exported weights: written by train-tokenizer, read by every later command."""
+
+
+@dataclass
+class SITConfig(TokenizerConfig):
+    """The Spectral Image Tokenizer."""
+
+    kind: str = "sit"
+    transform: str = "haar"
+    """identity (one scale, pixels as they are), or the name of a wavelet in PyWavelets: haar, bior2.2 (LeGall 5/3) and
+    bior4.4 (CDF 9/7) with mirrored borders, orthogonal ones such as db2, sym4 or coif1 with periodic ones. A small
+    image is what the wavelet's low-pass filter leaves of a large one: the mean of squares with Haar alone."""
+    scales: int = 4
+    """S: one approximation and S - 1 levels of details."""
+    patch: int = 2
+    """Patch side of the approximation (of the image, with transform identity)."""
+    overlap: int = 0
+    """Coefficients that a token sees and writes beyond each side of a patch of the approximation, from 0 to ``patch``.
+    Larger patches have more in proportion. Embedding and head of a scale grow by (1 + 2 overlap / patch) squared."""
+    planes: str = "all"
+    """all (a token holds all channels), or ycbcr: a scale of luma and one of chroma, with a quarter of the tokens."""
+    attention: str = "sit"
+    """sit (dense), sit-sc (scale-causal encoder and decoder), sit-scd (decoder only), sit-sce (encoder only)."""
+    groups: int = 1
+    """Consecutive groups of equally many tokens that stand in place of scales in scale-causal attention: what such a
+    mask does to a raster. Only with transform identity, where the one scale is one group otherwise."""
+    specialised: bool = True
+    """ADTransformer: separate weights for approximation and detail tokens."""
+    encoder: TransformerConfig = field(default_factory=TransformerConfig)
+    decoder: TransformerConfig = field(default_factory=TransformerConfig)
+    quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    detail_head_gain: float = 0.1
+    """Factor on the detail heads' first weights: the model starts as a blurred image."""
+
+
+@dataclass
+class ViTVQGANConfig(SITConfig):
+    """ViT-VQGAN (arXiv 2110.04627): raster patches, plain transformer, one codebook."""
+
+    kind: str = "vit-vqgan"
+    transform: str = "identity"
+    scales: int = 1
+    patch: int = 8
+    specialised: bool = False
+
+
+@dataclass
+class NestedConfig(TokenizerConfig):
+    """Nested spectral tokens."""
+
+    kind: str = "nested"
+    num_tokens: int = 64
+    """N: tokens of an image."""
+    patch: int = 8
+    """Side of the patches that the encoder sees and the decoder's mask tokens make."""
+    frequency_map: str = "information"
+    """How wide the square of frequencies is that the first i of N tokens make, of R. Measured from the images:
+    information, every token the same share of the bits that a code of this rate would spend (reverse water-filling of
+    Gaussian coefficients), or energy, the same share of their energy. By law: power, R (i/N)^e, or mirrored,
+    R - (R - 1) ((N - i)/(N - 1))^e."""
+    frequency_exponent: float = 1.5
+    """e. Above 1 power spends more tokens on low frequencies, as the paper wants it, and mirrored fewer."""
+    widths: list[int] = field(default_factory=list)
+    """The N widths themselves in place of a law: never falling, the last one the image's longer side."""
+    prefix_law: str = "uniform"
+    """Law of the training prefix: uniform over 1 … N, or log_uniform, which favours short ones."""
+    full_share: float = 0.5
+    """Share of training images that keep all tokens; 0 is plain nested dropout, which starves the last tokens."""
+    ring_summaries: int = 8
+    """Linear summaries of its own share of frequencies that a token is told of, and by which it adds to them in the
+    decoded image; 0, as in the paper: it learns all through attention."""
+    project: bool = True
+    """Cut what the decoder makes to the prefix's frequencies: never farther from what it should be."""
+    encoder: TransformerConfig = field(default_factory=TransformerConfig)
+    decoder: TransformerConfig = field(default_factory=TransformerConfig)
+    quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
 
 
 @dataclass

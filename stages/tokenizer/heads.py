@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from data.errors import InputError
 from data.layout import Tokens
 from stages.contract import PrefixUnsupported, Tokenizer
 from stages.spectral.patches import from_patches
+from stages.tokenizer.parts import HeadConfig, WaveletHeadConfig
 
 NO_HEAD = "this tokenizer decodes at its own size only; train one with tokenizer.head.kind=wavelet"
 """What to say where another size is asked of a tokenizer without a head."""
@@ -38,33 +38,6 @@ DIRECTIONS = 4
 """Carriers of one ring in one family: every 22.5 degrees of a quarter of the plane."""
 SHARPNESS = 1 / 4
 """Standard deviation of an atom's spectrum over its frequency."""
-
-
-@dataclass
-class HeadConfig:
-    """What every head's section has."""
-
-    kind: str = "none"
-    """none, or wavelet: pixels at any resolution too."""
-
-
-@dataclass
-class WaveletHeadConfig(HeadConfig):
-    """Complex wavelets around every cell."""
-
-    kind: str = "wavelet"
-    cell: int = 2
-    """Side of a cell in the tokenizer's own pixels; divides its patches."""
-    width: int = 48
-    """Features of a cell."""
-    low_atoms: int = 4
-    """Gaussian atoms along each side of a cell's surroundings."""
-    rings: int = 3
-    """Octaves of carriers, down from one wave in two of the tokenizer's own pixels."""
-    hidden: int = 16
-    """Complex features of each family behind its atoms."""
-    crop: int = 32
-    """Side of the crops that it is trained on, in output pixels."""
 
 
 class Head(nn.Module, ABC):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,48 +29,14 @@ from stages.contract import TokenizerOutput
 from stages.factory import build_head, build_quantizer
 from stages.spectral.dct import dct_matrix, lowpass
 from stages.spectral.patches import from_patches, to_patches
-from stages.tokenizer.config import TokenizerConfig
-from stages.tokenizer.heads import HeadConfig, HeadedTokenizer
-from stages.tokenizer.quantizers import CosineVQConfig, QuantizerConfig
+from stages.tokenizer.config import NestedConfig
+from stages.tokenizer.heads import HeadedTokenizer
 from stages.tokenizer.rings import RingSummaries
-from stages.tokenizer.transformer import Transformer, TransformerConfig, scale_causal
+from stages.tokenizer.transformer import Transformer, scale_causal
 
 FREQUENCY_MAPS = ("information", "energy", "power", "mirrored")
 POSITION_STD = 0.5
 PREFIX_LAWS = ("uniform", "log_uniform")
-
-
-@dataclass
-class NestedConfig(TokenizerConfig):
-    """Nested spectral tokens."""
-
-    kind: str = "nested"
-    num_tokens: int = 64
-    """N: tokens of an image."""
-    patch: int = 8
-    """Side of the patches that the encoder sees and the decoder's mask tokens make."""
-    frequency_map: str = "information"
-    """How wide the square of frequencies is that the first i of N tokens make, of R. Measured from the images:
-    information, every token the same share of the bits that a code of this rate would spend (reverse water-filling of
-    Gaussian coefficients), or energy, the same share of their energy. By law: power, R (i/N)^e, or mirrored,
-    R - (R - 1) ((N - i)/(N - 1))^e."""
-    frequency_exponent: float = 1.5
-    """e. Above 1 power spends more tokens on low frequencies, as the paper wants it, and mirrored fewer."""
-    widths: list[int] = field(default_factory=list)
-    """The N widths themselves in place of a law: never falling, the last one the image's longer side."""
-    prefix_law: str = "uniform"
-    """Law of the training prefix: uniform over 1 … N, or log_uniform, which favours short ones."""
-    full_share: float = 0.5
-    """Share of training images that keep all tokens; 0 is plain nested dropout, which starves the last tokens."""
-    ring_summaries: int = 8
-    """Linear summaries of its own share of frequencies that a token is told of, and by which it adds to them in the
-    decoded image; 0, as in the paper: it learns all through attention."""
-    project: bool = True
-    """Cut what the decoder makes to the prefix's frequencies: never farther from what it should be."""
-    encoder: TransformerConfig = field(default_factory=TransformerConfig)
-    decoder: TransformerConfig = field(default_factory=TransformerConfig)
-    quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
 
 
 class NestedTokenizer(HeadedTokenizer):

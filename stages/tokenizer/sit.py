@@ -24,7 +24,7 @@ transformer → inverse wavelets → image. What is notable here:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ from stages.factory import build_head, build_quantizer
 from stages.spectral.colour import join_planes, split_planes
 from stages.spectral.patches import from_windows, to_windows
 from stages.spectral.wavelets import WAVELETS, dwt, idwt, is_wavelet
-from stages.tokenizer.config import PLANES, TokenizerConfig
-from stages.tokenizer.heads import HeadConfig, HeadedTokenizer
-from stages.tokenizer.quantizers import CosineVQConfig, QuantizerConfig
-from stages.tokenizer.transformer import Transformer, TransformerConfig, blind_to_chroma, scale_causal
+from stages.tokenizer.config import PLANES, SITConfig
+from stages.tokenizer.config import ViTVQGANConfig as ViTVQGANConfig
+from stages.tokenizer.heads import HeadedTokenizer
+from stages.tokenizer.transformer import Transformer, blind_to_chroma, scale_causal
 
 CAUSAL = {  # attention: (encoder, decoder)
     "sit": (False, False),
@@ -48,50 +48,6 @@ CAUSAL = {  # attention: (encoder, decoder)
     "sit-scd": (False, True),
     "sit-sce": (True, False),
 }
-
-
-@dataclass
-class SITConfig(TokenizerConfig):
-    """The Spectral Image Tokenizer."""
-
-    kind: str = "sit"
-    transform: str = "haar"
-    """identity (one scale, pixels as they are), or the name of a wavelet in PyWavelets: haar, bior2.2 (LeGall 5/3) and
-    bior4.4 (CDF 9/7) with mirrored borders, orthogonal ones such as db2, sym4 or coif1 with periodic ones. A small
-    image is what the wavelet's low-pass filter leaves of a large one: the mean of squares with Haar alone."""
-    scales: int = 4
-    """S: one approximation and S - 1 levels of details."""
-    patch: int = 2
-    """Patch side of the approximation (of the image, with transform identity)."""
-    overlap: int = 0
-    """Coefficients that a token sees and writes beyond each side of a patch of the approximation, from 0 to ``patch``.
-    Larger patches have more in proportion. Embedding and head of a scale grow by (1 + 2 overlap / patch) squared."""
-    planes: str = "all"
-    """all (a token holds all channels), or ycbcr: a scale of luma and one of chroma, with a quarter of the tokens."""
-    attention: str = "sit"
-    """sit (dense), sit-sc (scale-causal encoder and decoder), sit-scd (decoder only), sit-sce (encoder only)."""
-    groups: int = 1
-    """Consecutive groups of equally many tokens that stand in place of scales in scale-causal attention: what such a
-    mask does to a raster. Only with transform identity, where the one scale is one group otherwise."""
-    specialised: bool = True
-    """ADTransformer: separate weights for approximation and detail tokens."""
-    encoder: TransformerConfig = field(default_factory=TransformerConfig)
-    decoder: TransformerConfig = field(default_factory=TransformerConfig)
-    quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    detail_head_gain: float = 0.1
-    """Factor on the detail heads' first weights: the model starts as a blurred image."""
-
-
-@dataclass
-class ViTVQGANConfig(SITConfig):
-    """ViT-VQGAN (arXiv 2110.04627): raster patches, plain transformer, one codebook."""
-
-    kind: str = "vit-vqgan"
-    transform: str = "identity"
-    scales: int = 1
-    patch: int = 8
-    specialised: bool = False
 
 
 @dataclass(frozen=True)

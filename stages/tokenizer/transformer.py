@@ -9,27 +9,13 @@ and of nested tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
 from stages.attention import attend
-
-
-@dataclass
-class TransformerConfig:
-    """Size of an encoder or decoder."""
-
-    depth: int = 8
-    """Layers."""
-    width: int = 512
-    """Features of a token."""
-    heads: int = 8
-    """Attention heads; must divide the width."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLP over the width."""
+from stages.tokenizer.parts import TransformerConfig
 
 
 class Grouped(nn.ModuleList):

@@ -48,7 +48,7 @@ class Toy(Tokenizer):
 
 def register() -> None:
     """Make ``tokenizer.kind=toy`` known."""
-    factory.TOKENIZERS["toy"] = ("tests.pipeline.cache_toy", "ToyConfig", "Toy")
+    factory.TOKENIZERS["toy"] = ("tests.pipeline.cache_toy:ToyConfig", "tests.pipeline.cache_toy:Toy")
 
 
 def write_tokenizer(path: Path, offset: float = 0.0) -> None:

@@ -37,7 +37,7 @@ COUNT = 190  # 171 train images in 11 blocks of 16 (the last one short) in 6 sha
 
 @pytest.fixture(autouse=True)
 def toy_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TOKENIZERS, "toy", ("tests.pipeline.cache_toy", "ToyConfig", "Toy"))
+    monkeypatch.setitem(TOKENIZERS, "toy", ("tests.pipeline.cache_toy:ToyConfig", "tests.pipeline.cache_toy:Toy"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def configured(world: Path, tokens: Path, *overrides: str) -> Config:
 def cached(world: Path) -> Path:
     """The cache that one process writes without interruption."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TOKENIZERS, "toy", ("tests.pipeline.cache_toy", "ToyConfig", "Toy"))
+        patch.setitem(TOKENIZERS, "toy", ("tests.pipeline.cache_toy:ToyConfig", "tests.pipeline.cache_toy:Toy"))
         return cache_tokens(configured(world, world / "one"))
 
 

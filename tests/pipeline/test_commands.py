@@ -121,7 +121,7 @@ def test_two_runs_into_one_folder_are_refused(finished, tmp_path, capsys):
 
 def test_a_new_tokenizer_is_one_file_and_one_line(tmp_path, tiny, monkeypatch):
     """``mean_colour.py`` and this line in the factory go through all four commands."""
-    line = ("tests.pipeline.mean_colour", "MeanColourConfig", "MeanColour")
+    line = ("tests.pipeline.mean_colour:MeanColourConfig", "tests.pipeline.mean_colour:MeanColour")
     monkeypatch.setitem(factory.TOKENIZERS, "mean-colour", line)
     text = tiny.read_text()
     start, end = text.index("tokenizer:"), text.index("tokenizer_training:")

@@ -235,7 +235,7 @@ def test_copies_of_training_images_are_seen_through_the_tokenizers_own_error(
     tmp_path: Path, bright_and_dark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the samples are training images as the tokenizer decodes them, half are noise: the share is one half."""
-    line = ("tests.pipeline.mean_colour", "MeanColourConfig", "MeanColour")
+    line = ("tests.pipeline.mean_colour:MeanColourConfig", "tests.pipeline.mean_colour:MeanColour")
     monkeypatch.setitem(factory.TOKENIZERS, "mean-colour", line)
     config = toy_run(tmp_path, bright_and_dark, with_prior=False)
     config.tokenizer = MeanColourConfig(path=config.tokenizer.path, steps=64)

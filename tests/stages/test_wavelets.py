@@ -5,9 +5,9 @@ import pytest
 import pywt
 import torch
 
-from stages.spectral.filters import orthogonal_wavelets
 from stages.spectral.haar import haar_dwt
 from stages.spectral.lifting import LIFTED
+from stages.spectral.names import orthogonal_wavelets
 from stages.spectral.wavelets import dwt, idwt
 
 SIZES = [(64, 64, 3), (32, 16, 4), (33, 47, 3), (5, 7, 2), (1, 9, 1), (2, 2, 1)]

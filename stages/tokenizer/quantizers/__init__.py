@@ -11,12 +11,21 @@ What is notable here:
   on all ranks.
 """
 
-from stages.tokenizer.quantizers.binary import BSQ, LFQ, BSQConfig, LFQConfig
-from stages.tokenizer.quantizers.cosine import CosineVQ, CosineVQConfig
-from stages.tokenizer.quantizers.fsq import FSQ, FSQConfig
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig
-from stages.tokenizer.quantizers.residual import ResidualVQ, ResidualVQConfig
-from stages.tokenizer.quantizers.simvq import SimVQ, SimVQConfig
+from stages.tokenizer.parts import (
+    BSQConfig,
+    CosineVQConfig,
+    FSQConfig,
+    LFQConfig,
+    QuantizerConfig,
+    ResidualVQConfig,
+    SimVQConfig,
+)
+from stages.tokenizer.quantizers.binary import BSQ, LFQ
+from stages.tokenizer.quantizers.cosine import CosineVQ
+from stages.tokenizer.quantizers.fsq import FSQ
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer
+from stages.tokenizer.quantizers.residual import ResidualVQ
+from stages.tokenizer.quantizers.simvq import SimVQ
 
 __all__ = [
     "BSQ",

@@ -12,42 +12,17 @@ What is notable here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data.errors import InputError
+from stages.tokenizer.parts import LFQConfig
 from stages.tokenizer.quantizers.digits import Digits, cut
 from stages.tokenizer.quantizers.gradients import straight_through
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision
 from stages.tokenizer.quantizers.ranks import mean_over_ranks
-
-
-@dataclass
-class LFQConfig(QuantizerConfig):
-    """Lookup-free quantisation."""
-
-    kind: str = "lfq"
-    bits: int = 18
-    """Signs of a token: 2^bits codes."""
-    bits_per_field: int = 16
-    """Most bits of one field; more are cut into the fewest fields, as even as can be: 18 are 9 and 9."""
-    entropy_group_bits: int = 10
-    """Most bits over whose codes the entropy of their mean use is taken. 1, every bit for itself, is BSQ's closed form:
-    it does not tell bits that are balanced but all equal from independent ones. One pair of short runs is all that was
-    seen of it (10 bits, 100 steps on Fashion-MNIST, one seed: 17.3 dB and a perplexity of 8 by single bits, 19.2 dB and
-    23 as one group), too little to say how much it costs a whole training."""
-    temperature: float = 1.0
-    """How soft the entropy term takes a sign: a number x is positive with probability sigmoid(4 x / temperature)."""
-
-
-@dataclass
-class BSQConfig(LFQConfig):
-    """Binary spherical quantisation."""
-
-    kind: str = "bsq"
 
 
 class LFQ(Quantizer):

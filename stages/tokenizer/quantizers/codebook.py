@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data.errors import InputError
+from stages.tokenizer.parts import CodebookConfig, LearnedCodebookConfig
 from stages.tokenizer.quantizers.gradients import GRADIENTS
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision, named_fields
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision, named_fields
 from stages.tokenizer.quantizers.ranks import of_first_rank, sum_over_ranks
-
-
-@dataclass
-class CodebookConfig(QuantizerConfig):
-    """What every quantiser with a codebook has."""
-
-    codes: int = 1024
-    """Entries of each codebook, 65,536 at most: more codes are several fields (lfq, bsq, residual or fsq)."""
-    code_dim: int = 8
-    """Width of a code; encodings are projected to it. ViT-VQGAN has 8192 codes of 32."""
-    gradient: str = "straight-through"
-    """straight-through, or rotation: the gradient is turned and scaled like the code into its encoding."""
-
-
-@dataclass
-class LearnedCodebookConfig(CodebookConfig):
-    """What every quantiser with a codebook of learned rows has."""
-
-    revive_every: int = 20
-    """Forward passes between two looks for dead codes; 0 never revives."""
-    revive_below: float = 0.03
-    """A code is dead when its averaged use falls below this share of an equal share."""
 
 
 def check_codebook(config: CodebookConfig) -> None:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn import functional
 
-from stages.tokenizer.quantizers.codebook import Codebook, LearnedCodebookConfig, NearestCode
+from stages.tokenizer.parts import CosineVQConfig
+from stages.tokenizer.quantizers.codebook import Codebook, NearestCode
 from stages.tokenizer.quantizers.quantizer import Quantizer
-
-
-@dataclass
-class CosineVQConfig(LearnedCodebookConfig):
-    """Factorised vector quantisation by cosine similarity."""
-
-    kind: str = "cosine"
 
 
 class CosineVQ(NearestCode):

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
+from stages.tokenizer.parts import FSQConfig
 from stages.tokenizer.quantizers.digits import Digits
-from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, QuantizerConfig, full_precision
+from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision
 
 LARGEST_FIELD = 1 << 16
 """Codes of one field; more are several fields, so that ids stay uint16 on disk and softmaxes small."""
-
-
-@dataclass
-class FSQConfig(QuantizerConfig):
-    """Finite scalar quantisation."""
-
-    kind: str = "fsq"
-    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
-    """Values of each rounded number; their product is the number of codes. More than 65,536 are several fields."""
 
 
 class FSQ(Quantizer):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.tokenizer.parts import GRADIENT_NAMES
+
 LARGEST_SCALE = 1e3
 """Rotation takes an encoding that is shorter than its code by more than this for one without a direction."""
 
@@ -42,7 +44,6 @@ def rotation(encodings: Tensor, chosen: Tensor) -> Tensor:
     return chosen.detach() + (passed - passed.detach())
 
 
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "straight-through": straight_through,
-    "rotation": rotation,
-}
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(
+    zip(GRADIENT_NAMES, (straight_through, rotation), strict=True)
+)

@@ -36,14 +36,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @dataclass
-class QuantizerConfig:
-    """What every quantiser's section has."""
-
-    kind: str = "cosine"
-    """cosine, fsq, lfq, bsq, simvq or residual; picks the other keys of this section."""
-
-
-@dataclass
 class Quantized:
     """Result of a quantiser."""
 

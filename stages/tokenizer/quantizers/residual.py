@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data.errors import InputError
-from stages.tokenizer.quantizers.codebook import Codebook, LearnedCodebookConfig, check_codebook, lead, nearness, pulls
+from stages.tokenizer.parts import ResidualVQConfig
+from stages.tokenizer.quantizers.codebook import Codebook, check_codebook, lead, nearness, pulls
 from stages.tokenizer.quantizers.gradients import GRADIENTS
 from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision, named_fields
-
-
-@dataclass
-class ResidualVQConfig(LearnedCodebookConfig):
-    """Residual vector quantisation."""
-
-    kind: str = "residual"
-    depth: int = 2
-    """Stages; each is a field of the token."""
 
 
 class ResidualVQ(Quantizer):

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.tokenizer.quantizers.codebook import CodebookConfig, NearestCode
-
-
-@dataclass
-class SimVQConfig(CodebookConfig):
-    """A frozen codebook under a learned linear map."""
-
-    kind: str = "simvq"
+from stages.tokenizer.parts import SimVQConfig
+from stages.tokenizer.quantizers.codebook import NearestCode
 
 
 class SimVQ(NearestCode):
