@@ -25,12 +25,14 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "tokens.precision": PRECISIONS,
     "tokenizer.planes": PLANES,
     "tokenizer.quantizer.gradient": GRADIENT_NAMES,
+    "tokenizer_training.optimizer": ("adamw", "muon"),
     "tokenizer_training.precision": PRECISIONS,
     "tokenizer_training.perceptual": ("lite0", "lpips-vgg", "none"),
     "tokenizer_training.discriminator": ("patch", "style"),
     "tokenizer_training.adversarial_loss": ("hinge", "logistic"),
     "prior.averaging": AVERAGING,
     "prior.averaging_borders": AVERAGING_BORDERS,
+    "prior_training.optimizer": ("adamw", "muon"),
     "prior_training.precision": PRECISIONS,
     "sampling.precision": PRECISIONS,
     "eval.precision": PRECISIONS,
@@ -87,7 +89,15 @@ ZERO_OR_MORE = (
     "eval.timing_repeats",
 )
 
-ABOVE_ZERO = ("tokens.local_gigabytes", "tokenizer.quantizer.temperature")
+ABOVE_ZERO = (
+    "tokens.local_gigabytes",
+    "tokenizer.quantizer.temperature",
+    "tokenizer_training.learning_rate",
+    "tokenizer_training.matrix_learning_rate",
+    "tokenizer_training.discriminator_learning_rate",
+    "prior_training.learning_rate",
+    "prior_training.matrix_learning_rate",
+)
 
 # Sizes of networks.
 NETWORK_SIZES = (

@@ -24,6 +24,11 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "tokens": ("images", "tokenizer", "tokens"),
     "prior": ("seed", "tokens", "condition", "prior", "prior_training"),
 }
+EARLIER_DEFAULTS: dict[str, Any] = {
+    "tokenizer_training.optimizer": "adamw",
+    "prior_training.optimizer": "adamw",
+}
+"""What the default of a key was in earlier versions, or what those did that did not have the key yet."""
 SECTION_WITH_PRECISION = {"tokenizer": "tokenizer_training", "tokens": "tokens", "prior": "prior_training"}
 
 
@@ -52,12 +57,12 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
 
 @contextmanager
 def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Config]:
-    """Lock ``folder`` for this process and hold it to one config: the one given, its precision settled.
+    """Lock ``folder`` for this process and hold it to one config: the one given, its precision settled, as it began.
 
     The lock is flock's: it ends with the process that holds it, so a killed run leaves no stale lock. Raises RunError,
     and InputError for a precision that the device does not have.
     """
-    config = with_settled_precision(folder, config, stage)
+    config = as_begun(folder, with_settled_precision(folder, config, stage), stage)
     if not is_first_process():
         yield config  # the first process holds the lock for all ranks that it started
         return
@@ -84,6 +89,23 @@ def with_settled_precision(folder: Path, config: Config, stage: str) -> Config:
     written = written_config(folder).get(section, {}).get("precision") if begun else None
     precision = written if part.precision == "auto" and written else resolve(part.precision, device_of(config))
     return replace(config, **{section: replace(part, precision=precision)})
+
+
+def as_begun(folder: Path, config: Config, stage: str) -> Config:
+    """The config with the earlier default of every key that has its default, where something was made with that."""
+    if not is_made(folder):
+        return config
+    written, defaults = written_config(folder), defaults_of(config)
+    for key, earlier in EARLIER_DEFAULTS.items():
+        section, name = key.split(".")
+        if section not in STAGE_SECTIONS[stage] or written.get(section, {}).get(name, earlier) != earlier:
+            continue
+        part, default = getattr(config, section), defaults[section][name]
+        if getattr(part, name) == default != earlier:
+            config = replace(config, **{section: replace(part, **{name: earlier})})
+            if is_first_process():
+                print(f"{folder} goes on with {key}={earlier}, as it began; the default is {default} now")
+    return config
 
 
 def written_config(folder: Path) -> dict[str, Any]:
@@ -126,15 +148,15 @@ def is_made(folder: Path) -> bool:
 def difference_from(folder: Path, plain: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> str | None:
     """The first key in which ``folder/config.yaml`` is not ``plain``, with both values; None where all agree.
 
-    A key that is younger than the folder had its default there, so that an interrupted run goes on with a newer
-    version. ``precision: auto`` agrees with every precision: the folder goes on in its own.
+    A key that is younger than the folder had its (earlier) default there, so that an interrupted run goes on with a
+    newer version. ``precision: auto`` agrees with every precision: the folder goes on in its own.
     """
     written, wanted = written_config(folder), dict(plain)
     if "prior" in plain:
         written.get("tokens", {}).pop("precision", None)  # older versions wrote it down
     for section in [name for name in plain if name in defaults and name in written]:
         younger = plain[section].keys() - written[section].keys()
-        written[section] |= {key: defaults[section][key] for key in younger}
+        written[section] |= {key: EARLIER_DEFAULTS.get(f"{section}.{key}", defaults[section][key]) for key in younger}
         if plain[section].get("precision") == "auto":
             wanted[section] = plain[section] | {"precision": written[section]["precision"]}
     return first_difference(written, wanted)

@@ -1,4 +1,4 @@
-"""What the two LightningModules share: optimiser, schedule, average of weights, and the guard against bad losses."""
+"""What the two LightningModules share: schedule, average of weights, and the guard against bad losses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -28,15 +27,11 @@ class RateConfig(Protocol):
     final_learning_rate_share: float
 
 
-def build_optimizer(
-    module: nn.Module, learning_rate: float, betas: tuple[float, ...], decay: float
-) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and other vectors are not decayed."""
-    return create_optimizer_v2(module, opt="adamw", lr=learning_rate, weight_decay=decay, betas=betas)
-
-
 def build_schedule(optimizer: torch.optim.Optimizer, config: RateConfig) -> CosineLRScheduler:
-    """Linear warm-up, then cosine; set a step's rate with ``schedule.step_update(step)``, it keeps no state."""
+    """Linear warm-up, then cosine; set a step's rates with ``schedule.step_update(step)``, it keeps no state.
+
+    Groups with an ``lr_scale`` have that many times the rate of the others.
+    """
     rate = optimizer.param_groups[0]["lr"]
     return CosineLRScheduler(
         optimizer,

@@ -7,6 +7,7 @@ from timm.layers import SwiGLU
 from torch import Tensor, nn
 
 from stages.attention import Spans, attend
+from stages.layers import FusedLinear, HiddenLayers
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
@@ -21,7 +22,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.query_key_value = FusedLinear(width, width, 3, bias=False)
         self.project = nn.Linear(width, width, bias=False)
 
     def forward(
@@ -50,7 +51,7 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.norm = nn.RMSNorm(width)
         self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.key_value = FusedLinear(width, width, 2, bias=False)
         self.project = nn.Linear(width, width, bias=False)
 
     def remember(self, memory: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class CrossAttention(nn.Module):
         return self.project(attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width))
 
 
-class Block(nn.Module):
+class Block(HiddenLayers):
     """Pre-norm block: attention, cross-attention where there is a memory, and SwiGLU.
 
     ``gated`` branches are scaled by numbers that start at zero (ReZero, arXiv 2003.04887): a new block does nothing.

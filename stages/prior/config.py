@@ -112,10 +112,14 @@ class PriorTrainingConfig:
     precision: str = "auto"
     """auto (bf16 where the hardware multiplies it), 32 or bf16; the cross entropy stays in float32. A run goes on in
     what it began with."""
+    optimizer: str = "adamw"
+    """adamw, or muon, which is Muon for the matrices in the transformer's layers and AdamW for all else."""
     learning_rate: float = 1e-3
     """Peak."""
+    matrix_learning_rate: float = 1e-2
+    """Peak, of the matrices that Muon updates; learning_rate is that of all else."""
     warmup_steps: int = 200
-    """Linear rise of the rate."""
+    """Linear rise of the rates."""
     final_learning_rate_share: float = 0.05
     """Cosine decay ends at this share of the peak."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

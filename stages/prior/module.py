@@ -13,13 +13,13 @@ from torchmetrics import MeanMetric
 
 from data.layout import Tokens
 from stages.contract import Prior, PriorOutput, Prompts
+from stages.optimizers import build_optimizer, learning_rates
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.sharding import shard
 from stages.scales import scale_ids
 from stages.training import (
     NamesSamples,
     build_average,
-    build_optimizer,
     build_schedule,
     check_finite,
     gradient_norm,
@@ -68,7 +68,7 @@ class PriorModule(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config
-        optimizer = build_optimizer(self.prior, config.learning_rate, tuple(config.betas), config.weight_decay)
+        optimizer = build_optimizer(self.prior, config)
         self.schedule = build_schedule(optimizer, config)
         return optimizer
 
@@ -119,8 +119,7 @@ class PriorModule(L.LightningModule):
         step = self.trainer.global_step
         self.schedule.step_update(step)
         if (step + 1) % self.config.log_every == 0:
-            rate = torch.tensor(optimizer.param_groups[0]["lr"])
-            self._log({"gradient_norm": gradient_norm(self.prior), "learning_rate": rate})
+            self._log({"gradient_norm": gradient_norm(self.prior), **learning_rates(optimizer, "learning_rate")})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -110,12 +110,17 @@ class TokenizerTrainingConfig:
     precision: str = "auto"
     """auto (bf16 where the hardware multiplies it), 32 or bf16; transforms, quantiser, perceptual distance and
     adversarial loss stay in float32. A run goes on in what it began with."""
+    optimizer: str = "adamw"
+    """Of the generator: adamw, or muon, which is Muon for the matrices in the transformers' layers and AdamW for all
+    else; the discriminator has AdamW."""
     learning_rate: float = 4e-4
     """Peak, generator."""
+    matrix_learning_rate: float = 2e-2
+    """Peak, of the matrices that Muon updates; learning_rate is that of all else."""
     discriminator_learning_rate: float = 2e-4
     """Peak, discriminator."""
     warmup_steps: int = 100
-    """Linear rise of both rates."""
+    """Linear rise of all rates."""
     final_learning_rate_share: float = 0.05
     """Cosine decay ends at this share of the peak."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])

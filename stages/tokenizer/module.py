@@ -28,13 +28,13 @@ from data.layout import Tokens
 from stages.contract import Tokenizer
 from stages.measures.codes import code_use
 from stages.measures.perceptual import build_perceptual
+from stages.optimizers import build_adamw, build_optimizer, learning_rates
 from stages.tokenizer.config import TokenizerTrainingConfig
 from stages.tokenizer.discriminator import LOSSES, LeCam, build_discriminator, gradient_penalty
 from stages.tokenizer.quantizers import Quantizer
 from stages.training import (
     NamesSamples,
     build_average,
-    build_optimizer,
     build_schedule,
     check_finite,
     gradient_norm,
@@ -150,10 +150,9 @@ class TokenizerModule(L.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
-        networks = [(self.tokenizer, config.learning_rate, tuple(config.betas), config.weight_decay)]
+        optimizers = [build_optimizer(self.tokenizer, config)]
         if self.discriminator is not None:
-            networks.append((self.discriminator, config.discriminator_learning_rate, (0.5, 0.9), 0.0))  # type: ignore[arg-type]
-        optimizers = [build_optimizer(*network) for network in networks]
+            optimizers.append(build_adamw(self.discriminator, config.discriminator_learning_rate, (0.5, 0.9), 0.0))
         self.schedules = [build_schedule(optimizer, config) for optimizer in optimizers]
         return optimizers
 
@@ -196,7 +195,7 @@ class TokenizerModule(L.LightningModule):
             self.clip_gradients(optimizer.optimizer, self.config.gradient_clip_norm, "norm")
             optimizer.step()
             optimizer.zero_grad()
-            logs[f"learning_rate/{name}"] = torch.tensor(optimizer.param_groups[0]["lr"])
+            logs |= learning_rates(optimizer.optimizer, f"learning_rate/{name}")
         self.average.update(self.tokenizer, step=step + 1)
         for trained, averaged in zip(self.tokenizer.modules(), self.average.module.modules(), strict=True):
             if isinstance(trained, Quantizer):

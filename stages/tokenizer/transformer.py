@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from stages.attention import attend
+from stages.layers import FusedLinear, HiddenLayers
 from stages.tokenizer.parts import TransformerConfig
 
 
@@ -28,7 +29,7 @@ class Grouped(nn.ModuleList):
         return torch.cat([module(part) for module, part in zip(self, x.split(list(lengths), 1), strict=False)], dim=1)
 
 
-class Block(nn.Module):
+class Block(HiddenLayers):
     """Pre-norm transformer block whose weights are separate for each group of tokens."""
 
     def __init__(self, config: TransformerConfig, groups: int) -> None:
@@ -36,7 +37,7 @@ class Block(nn.Module):
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.heads = config.heads
         self.attention_norm = Grouped([nn.LayerNorm(width) for _ in range(groups)])
-        self.query_key_value = Grouped([nn.Linear(width, 3 * width) for _ in range(groups)])
+        self.query_key_value = Grouped([FusedLinear(width, width, 3) for _ in range(groups)])
         self.project = Grouped([nn.Linear(width, width) for _ in range(groups)])
         self.mlp = Grouped(
             [

@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from pipeline.__main__ import main
+from pipeline.config import load_config
+from pipeline.run import stage_folder
 from stages import factory
 from stages.weights import load_prior, load_tokenizer
 
@@ -53,6 +55,30 @@ def test_a_run_goes_on_when_a_key_is_younger_than_its_folders(finished, tmp_path
         assert octaves(command, config, run) == 0
     assert octaves("train-tokenizer", config, run, "tokenizer_training.r1_weight=1") == 2
     assert "was made with another config (tokenizer_training.r1_weight: 0.0, now 1.0)" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_defaults_that_it_began_with(finished, tmp_path, capsys, monkeypatch):
+    """As if optimizer had come after the run, and its default had been muon once; and r1_weight's 2."""
+    config, run, folder = copy(finished, tmp_path)
+    earlier = {"tokenizer_training.optimizer": "muon", "tokenizer_training.r1_weight": 2.0}
+    monkeypatch.setattr("pipeline.run.EARLIER_DEFAULTS", earlier)
+    path = folder / "tokenizer/config.yaml"
+    written = OmegaConf.load(path)
+    del written.tokenizer_training["optimizer"]
+    OmegaConf.save(written, path)
+    loaded = load_config(config, [run])
+    with stage_folder(folder / "tokenizer", loaded, "tokenizer") as begun:
+        assert begun.tokenizer_training.optimizer == "muon"
+        assert begun.tokenizer_training.r1_weight == loaded.tokenizer_training.r1_weight  # it began with what is now
+    assert "goes on with tokenizer_training.optimizer=muon, as it began" in capsys.readouterr().out
+    written.tokenizer_training.r1_weight = 2.0
+    OmegaConf.save(written, path)
+    with stage_folder(folder / "tokenizer", loaded, "tokenizer") as begun:
+        assert begun.tokenizer_training.r1_weight == 2.0
+    assert octaves("train-tokenizer", config, run, "tokenizer_training.r1_weight=1") == 2
+    assert "(tokenizer_training.r1_weight: 2.0, now 1.0)" in capsys.readouterr().err
+    with stage_folder(tmp_path / "new", loaded, "tokenizer") as begun:
+        assert begun.tokenizer_training == loaded.tokenizer_training
 
 
 def test_finished_stages_have_nothing_to_do(finished, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """FSDP: two processes with half of the training state each make the prior that two with all of it make."""
 
-import itertools
 import json
 import os
 import signal
@@ -18,6 +17,8 @@ from pipeline.train import train_tokenizer
 from stages.conditions.text import ClassTextConditionConfig
 from stages.contract import Prompts
 from stages.factory import build_prior
+from stages.optimizers import build_optimizer
+from stages.prior.config import PriorTrainingConfig
 from stages.prior.sharding import shard, whole_state
 from stages.prior.transformer import TransformerPriorConfig
 from stages.training import gradient_norm
@@ -81,24 +82,34 @@ def whole(finished, tmp_path_factory):
     return run_two(finished, tmp_path_factory.mktemp("sharded") / "fsdp", "fsdp", UNCLIPPED)
 
 
-def test_the_weights_are_those_of_ddp_and_each_process_keeps_half(finished, whole, tmp_path):
-    """Two addends have one sum, so the mean gradient is the same bits, and all that follows goes weight by weight."""
-    ddp = run_two(finished, tmp_path / "ddp", "ddp", UNCLIPPED)
-    one, other = trained(ddp), trained(whole)
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_the_weights_are_those_of_ddp_and_each_process_keeps_half(finished, request, tmp_path, optimizer):
+    """Two addends have one sum, so the mean gradient is the same bits, and all that follows goes weight by weight.
+
+    Muon's matrices are gathered, so that every process does what all do under DDP.
+    """
+    keys = [UNCLIPPED, f"prior_training.optimizer={optimizer}"]
+    if optimizer == "adamw":
+        fsdp = request.getfixturevalue("whole")
+    else:
+        fsdp = run_two(finished, tmp_path / "fsdp", "fsdp", *keys)
+    ddp = run_two(finished, tmp_path / "ddp", "ddp", *keys)
+    one, other = trained(ddp), trained(fsdp)
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
-    for parts, all_of_it in zip(recorded(whole), recorded(ddp), strict=True):
+    for parts, all_of_it in zip(recorded(fsdp), recorded(ddp), strict=True):
         for name in ("weights", "moments", "average"):
             assert 0.45 < parts[name] / all_of_it[name] < 0.55, name
         assert parts["validation"] == all_of_it["validation"]
     # the checkpoint is DDP's, entry for entry: names, numbers of the optimiser's parameters, values
-    one, other = checkpoint(ddp, 6), checkpoint(whole, 6)
+    one, other = checkpoint(ddp, 6), checkpoint(fsdp, 6)
     assert one.keys() == other.keys() and one["loops"] == other["loops"]
     assert one["state_dict"].keys() == other["state_dict"].keys()
     assert all(one["state_dict"][name].equal(other["state_dict"][name]) for name in one["state_dict"])
     (one,), (other,) = one["optimizer_states"], other["optimizer_states"]
     assert one["param_groups"] == other["param_groups"] and one["state"].keys() == other["state"].keys()
-    for number, name in itertools.product(one["state"], ("exp_avg", "exp_avg_sq", "step")):
-        assert one["state"][number][name].equal(other["state"][number][name])
+    for number, values in one["state"].items():
+        assert values.keys() == other["state"][number].keys() != set()
+        assert all(value.equal(other["state"][number][name]) for name, value in values.items())
 
 
 def test_with_clipped_and_accumulated_gradients_the_weights_are_close_to_those_of_ddp(finished, tmp_path):
@@ -166,8 +177,8 @@ def compare_on_a_rank(folder, rank, keys):
     os.environ.update(MASTER_ADDR="127.0.0.1")
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    nll, wanted = gradients(small_prior(**keys))
-    prior = small_prior(**keys)
+    whole, prior = small_prior(**keys), small_prior(**keys)
+    nll, wanted = gradients(whole)
     before = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
     shard(prior, init_device_mesh("cpu", (2,)))
     assert sum(isinstance(module, FSDPModule) for module in prior.modules()) == 3
@@ -182,13 +193,20 @@ def compare_on_a_rank(folder, rank, keys):
     state = whole_state(prior)  # after a pass without a backward one, too
     assert not rank or not state
     assert rank or all(torch.equal(state[name], before[name]) for name in before)
+    for network in (whole, prior):
+        network.zero_grad()
+        gradients(network)
+        build_optimizer(network, PriorTrainingConfig(optimizer="muon")).step()
+    state = whole_state(prior)
+    assert rank or all(torch.equal(state[name], tensor) for name, tensor in whole.state_dict().items())
+    assert rank or not any(torch.equal(state[name], before[name]) for name, _ in whole.named_parameters())
     (folder / f"equal{rank}").touch()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("keys", [{}, {"checkpoint_gradients": True}, {"averaging": "learned"}], ids=str)
 def test_every_part_of_the_transformer_gives_the_gradients_of_the_whole_one(tmp_path, keys):
-    """Both ranks see one batch, so the mean of their gradients is its gradient, bit by bit."""
+    """Both ranks see one batch, so the mean of their gradients is its gradient, bit by bit, as is Muon's update."""
     ranks = [CONTEXT.Process(target=compare_on_a_rank, args=(tmp_path, rank, keys)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()

@@ -50,7 +50,10 @@ NESTED = [f"tokenizer.{key}" for key in ("kind=nested", "num_tokens=5", "patch=4
 SIGNS = ["tokenizer.quantizer.kind=lfq", "tokenizer_training.entropy_weight=0.5"]
 
 
-@pytest.mark.parametrize("kind", [[], NESTED, SIGNS], ids=["sit", "nested", "lfq"])
+MUON = ["tokenizer_training.optimizer=muon"]
+
+
+@pytest.mark.parametrize("kind", [MUON, NESTED, SIGNS], ids=["sit-muon", "nested", "lfq"])
 def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny, kind):
     without_codebook(tiny)
     common = ["tokenizer_training.max_steps=2", "tokenizer_training.adversarial_start=0", *kind]
@@ -112,9 +115,9 @@ def test_two_processes_that_accumulate_train_like_one_large_batch(tmp_path, tiny
     assert close(one, two[0])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_tokenizer_equals_an_uninterrupted_one(tmp_path, tiny, monkeypatch, accumulate):
-    keys = [f"tokenizer_training.accumulate_batches={accumulate}"]
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, []), (2, MUON)], ids=["adamw", "accumulated-muon"])
+def test_a_resumed_tokenizer_equals_an_uninterrupted_one(tmp_path, tiny, monkeypatch, accumulate, optimizer):
+    keys = [f"tokenizer_training.accumulate_batches={accumulate}", *optimizer]
     whole = train_tokenizer(load_config(tiny, [f"run={tmp_path}/whole", *keys]))
     assert_resumes(tmp_path, tiny, monkeypatch, TokenizerModule, train_tokenizer, whole, keys, stop=5 * accumulate - 1)
 
@@ -269,11 +272,14 @@ def test_a_prior_needs_its_cache_and_a_run_its_own_config(tmp_path, tiny):
         train_tokenizer(load_config(tiny, [f"run={tmp_path}/r", "tokenizer_training.max_steps=2"]))
 
 
-def test_a_resumed_prior_equals_an_uninterrupted_one(tmp_path, tiny, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_prior_equals_an_uninterrupted_one(tmp_path, tiny, monkeypatch, optimizer):
     from pipeline.cache import cache_tokens
 
-    config = load_config(tiny, [f"run={tmp_path}/whole"])
+    chosen = f"prior_training.optimizer={optimizer}"
+    config = load_config(tiny, [f"run={tmp_path}/whole", chosen])
     train_tokenizer(config)
     cache_tokens(config)
     keys = [f"tokens.path={tmp_path}/whole/tokens", f"tokenizer.path={tmp_path}/whole/tokenizer/tokenizer.safetensors"]
-    assert_resumes(tmp_path, tiny, monkeypatch, PriorModule, train_prior, train_prior(config), keys, stop=4)
+    whole = train_prior(config)
+    assert_resumes(tmp_path, tiny, monkeypatch, PriorModule, train_prior, whole, [*keys, chosen], stop=4)
