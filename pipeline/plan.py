@@ -38,7 +38,8 @@ from stages.tokenizer.module import TokenizerModule
 CLASSES = ["class"] * 1000
 TEXT = {"encoder": "minilm", "max_tokens": 32, "width": 384, "empty_length": 2}
 STATE_BYTES = 20
-"""Bytes that training keeps for a parameter in float32: weight, gradient, two moments of Adam, averaged weight."""
+"""Bytes that training keeps for a parameter in float32: weight, gradient, two moments of Adam, averaged weight. Muon's
+matrices need one moment less."""
 GATHERED_BYTES = 8
 """Bytes of a parameter in float32 while it is gathered under FSDP: weight, gradient."""
 SECONDS_A_DAY = 86_400

@@ -1,4 +1,4 @@
-"""Muon: its update, what it does not touch, and rates in proportion."""
+"""Muon: its update, what it leaves to AdamW, and rates in proportion."""
 
 import pytest
 import torch
