@@ -34,9 +34,10 @@ from pipeline.evaluate_streams import bits_of_scales, measure_rates, show_finish
 from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import show_errors, show_extremes, show_prefixes, show_reconstructions
 from pipeline.models import Models, assemble, check_images
+from pipeline.placement import device_name, device_of
 from pipeline.report import write_report
 from pipeline.report_calibration import draw_calibration
-from pipeline.run import RunError, device_of, need
+from pipeline.run import RunError, need
 from stages.contract import Tokenizer
 from stages.measures.backbones import BackboneError
 from stages.measures.calibration import measure_calibration
@@ -207,7 +208,7 @@ def settings(config: Config, path: Path, kind: str, device: torch.device) -> dic
         "sfd_lite0": "the same network, first 7 channels of the map of stride 8, averaged to 8x8 places",
         "inception": None if inception is None else {"path": str(inception), "sha256": file_sha256(inception)},
         "precision": "networks float32, classifier's training bfloat16 autocast, Fréchet distance and PSNR float64",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }

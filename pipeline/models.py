@@ -13,7 +13,8 @@ from tqdm import tqdm
 from data.images.views import to_float, to_uint8
 from data.layout import Tokens
 from pipeline.config import Config
-from pipeline.run import RunError, device_of, need
+from pipeline.placement import device_of
+from pipeline.run import RunError, need
 from stages.conditions.encoders import TextEncoder, load_text_encoder
 from stages.contract import Prior, Prompts, Tokenizer
 from stages.prior.sampling import SamplingConfig, check_order, check_sampling, sample

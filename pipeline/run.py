@@ -9,7 +9,6 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from data.errors import OctavesError
@@ -130,11 +129,3 @@ def need(path: str | Path, what: str, command: str, config: Config) -> Path:
             f"{path} is missing: no {what} yet. Run `python -m pipeline {command} <your config> run={config.run}` first"
         )
     return Path(path)
-
-
-def device_of(config: Config) -> torch.device:
-    """The device that ``trainer.accelerator`` means. Raises RunError for a GPU that is not there."""
-    available = torch.cuda.is_available()
-    if config.trainer.accelerator == "gpu" and not available:
-        raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
-    return torch.device("cuda" if available and config.trainer.accelerator != "cpu" else "cpu")

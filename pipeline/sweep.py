@@ -20,10 +20,11 @@ from pipeline.evaluate import check_classes, check_parts, fit_classifier, load_i
 from pipeline.evaluate_samples import Judges, ask, class_accuracy, draw
 from pipeline.evaluation_images import read_images
 from pipeline.models import assemble
+from pipeline.placement import device_of
 from pipeline.rates import COLOURS
 from pipeline.report_tables import figure, percent
 from pipeline.requests import parse_numbers
-from pipeline.run import RunError, device_of, need
+from pipeline.run import RunError, need
 from stages.measures.samples import frechet_key
 from stages.prior.sampling import SamplingConfig
 from stages.weights import check_pair, load_prior, load_tokenizer
