@@ -31,6 +31,7 @@ from data.errors import InputError, OctavesError
 from data.images.views import plain_image, to_float, to_uint8, view_pixels
 from data.layout import TokenLayout, Tokens
 from pipeline.models import Models, join
+from pipeline.placement import device_for
 from pipeline.pretrained import Pretrained, load_pretrained
 from pipeline.requests import ask, checked_texts, class_ids, known_classes, to_prompts
 from pipeline.upsample import DETAIL, EXACT_ROUNDS, upsample_pixels
@@ -49,7 +50,7 @@ BATCH_SIZE = 64
 def load(path: str | Path, device: str | torch.device | None = None) -> Model:
     """The model of a run's folder, of a folder that ``octaves export`` wrote, or of a ``tokenizer.safetensors``.
 
-    ``device`` is cpu, cuda or another name that PyTorch knows; None takes a GPU where there is one. Only an export
+    ``device`` is cpu, cuda, mps or another name that PyTorch knows; None takes a GPU where there is one. Only an export
     knows how its config samples; of a run's folder the sampling settings have their defaults. Raises OctavesError for a
     path without a model, damaged files, and a device that is not there.
     """
@@ -257,7 +258,7 @@ def _listed(given: Sequence[Item] | None, name: str) -> list[Item]:
 
 def _device(name: str | torch.device | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_for("auto")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -36,6 +36,7 @@ from typing import Any, get_type_hints
 
 from data.errors import OctavesError
 from pipeline.config import ConfigError, load_config
+from pipeline.cores import use_threads
 from pipeline.processes import REQUEUE, Preempted, end_with_parent, ending_on_sigterm
 
 # command: (module, function, the dataclass of its own keys or None)
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"octaves: no command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     end_with_parent()
+    use_threads()
     try:
         with ending_on_sigterm():
             run(command, rest)

@@ -28,12 +28,14 @@ from data.tokens.manifest import FILE, MEND, Manifest, SplitInfo
 from data.tokens.shards import ShardInfo, finished_shard, to_json, total_remarks
 from pipeline.callbacks import TRAINER_PRECISIONS, SamePrecision
 from pipeline.config import Config, check_command
+from pipeline.cores import use_threads
 from pipeline.encoding import Encoding, SplitPlan
 from pipeline.models import check_images
+from pipeline.placement import placement, processes_here
 from pipeline.processes import end_with_parent, is_first_process
 from pipeline.ranks import ending_together
 from pipeline.run import need, stage_folder
-from pipeline.train import placement, quiet_lightning
+from pipeline.train import quiet_lightning
 from stages.conditions.encoders import TextEncoder, build_text_encoder
 from stages.contract import Tokenizer
 from stages.weights import load_tokenizer, tokens_sha256
@@ -83,6 +85,7 @@ def cache_tokens(config: Config) -> Path:
         if not missing and (folder / FILE).exists():
             print(f"{folder}: the token cache is complete, nothing to do")
             return folder
+        use_threads(processes_here(config.trainer))
         start = time.perf_counter()
         text_encoder = build_text_encoder(config.tokens, captions_of(sources["train"], config))
         text = None if text_encoder is None else text_encoder.spec

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torchvision.utils import make_grid
 
 from data.layout import Tokens
-from pipeline.run import RunError
+from pipeline.errors import RunError
 from stages.contract import Prompts, Tokenizer
 from stages.precision import slowness
 from stages.prior.sampling import SamplingConfig, sample

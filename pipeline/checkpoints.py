@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from data.files import write_atomically
+from pipeline.errors import RunError
 from pipeline.processes import Preempted, defer_sigterm, is_first_process, sigterm_received
-from pipeline.run import RunError
 
 FOLDER = "checkpoints"
 PATTERN = "step????????.ckpt"

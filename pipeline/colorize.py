@@ -20,9 +20,9 @@ from data.images.source import decode
 from data.images.views import plain_image, view_pixels
 from data.layout import TokenLayout
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.models import Models, check_images, load_models
 from pipeline.requests import Request, find_inputs, parse_prompts, save_pictures, to_prompts
-from pipeline.run import RunError
 from stages.contract import Prompts
 from stages.measures.pictures import sheet
 from stages.prior.sampling import SamplingConfig

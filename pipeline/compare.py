@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import RunError
 from pipeline.rates import SAME
 from pipeline.report_tables import figure
-from pipeline.run import RunError
 from stages.measures.frechet import FRECHET_MINIMUM
 
 IMAGES = tuple(

@@ -36,15 +36,16 @@ class TrainerConfig:
     """Where the work runs. Nothing here changes a result on purpose, so it may differ between two calls of one run."""
 
     accelerator: str = "auto"
-    """auto, cpu or gpu."""
+    """auto, cpu, gpu or mps. auto takes a CUDA GPU where there is one, else Apple's (mps), else the CPU."""
     devices: int = 1
-    """Processes on this machine; -1: every GPU."""
+    """Processes on this machine; -1: every GPU. They share its cores; Apple's GPU is one device."""
     num_nodes: int = 1
     """Machines."""
     strategy: str = "ddp"
     """What several processes of train-prior keep: ddp, each the whole training state; fsdp, each its share of it."""
-    num_workers: int = 0
-    """Loader processes for each training process; 0 loads in the training process itself, best for few cores."""
+    num_workers: int | str = "auto"
+    """Loader processes for each training process; 0 loads in the training process itself. auto is 0 for tokens and for
+    images that lie in memory (demo, fashion), else it follows from the cores that may be used: 8 at most."""
     progress: bool = True
     """Show progress bars."""
 

@@ -31,6 +31,7 @@ from data.stream import as_it_is, heed_parent_only
 from data.tokens import order
 from data.tokens.shards import Block, ShardWriter, finished_shard, total_remarks
 from pipeline.config import Config
+from pipeline.placement import image_loaders
 from pipeline.processes import Preempted, defer_sigterm, sigterm_received
 from stages.conditions.encoders import TextEncoder
 from stages.contract import RefusedImage, Tokenizer
@@ -155,7 +156,7 @@ class Encoding(L.LightningModule):
         return DataLoader(
             images,
             batch_size=None,
-            num_workers=self._config.trainer.num_workers,
+            num_workers=image_loaders(self._config),
             collate_fn=as_it_is,
             worker_init_fn=heed_parent_only,
         )

@@ -22,6 +22,7 @@ from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.tokens.manifest import Manifest, check_belongs, has_manifest
 from pipeline.config import Config, to_plain
+from pipeline.errors import RunError
 from pipeline.evaluate_colours import check_order, measure_colouring
 from pipeline.evaluate_frequencies import measure_scales
 from pipeline.evaluate_grids import shown_settings
@@ -34,9 +35,10 @@ from pipeline.evaluate_streams import bits_of_scales, measure_rates, show_finish
 from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import show_errors, show_extremes, show_prefixes, show_reconstructions
 from pipeline.models import Models, assemble, check_images
+from pipeline.placement import device_name, device_of
 from pipeline.report import write_report
 from pipeline.report_calibration import draw_calibration
-from pipeline.run import RunError, device_of, need
+from pipeline.run import need
 from stages.contract import Tokenizer
 from stages.measures.backbones import BackboneError
 from stages.measures.calibration import measure_calibration
@@ -217,7 +219,7 @@ def settings(config: Config, path: Path, kind: str, device: torch.device) -> dic
             "float32, Fréchet distance and PSNR float64"
         ),
         "precisions": {"eval": precision, "sampling": sampling},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }

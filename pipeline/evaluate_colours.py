@@ -9,10 +9,10 @@ import torch
 
 from pipeline.colorize import check_colouring, colorize_pixels
 from pipeline.config import Config, to_plain
+from pipeline.errors import RunError
 from pipeline.evaluation_images import Images, prompts_of
 from pipeline.evaluation_pictures import show_columns
 from pipeline.models import Models
-from pipeline.run import RunError
 from stages.measures.colouring import measure_coloured
 from stages.measures.reconstruction import Judge, Reconstructed
 from stages.spectral.colour import chroma_of, luma_of, with_chroma, with_luma

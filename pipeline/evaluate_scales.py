@@ -17,10 +17,10 @@ from torch import Tensor
 from data.layout import Tokens
 from pipeline.config import Config, to_plain
 from pipeline.edit import edit_pixels
+from pipeline.errors import RunError
 from pipeline.evaluation_images import Images, prompts_of
 from pipeline.evaluation_pictures import show_columns, show_upsampling
 from pipeline.models import DENSE_ENCODER, Models
-from pipeline.run import RunError
 from pipeline.upsample import DETAIL, EXACT_ROUNDS, upsample_pixels
 from stages.contract import Tokenizer
 from stages.measures.classifier import Classifier

@@ -11,8 +11,8 @@ from data.images.config import ImagesConfig
 from data.images.module import validation_indices
 from data.images.reading import read_eval
 from data.images.source import ImageSource
+from pipeline.errors import RunError
 from pipeline.models import Models
-from pipeline.run import RunError
 from stages.contract import Prompts
 from stages.measures.classifier import thumbnails
 

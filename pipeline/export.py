@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from data.files import file_sha256, publish, write_atomically
 from data.tokens.manifest import Manifest, has_manifest
 from pipeline.config import Config, to_plain
+from pipeline.errors import RunError
 from pipeline.model_card import Facts, write_card
 from pipeline.models import join
 from pipeline.pretrained import (
@@ -39,7 +40,7 @@ from pipeline.pretrained import (
     read_export,
     read_stage_config,
 )
-from pipeline.run import RunError, need
+from pipeline.run import need
 from stages.contract import Tokenizer
 from stages.programs import check_programs, export_programs
 from stages.weights import check_pair, load_prior, load_tokenizer, tokens_sha256

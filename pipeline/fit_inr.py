@@ -25,6 +25,7 @@ from data.files import write_atomically
 from data.images.config import ImagesConfig
 from data.images.source import decode
 from data.images.views import plain_image
+from pipeline.placement import device_for
 from stages.inr.fit import Fit, fit_variant
 from stages.inr.variants import VARIANTS
 from stages.measures.pictures import error_picture, sheet
@@ -120,7 +121,7 @@ def fit_images(paths: Sequence[Path], request: FitRequest) -> Path:
     except OSError as error:
         raise FitError(f"fit-inr: out={request.out}: {error.strerror}; give a folder that can be made") from error
     (out / "fit.json").unlink(missing_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_for("auto").type
     found: dict[str, dict[str, Any]] = {}
     for path, image in images.items():
         print(f"{path}, {image.shape[2]}x{image.shape[1]} px, {request.steps} steps")

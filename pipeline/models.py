@@ -13,7 +13,9 @@ from tqdm import tqdm
 from data.images.views import to_float, to_uint8
 from data.layout import Tokens
 from pipeline.config import Config
-from pipeline.run import RunError, device_of, need
+from pipeline.errors import RunError
+from pipeline.placement import device_of
+from pipeline.run import need
 from stages.conditions.encoders import TextEncoder, load_text_encoder
 from stages.contract import Prior, Prompts, Tokenizer
 from stages.precision import resolve, running_in

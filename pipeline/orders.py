@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.rates import COLOURS, read_metrics
 from pipeline.report_order import bits_in_order, measured_orders
-from pipeline.run import RunError
 
 
 @dataclass

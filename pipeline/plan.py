@@ -26,7 +26,7 @@ from data.files import write_atomically
 from data.layout import TokenLayout, Tokens
 from data.tokens.shards import token_dtype
 from pipeline.config import Config
-from pipeline.run import RunError
+from pipeline.errors import RunError
 from stages.attention import fused_attention
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer

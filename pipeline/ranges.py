@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "prior_training.precision": PRECISIONS,
     "sampling.precision": PRECISIONS,
     "eval.precision": PRECISIONS,
-    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "mps"),
     "trainer.strategy": ("ddp", "fsdp"),
 }
 
@@ -89,6 +89,8 @@ ZERO_OR_MORE = (
     "eval.timing_repeats",
 )
 
+AUTO_OR_MORE = ("trainer.num_workers",)
+
 ABOVE_ZERO = (
     "tokens.local_gigabytes",
     "tokenizer.quantizer.temperature",
@@ -108,11 +110,12 @@ NETWORK_SIZES = (
 )
 
 
-RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ((*POSITIVE, *NETWORK_SIZES), lambda value: value >= 1, "1 or more"),
     (ZERO_OR_MORE, lambda value: 0 <= value < math.inf, "0 or more"),
     (ABOVE_ZERO, lambda value: 0 < value < math.inf, "above 0"),
     (SHARES, lambda value: 0 <= value < 1, "0 to 1, without 1"),
+    (AUTO_OR_MORE, lambda value: value == "auto" if isinstance(value, str) else value >= 0, "auto, or 0 or more"),
 )
 
 # Ranges of whole numbers.

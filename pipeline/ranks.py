@@ -22,8 +22,8 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from data.errors import OctavesError
+from pipeline.errors import RunError
 from pipeline.processes import REQUEUE, Preempted, is_follower
-from pipeline.run import RunError
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 20.0  # the first process may be writing; where it only waits for the dead one, it waits no longer

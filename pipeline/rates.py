@@ -17,8 +17,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data.images.sources import open_source
 from pipeline.config import Config, to_plain
+from pipeline.errors import RunError
 from pipeline.evaluation_images import read_images
-from pipeline.run import RunError
 from stages.measures.distortion import psnr
 
 FORMATS: dict[str, tuple[str, dict[str, Any], str, tuple[Any, ...]]] = {

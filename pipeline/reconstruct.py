@@ -12,9 +12,11 @@ from torchvision.transforms.functional import to_pil_image
 
 from data.images.views import to_float, to_uint8
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.models import check_channels
+from pipeline.placement import device_of
 from pipeline.requests import find_inputs, parse_numbers, read_plain
-from pipeline.run import RunError, device_of, need
+from pipeline.run import need
 from stages.precision import resolve
 from stages.tokenizer.heads import NO_HEAD, checked_crop
 from stages.weights import load_tokenizer

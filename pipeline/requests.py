@@ -15,8 +15,8 @@ from data.images.config import ImagesConfig
 from data.images.folder import ENDINGS
 from data.images.source import decode
 from data.images.views import plain_image
+from pipeline.errors import RunError
 from pipeline.models import Models
-from pipeline.run import RunError
 from stages.contract import Prior, Prompts
 
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
-from data.errors import OctavesError
 from data.files import remove_temporaries, write_atomically
 from pipeline.config import Config, to_plain
+from pipeline.errors import RunError
+from pipeline.placement import device_of
 from pipeline.processes import is_first_process, is_follower
 from stages.precision import resolve
 
@@ -30,10 +30,6 @@ EARLIER_DEFAULTS: dict[str, Any] = {
 }
 """What the default of a key was in earlier versions, or what those did that did not have the key yet."""
 SECTION_WITH_PRECISION = {"tokenizer": "tokenizer_training", "tokens": "tokens", "prior": "prior_training"}
-
-
-class RunError(OctavesError):
-    """A run folder that cannot be used as asked; the message says what to do."""
 
 
 def stage_config(config: Config, stage: str) -> dict[str, Any]:
@@ -183,11 +179,3 @@ def need(path: str | Path, what: str, command: str, config: Config) -> Path:
             f"{path} is missing: no {what} yet. Run `python -m pipeline {command} <your config> run={config.run}` first"
         )
     return Path(path)
-
-
-def device_of(config: Config) -> torch.device:
-    """The device that ``trainer.accelerator`` means. Raises RunError for a GPU that is not there."""
-    available = torch.cuda.is_available()
-    if config.trainer.accelerator == "gpu" and not available:
-        raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
-    return torch.device("cuda" if available and config.trainer.accelerator != "cpu" else "cpu")

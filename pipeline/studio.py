@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from pipeline.config import Config, load_config
+from pipeline.errors import RunError
 from pipeline.models import load_models
-from pipeline.run import RunError
 from pipeline.studio_actions import MAX_PIXELS, Studio
 from pipeline.studio_looks import STYLE
 from pipeline.studio_page import build_page

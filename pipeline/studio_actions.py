@@ -26,9 +26,9 @@ from data.images.views import view_pixels
 from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.edit import edit_pixels
+from pipeline.errors import RunError
 from pipeline.models import Models
 from pipeline.requests import Asked, known_classes, read_plain, to_prompts
-from pipeline.run import RunError
 from pipeline.upsample import rung_of, upsample_pixels
 from stages.contract import Prior
 from stages.measures.upsampling import consistency, enlarge

@@ -16,14 +16,16 @@ from matplotlib.figure import Figure
 
 from data.images.sources import open_source
 from pipeline.config import Config, to_plain
+from pipeline.errors import RunError
 from pipeline.evaluate import check_classes, check_parts, fit_classifier, load_inception, load_judge, settings
 from pipeline.evaluate_samples import Judges, ask, class_accuracy, draw
 from pipeline.evaluation_images import read_images
 from pipeline.models import assemble
+from pipeline.placement import device_of
 from pipeline.rates import COLOURS
 from pipeline.report_tables import figure, percent
 from pipeline.requests import parse_numbers
-from pipeline.run import RunError, device_of, need
+from pipeline.run import need
 from stages.measures.samples import frechet_key
 from stages.prior.sampling import SamplingConfig
 from stages.weights import check_pair, load_prior, load_tokenizer

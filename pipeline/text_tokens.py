@@ -18,7 +18,8 @@ from data.tokens.errors import CacheError
 from data.tokens.manifest import FILE, Manifest, SplitInfo
 from data.tokens.shards import NO_LABEL, Block, ShardInfo, ShardWriter
 from pipeline.config import Config, check_command
-from pipeline.run import RunError, stage_folder
+from pipeline.errors import RunError
+from pipeline.run import stage_folder
 
 
 @dataclass

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 
 from data.errors import InputError
 from data.images.module import ImageDataModule
@@ -32,10 +30,12 @@ from data.tokens.streamed import StreamedReader
 from pipeline.callbacks import TRAINER_PRECISIONS, SamePrecision, SamplePictures, StepProgressBar, Throughput
 from pipeline.checkpoints import FOLDER, AtomicCheckpointIO, Checkpoints, newest_checkpoint
 from pipeline.config import Config, TrainerConfig, check_command
+from pipeline.cores import use_threads
+from pipeline.errors import RunError
+from pipeline.placement import image_loaders, placement, processes_here, token_loaders
 from pipeline.processes import is_first_process
-from pipeline.ranks import WatchedDDP, ending_together
-from pipeline.run import RunError, need, stage_folder
-from pipeline.sharding import WatchedFSDP
+from pipeline.ranks import ending_together
+from pipeline.run import need, stage_folder
 from stages.conditions.text import TextCondition
 from stages.contract import Prior, Prompts, RefusedImage, Tokenizer
 from stages.factory import build_grammar, build_prior, build_tokenizer, condition_class
@@ -61,6 +61,7 @@ def train_tokenizer(config: Config) -> Path:
         if path.exists():
             print(f"{path} is finished; choose another RUN= to train again")
             return path
+        use_threads(processes_here(config.trainer))
         training = config.tokenizer_training
         size = (config.images.size, config.images.size)
         L.seed_everything(config.seed, verbose=False)
@@ -68,7 +69,7 @@ def train_tokenizer(config: Config) -> Path:
         images = ImageDataModule(
             dataclasses.replace(config.images, skip_corrupt=True),  # in-training validation leaves broken files out
             training.batch_size_per_device,
-            config.trainer.num_workers,
+            image_loaders(config),
             config.seed,
             validation_images=training.validation_images,
             oversampling=training.oversampling,
@@ -125,11 +126,12 @@ def train_prior(config: Config) -> Path:
         if path.exists():
             print(f"{path} is finished; choose another RUN= to train again")
             return path
+        use_threads(processes_here(config.trainer))
         training = config.prior_training
         tokens = TokenDataModule(
             config.tokens.path,
             training.batch_size_per_device,
-            config.trainer.num_workers,
+            token_loaders(config),
             config.seed,
             training.validation_samples,
             with_text=condition_class(config.condition.kind).uses_text,
@@ -246,31 +248,6 @@ def fit(
     if module.step < training.max_steps:
         raise RunError(f"stopped at step {module.step} of {training.max_steps}; run the same command to continue")
     return trainer
-
-
-def placement(place: TrainerConfig, timeout: timedelta = default_pg_timeout) -> dict[str, Any]:
-    """Trainer arguments that say where work runs; data modules split the data themselves.
-
-    ``timeout``: how long a rank waits for the others.
-    """
-    devices = place.devices
-    if place.accelerator == "gpu" and not torch.cuda.is_available():
-        raise RunError("trainer.accelerator=gpu, but there is no GPU here; use auto or cpu")
-    if devices == -1 and (place.accelerator == "cpu" or not torch.cuda.is_available()):
-        devices = 1  # every GPU of none: the CPU
-    processes = place.num_nodes * (torch.cuda.device_count() if devices == -1 else devices)
-    strategy: Any = "auto"
-    if processes > 1:
-        strategy = WatchedFSDP(processes, timeout) if place.strategy == "fsdp" else WatchedDDP(timeout=timeout)
-    return {
-        "accelerator": place.accelerator,
-        "devices": devices,
-        "num_nodes": place.num_nodes,
-        "strategy": strategy,
-        "use_distributed_sampler": False,
-        "enable_progress_bar": place.progress,
-        "enable_model_summary": False,
-    }
 
 
 def quiet_lightning() -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from data.layout import TokenLayout
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.models import DENSE_ENCODER, Models, load_models
 from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures, to_prompts
-from pipeline.run import RunError
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.pictures import sheet
 from stages.measures.upsampling import back_project, blend, consistency, enlarge

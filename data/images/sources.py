@@ -20,6 +20,11 @@ SOURCES = {
 }
 
 
+def lies_in_memory(kind: str) -> bool:
+    """Whether the images of a kind lie in memory once they are open: then nothing is gained by loading them ahead."""
+    return bool(getattr(SOURCES.get(kind), "small", False))
+
+
 def open_source(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
     """The training or held-out images of a config.
 

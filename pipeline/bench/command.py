@@ -24,8 +24,10 @@ from pipeline.bench.tokenizer import bench_tokenizer, bench_training
 from pipeline.bench.tokens import bench_cache, bench_reader
 from pipeline.bench.transforms import bench_transforms
 from pipeline.config import Config
+from pipeline.cores import usable_cores
+from pipeline.errors import RunError
+from pipeline.placement import device_name
 from pipeline.requests import parse_numbers
-from pipeline.run import RunError
 
 PARTS: dict[str, Callable[[Place], list[Figure]]] = {
     "transforms": lambda place: bench_transforms(place.repeats, place.device),
@@ -36,6 +38,9 @@ PARTS: dict[str, Callable[[Place], list[Figure]]] = {
     "prior": bench_prior,
     "sampling": bench_sampling,
 }
+
+SHORT_PRODUCTS = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx512_vnni")
+"""Instructions for matrix products of short numbers, by the names that torch gives them."""
 
 
 @dataclass
@@ -71,8 +76,13 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
             for figure in PARTS[part](place):
                 figures.append(figure)
                 print(line_of(figure), flush=True)
+    machine = machine_of(place.device)
+    print(
+        f"on {machine['device']}: {' '.join(machine['instructions'])}, {machine['threads']} threads on "
+        f"{machine['usable_cores']} usable cores"
+    )
     found: dict[str, Any] = {
-        "machine": machine_of(place.device),
+        "machine": machine,
         "settings": {
             **asdict(request),
             "config": config.name,
@@ -94,12 +104,22 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
 def machine_of(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": cpu_name() if device.type == "cpu" else device_name(device),
+        "cpu": cpu_name(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+
+
+def instructions() -> list[str]:
+    """The instruction set that torch's own loops use, then what multiplies matrices of less than 32 bits."""
+    # older versions of torch do not say what else there is
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [torch.backends.cpu.get_cpu_capability(), *(name for name in SHORT_PRODUCTS if found.get(name) is True)]
 
 
 def cpu_name() -> str:
@@ -113,7 +133,7 @@ def cpu_name() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process held: on the GPU where there is one, else resident ones."""
+    """Most bytes that this process held: on a CUDA GPU where one was used, else resident ones."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

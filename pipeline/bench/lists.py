@@ -11,8 +11,8 @@ from data.images.sources import open_source
 from data.images.views import to_float
 from data.layout import Tokens
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.evaluation_images import read_images
-from pipeline.run import RunError
 from stages.conditions.labels import NoConditionConfig
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer

@@ -19,7 +19,7 @@ from data.tokens.manifest import Manifest, SplitInfo
 from data.tokens.shards import NO_LABEL, Block, ShardWriter
 from pipeline.config import Config
 from pipeline.evaluation_images import read_images
-from pipeline.run import device_of
+from pipeline.placement import device_of
 from pipeline.train import fit_statistics
 from stages.contract import Tokenizer
 from stages.factory import build_tokenizer

@@ -18,6 +18,7 @@ from data.tokens.reader import TokenReader
 from pipeline.bench.figures import Figure, speeds
 from pipeline.bench.place import Place
 from pipeline.bench.steps import compare_steps
+from pipeline.placement import token_loaders, wait_for
 from stages.conditions.labels import NoConditionConfig
 from stages.contract import Prior, Prompts
 from stages.factory import build_prior
@@ -60,7 +61,7 @@ def bench_prior(place: Place) -> list[Figure]:
         return build_prior(config.prior, NoConditionConfig(), layout, [])
 
     def prepared(training: PriorTrainingConfig) -> tuple[PriorModule, L.LightningDataModule]:
-        data = TokenDataModule(place.tokens, training.batch_size_per_device, config.trainer.num_workers, config.seed, 1)
+        data = TokenDataModule(place.tokens, training.batch_size_per_device, token_loaders(config), config.seed, 1)
         return PriorModule(built(), training, config.seed), data
 
     found = compare_steps("prior", arms, prepared, place, layout.length, "tokens/s")
@@ -89,8 +90,7 @@ def peak_of(kind: torch.dtype, device: torch.device, runs: int = 8) -> float:
     for _ in range(runs):
         started = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     return 2 * PEAK_SIDE**3 / min(seconds)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 
 from pipeline.bench.figures import Figure
 from pipeline.bench.place import Place
+from pipeline.placement import wait_for
 from pipeline.train import fit
 
 WARM, TIMED = 4, 12
@@ -30,8 +30,7 @@ class StepTimes(L.Callback):
         self.begins.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(pl_module.device)
         self.ends.append(time.perf_counter())
 
     @property

@@ -12,6 +12,7 @@ from data.layout import Tokens
 from pipeline.bench.figures import Figure, speeds
 from pipeline.bench.place import Place
 from pipeline.bench.steps import compare_steps
+from pipeline.placement import image_loaders
 from stages.factory import build_grammar, build_tokenizer
 from stages.measures.backbones import BackboneError
 from stages.tokenizer.config import TokenizerTrainingConfig
@@ -58,7 +59,7 @@ def bench_training(place: Place) -> list[Figure]:
         images = ImageDataModule(
             dataclasses.replace(config.images, skip_corrupt=True),
             training.batch_size_per_device,
-            config.trainer.num_workers,
+            image_loaders(config),
             config.seed,
             validation_images=1,
             oversampling=training.oversampling,

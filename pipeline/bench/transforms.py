@@ -6,6 +6,7 @@ import pywt
 import torch
 
 from pipeline.bench.figures import Figure, speeds
+from pipeline.placement import wait_for
 from stages.spectral.haar import haar_dwt, haar_idwt
 from stages.spectral.wavelets import dwt, idwt
 
@@ -26,8 +27,7 @@ def bench_transforms(repeats: int, device: torch.device) -> list[Figure]:
     lifted_bands = dwt(pixels, LEVELS, "bior4.4")
 
     def settled(result: object) -> object:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         return result
 
     return speeds(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from pipeline.run import RunError
+from pipeline.errors import RunError
 from pipeline.studies.plan import cells_of, find_study, load_study
 from pipeline.studies.table import write_tables
 from pipeline.studies.train import outdated, train

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from data.files import write_atomically
+from pipeline.cores import environment_beside
 from pipeline.processes import REQUEUE, prepare_child
 from pipeline.run import defaults_of, difference_from, stage_config
 from pipeline.studies.plan import Cell
@@ -119,9 +120,6 @@ def next_stage(cells: Sequence[Cell], running: Sequence[Job], outcome: Outcome) 
 def start(cell: Cell, stage: str, jobs: int) -> Job:
     """Begin a stage; what it prints goes to ``study.log`` in the cell's run."""
     cell.run.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    if jobs > 1:  # processes that each take every core starve one another
-        environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     command = [sys.executable, "-m", "pipeline", stage, *cell.command]
     print(f"{cell.arm}, seed {cell.seed}: octaves {shlex.join(command[3:])}", flush=True)
     with (cell.run / "study.log").open("ab") as log:
@@ -131,7 +129,7 @@ def start(cell: Cell, stage: str, jobs: int) -> Job:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment_beside(jobs),  # commands that each take every core starve one another
             start_new_session=True,  # Ctrl-C is this process's to hear: a stage saves after SIGTERM alone
             preexec_fn=partial(prepare_child, os.getpid()),
         )

@@ -25,6 +25,7 @@ from data.errors import InputError
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.codecs.config import SparseDCTConfig
 from stages.contract import RefusedImage, Tokenizer
+from stages.doubles import doubled, doubles_at
 from stages.lists import ListGrammar
 from stages.scales import keep_scales
 from stages.spectral.colour import to_rgb, to_ycbcr
@@ -155,7 +156,7 @@ class SparseDCTCodec(Tokenizer):
     def to_planes(self, pixels: Tensor, block: int) -> list[Tensor]:
         """8-bit samples around 0, float64: Y [B, 1, H, W] and chroma [B, 2, h, w], of pixels in [-1, 1]."""
         multiple = block * (2 if self.halved else 1)
-        whole = torch.round(127.5 * (pixels.detach().double() + 1)).clamp(0, 255)
+        whole = torch.round(127.5 * (doubled(pixels.detach()) + 1)).clamp(0, 255)
         if self.channels == 1:
             return [pad_to_multiple(whole - 128, multiple)]
         colours = torch.from_numpy(to_ycbcr(whole.cpu().numpy())).to(whole.device)
@@ -223,7 +224,7 @@ class SparseDCTCodec(Tokenizer):
             octaves = block.bit_length()
             kept = octaves * len(self.layout.scales) // self.config.block.bit_length()
             tokens = replace(self.first_scales(tokens, kept), remarks=tokens.remarks)
-        return tokens
+        return tokens.to(pixels.device)
 
     def quantise(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Whole numbers int64 [B, n] of coefficients [B, n], and how often each image's quality was halved, [B].
@@ -283,10 +284,12 @@ class SparseDCTCodec(Tokenizer):
         return values
 
     def decode(self, tokens: Tokens) -> Tensor:
+        device = tokens.ids.device
+        tokens = tokens.to(doubles_at(device))
         values, lowered = self.to_values(tokens).double(), self._lowered(tokens)
         for step in lowered.unique().tolist():
             values[lowered == step] *= self._steps(step).to(values.device)
-        return self.to_pixels(values)
+        return self.to_pixels(values).to(device)
 
     def _lowered(self, tokens: Tokens) -> Tensor:
         """How often the quality of each list was halved: int64 [B]. Raises ValueError for a header that cannot be."""
@@ -299,7 +302,8 @@ class SparseDCTCodec(Tokenizer):
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
         kept = self.grammar.scale_of[self.channel_of] < num_scales
-        return self.to_pixels(self.to_coefficients(pixels) * kept.to(pixels.device))
+        coefficients = self.to_coefficients(pixels)
+        return self.to_pixels(coefficients * kept.to(coefficients.device)).to(pixels.device)
 
     def first_scales(self, tokens: Tokens, num_scales: int) -> Tokens:
         return keep_scales(tokens, self.layout, range(num_scales), self.grammar)

@@ -51,8 +51,8 @@ def measure_streams(
             output = prior(part.to(device), prompts[start : start + batch_size].to(device))
             assert output.illegal is not None and output.saved is not None
             bits = {"prior": output.nll.sum(-1), "prior_saved": output.saved}
-            values |= {kind: each.double().cpu() / math.log(2) for kind, each in bits.items()}
-            values |= {"illegal": output.illegal.double().cpu(), "modelled": torch.ones(output.illegal.shape).double()}
+            values |= {kind: each.cpu().double() / math.log(2) for kind, each in bits.items()}
+            values |= {"illegal": output.illegal.cpu().double(), "modelled": torch.ones(output.illegal.shape).double()}
         for kind, each in values.items():
             width = each.shape[1]
             numbers = grammar.scales(part)[:, :width]

@@ -53,8 +53,9 @@ def still_open(open_: Tensor, confidence: Tensor, wanted: Tensor, share: float) 
     ``confidence`` float64 [N] is that of the N open ones, ``wanted`` int64 [B] how many were open before the first
     round, ``share`` of the rounds is done. Every round decides one element or more, the last one all.
     """
-    known = torch.full(open_.shape, math.inf, dtype=torch.float64, device=open_.device)
-    known[open_] = confidence
+    was_open, wanted = open_.to(confidence.device), wanted.to(confidence.device)
+    known = torch.full(open_.shape, math.inf, dtype=torch.float64, device=confidence.device)
+    known[was_open] = confidence
     count = (wanted.double() * math.cos(math.pi / 2 * share)).floor().long()
-    count = torch.minimum(count, open_.sum(1) - 1)
-    return known.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
+    count = torch.minimum(count, was_open.sum(1) - 1)
+    return (known.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]).to(open_.device)

@@ -24,6 +24,7 @@ from data.errors import InputError
 from data.layout import TokenLayout, Tokens
 from data.tokens.config import PRECISIONS
 from stages.contract import Prior, Prompts
+from stages.doubles import doubled, doubles_at
 from stages.prior.config import CONFIDENCE_NOISE, SamplingConfig
 from stages.prior.rounds import rounds_of, still_open
 from stages.scales import keep_scales
@@ -163,7 +164,7 @@ def sample(
     elements = list(begun.ids.unbind(1))
     lengths = torch.full((batch,), length)
     over = torch.zeros(batch, dtype=torch.bool)
-    noise = torch.empty(batch, 0, layout.num_fields, dtype=torch.float64)
+    noise, exact = torch.empty(batch, 0, layout.num_fields, dtype=torch.float64), doubles_at(device)
     _uniform(generators, start, layout.num_fields)  # those of what is given are skipped
     try:
         state = prior.begin(rows, Tokens.cat([begun] * 2) if guided else begun, length, whole)
@@ -176,16 +177,16 @@ def sample(
                 if bool(over.all()):
                     break
             if not (position - start) % NOISE_CHUNK:
-                noise = _uniform(generators, min(NOISE_CHUNK, length - position), layout.num_fields).to(device)
+                noise = _uniform(generators, min(NOISE_CHUNK, length - position), layout.num_fields).to(exact)
             scale = prior.scale_at(position) if fixed else 0
             element = torch.zeros(batch, 0, dtype=torch.int64, device=device)
             for index in range(layout.num_fields):
-                logits = prior.logits(state, torch.cat([element] * 2) if guided else element).double()
+                logits = doubled(prior.logits(state, torch.cat([element] * 2) if guided else element))
                 if guided:
                     conditional, unconditional = logits.chunk(2)
                     weight = guidance_at(settings, position, layout.length)
                     logits = unconditional + weight * (conditional - unconditional)
-                chosen = draw(logits, noise[:, (position - start) % NOISE_CHUNK, index], settings, scale)
+                chosen = draw(logits, noise[:, (position - start) % NOISE_CHUNK, index], settings, scale).to(device)
                 if position < prefix.ids.shape[1]:
                     chosen = torch.where(forced[:, position], prefix.ids[:, position, index], chosen)
                 if known is not None and keep is not None:
@@ -218,7 +219,7 @@ def _sample_scales(
     A round draws all that is open, and the least confident of it is open again in the next one.
     """
     layout, (_, length, num_fields) = prior.layout, ids.shape
-    device, rounds = ids.device, rounds_of(settings.rounds, len(layout.scales))
+    exact, rounds = doubles_at(ids.device), rounds_of(settings.rounds, len(layout.scales))
     guided = settings.guidance != 1.0
     whole = layout.ends_of_scales[: layout.num_scales_in(length)]
     start = max((end for end in (0, *whole) if bool(keep[:, :end].all())), default=0)
@@ -241,19 +242,19 @@ def _sample_scales(
             for turn in range(turns):
                 if not open_.any():
                     break
-                mine = noise[:, turn].to(device)[open_]
+                mine = noise[:, turn].to(exact)[open_.to(exact)]
                 weight = guidance_at(settings, sum(rounds[:number]) + turn, sum(rounds))
                 prior.look(state, twice(here), twice(open_))
                 chosen = here.new_zeros(len(mine), 0)
                 confidence = mine.new_zeros(len(mine))
                 for index in range(num_fields):
-                    logits = prior.logits(state, twice(chosen)).double()
+                    logits = doubled(prior.logits(state, twice(chosen)))
                     if guided:
                         conditional, unconditional = logits.chunk(2)
                         logits = unconditional + weight * (conditional - unconditional)
                     drawn = draw(logits, mine[:, index], settings, number).unsqueeze(-1)
                     confidence += (logits.gather(-1, drawn) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-                    chosen = torch.cat([chosen, drawn], dim=-1)
+                    chosen = torch.cat([chosen, drawn.to(ids.device)], dim=-1)
                 here[open_] = chosen
                 done = (turn + 1) / turns
                 gumbel = -(-mine[:, -1].clamp(min=1e-30).log()).log()

@@ -101,7 +101,7 @@ class NestedTokenizer(HeadedTokenizer):
         spectrum = torch.zeros(size, dtype=torch.float64)
         total = squares = count = 0.0
         for pixels, _ in batches:
-            pixels = pixels.double().cpu()
+            pixels = pixels.cpu().double()
             count += pixels.numel()
             total += float(pixels.sum())
             squares += float(pixels.square().sum())

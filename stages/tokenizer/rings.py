@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.doubles import doubled
 from stages.spectral.dct import dct_matrix
 
 
@@ -39,7 +40,7 @@ def shares_of(widths: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     frequencies = count(ring, len(widths))
     shares = torch.minimum(tokens, frequencies)
     before = shares.cumsum(0) - shares
-    order = torch.atan2(rows.double(), columns.double()).flatten().argsort(stable=True)
+    order = torch.atan2(doubled(rows), doubled(columns)).flatten().argsort(stable=True).to(widths.device)
     order = order[ring[order].argsort(stable=True)]  # by ring, inside a ring by direction
     place = torch.empty_like(ring)
     place[order] = torch.arange(len(ring), device=widths.device)

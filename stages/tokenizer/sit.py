@@ -205,7 +205,7 @@ class SIT(HeadedTokenizer):
         total, squares = torch.zeros_like(count), torch.zeros_like(count)
         for pixels, _ in batches:
             for index, part in enumerate(self.analyse(pixels)):
-                part = part.double().cpu()
+                part = part.cpu().double()
                 count[index] += part.numel()
                 total[index] += part.sum()
                 squares[index] += part.square().sum()

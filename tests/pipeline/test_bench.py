@@ -92,10 +92,12 @@ def test_all_parts_of_a_toy_are_measured_and_nothing_stays(tmp_path, tiny, capsy
         # a goal is for 256 tokens, the toy has twelve
         assert scale["against"] == f"batch {batch}, token order" and scale["ratio"] > 0 and "met" not in scale
     assert by_part["cache"]["images to shards"]["against"] == "encoding alone"
-    assert found["peak_memory_bytes"] > 1e8 and found["machine"]["threads"] >= 1
+    machine = found["machine"]
+    assert found["peak_memory_bytes"] > 1e8 and 1 <= machine["usable_cores"] <= machine["cores"] and machine["cpu"]
+    assert machine["threads"] >= 1 and machine["instructions"][0] == torch.backends.cpu.get_cpu_capability()
     assert not (tmp_path / "run").exists()
     printed = capsys.readouterr().out
-    assert all(figure["name"] in printed for figure in found["figures"])
+    assert all(figure["name"] in printed for figure in found["figures"]) and machine["cpu"] in printed
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from data.tokens.manifest import Manifest, check_belongs
 from data.tokens.reader import TokenReader
 from pipeline.cache import cache_tokens
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.run import RunError, stage_folder
+from pipeline.errors import RunError
+from pipeline.run import stage_folder
 from stages.conditions.encoders import build_text_encoder, load_text_encoder
 from stages.factory import TOKENIZERS
 from stages.weights import load_tokenizer, tokens_sha256

@@ -18,10 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from data.images.reading import pixels_of
 from data.images.sources import open_source
 from pipeline import evaluate_samples
+from pipeline.errors import RunError
 from pipeline.evaluate import evaluate
 from pipeline.evaluate_samples import decoded_thumbnails, kept_thumbnails, save_samples
 from pipeline.report_curves import panels_of, read_scalars, smoothed
-from pipeline.run import RunError
 from stages import factory
 from stages.factory import build_prior, build_tokenizer
 from stages.measures.reconstruction import reconstruct

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from pipeline.edit import edit_pixels
+from pipeline.errors import RunError
 from pipeline.evaluate import evaluate
-from pipeline.run import RunError
 from pipeline.upsample import upsample_pixels
 from stages.conditions.encoders import WordEncoder
 from stages.conditions.text import TextConditionConfig

@@ -11,8 +11,8 @@ import pipeline.colorize as colorize
 from data.images.views import to_uint8
 from pipeline.colorize import colorize_pixels, elements_of, luma_scales
 from pipeline.config import load_config
+from pipeline.errors import RunError
 from pipeline.models import load_models
-from pipeline.run import RunError
 from stages.prior.sampling import SamplingConfig
 from stages.spectral.colour import luma_of
 from stages.weights import load_tokenizer

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageFile
 
 from pipeline.edit import edit_pixels
-from pipeline.run import RunError
+from pipeline.errors import RunError
 from pipeline.studio import load_run
 from pipeline.studio_actions import (
     Wish,

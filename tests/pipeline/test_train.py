@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipeline.config import load_config
-from pipeline.run import RunError
+from pipeline.errors import RunError
 from pipeline.train import train_prior, train_tokenizer
 from stages.contract import TokenizerOutput
 from stages.factory import build_tokenizer

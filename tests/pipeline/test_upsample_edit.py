@@ -11,9 +11,9 @@ from data.images.views import to_float
 from pipeline.__main__ import main
 from pipeline.config import load_config
 from pipeline.edit import edit_pixels, open_elements
+from pipeline.errors import RunError
 from pipeline.models import load_models
 from pipeline.requests import Request, parse_prompts
-from pipeline.run import RunError
 from pipeline.upsample import upsample_pixels
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.upsampling import back_project, consistency, enlarge, reduce_to
