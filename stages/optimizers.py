@@ -44,20 +44,20 @@ class OptimizerConfig(Protocol):
     """The keys of a training section that an optimiser needs."""
 
     optimizer: str
+    precision: str
     learning_rate: float
     matrix_learning_rate: float
     betas: list[float]
     weight_decay: float
 
 
-def build_optimizer(
-    network: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32
-) -> torch.optim.Optimizer:
-    """The optimiser of a network as its training section wants it; ``dtype`` is that of Muon's matrix products.
+def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser of a network as its training section wants it; Muon's matrix products have its precision.
 
     The rates are those of ``learning_rate`` in all groups until ``stages.training.build_schedule`` sets them.
     """
     betas = (config.betas[0], config.betas[1])
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     if config.optimizer == "adamw":
         return build_adamw(network, config.learning_rate, betas, config.weight_decay)
     matrices = matrices_of(network)
