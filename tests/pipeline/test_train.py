@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.config import load_config
 from pipeline.run import RunError
 from pipeline.train import train_prior, train_tokenizer
+from stages.conditions.labels import ClassCondition
 from stages.contract import TokenizerOutput
 from stages.factory import build_tokenizer
 from stages.prior.module import PriorModule
@@ -192,6 +193,44 @@ def test_the_exported_weights_are_the_average_over_the_trained_ones(tmp_path, ti
         assert not all(torch.allclose(exported[name], other[name], atol=1e-7) for name in exported)
 
 
+def test_the_exported_prior_is_the_average_over_the_trained_ones(tmp_path, finished, monkeypatch):
+    states = []
+
+    def record(self, prior, step=None):
+        original(self, prior, step)
+        states.append([{name: x.clone() for name, x in each.state_dict().items()} for each in (prior, self.module)])
+
+    original = ModelEmaV3.update
+    monkeypatch.setattr(ModelEmaV3, "update", record)
+    exported = weights(train_prior(load_config(finished / "tiny.yaml", on_tokens_of(finished, tmp_path))))
+    trained, average = states[-1]
+    assert len(states) == 6 and all(torch.equal(tensor, average[name]) for name, tensor in exported.items())
+    assert not all(torch.allclose(tensor, trained[name], atol=1e-7) for name, tensor in exported.items())
+
+
+def on_tokens_of(finished, folder):
+    """Keys of a prior in ``folder`` on the tokens of the finished run."""
+    tokenizer = f"tokenizer.path={finished}/run/tokenizer/tokenizer.safetensors"
+    return [f"run={folder}/run", f"tokens.path={finished}/run/tokens", tokenizer]
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_conditions_are_dropped_in_training_and_in_validation_never(tmp_path, finished, monkeypatch, share):
+    seen = {True: [], False: []}
+
+    def record(self, prompts):
+        seen[self.training].append(prompts.labels)
+        return original(self, prompts)
+
+    original = ClassCondition.forward
+    monkeypatch.setattr(ClassCondition, "forward", record)
+    keys = [f"condition.dropout={share}", "sampling.guidance=1"]
+    train_prior(load_config(finished / "tiny.yaml", [*on_tokens_of(finished, tmp_path), *keys]))
+    dropped = {training: torch.cat(labels) == -1 for training, labels in seen.items()}
+    assert len(dropped[True]) == 24 and bool(dropped[True].any()) == (share > 0) and not dropped[True].all()
+    assert len(dropped[False]) and not dropped[False].any()
+
+
 def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
     """Under autocast every loss term is float32 and nearly what float32 gives."""
     module = TokenizerModule(*fresh(tiny, "tokenizer_training.perceptual=lite0"))
@@ -206,6 +245,24 @@ def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
         torch.testing.assert_close(value, exact[name], rtol=0.05, atol=1e-3)
     run = train_tokenizer(load_config(tiny, [f"run={tmp_path}/bf16", "tokenizer_training.precision=bf16"]))
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
+
+
+def test_every_loss_counts_by_its_weight_once(tiny):
+    names = {"pixel", "commitment", "codebook", "perceptual", "adversarial"}
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    terms = []
+    for weight in (0.5, 1.5):
+        keys = [f"tokenizer_training.{name}_weight={weight}" for name in names]
+        module = TokenizerModule(*fresh(tiny, "tokenizer_training.perceptual=lite0", *keys))
+        module.batches_seen = 100  # the adversary has its whole weight
+        module.eval()  # spectral norms stay as they are
+        found, logs, _ = module.loss_terms(pixels)
+        assert found.keys() == names | {"discriminator"}
+        terms.append({name: value.detach() for name, value in found.items()})
+        for name in names:
+            torch.testing.assert_close(terms[-1][name], weight * logs[f"loss/{name}"])
+    for name in names:
+        torch.testing.assert_close(3 * terms[0][name], terms[1][name])
 
 
 def test_a_loss_without_a_weight_is_never_dropped(tiny, monkeypatch):

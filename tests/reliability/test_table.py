@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.reliability import table
+from tests.reliability import defects, table
 
 
 def test_the_page_lists_exactly_the_matrix() -> None:
@@ -16,3 +16,16 @@ def test_the_page_lists_exactly_the_matrix() -> None:
     assert len(expected) == len(written) and all(says for says, _, _ in expected)
     for line, (says, name, count) in zip(written, expected, strict=True):
         assert line == f"| {says} | `{name}` | {count} | {count} |", "run python -m tests.reliability.table"
+
+
+def test_the_page_lists_exactly_the_defects() -> None:
+    """A defect that no longer fits the sources cannot be tried, so it may not stand in the list."""
+    written = table.PAGE.read_text(encoding="utf-8").partition(table.DEFECTS)[2].splitlines()
+    assert written[-len(defects.ALL) :] == [defects.row(each) for each in defects.ALL], (
+        "run python -m tests.reliability.defects"
+    )
+    for each in defects.ALL:
+        source = (table.ROOT / each.file).read_text(encoding="utf-8")
+        assert each.broken(source) != source
+        file, name = each.test.split("::")
+        assert f"def {name}(" in (table.ROOT / file).read_text(encoding="utf-8"), each.test
