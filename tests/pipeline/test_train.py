@@ -1,8 +1,6 @@
 """Training: two processes equal one, accumulation equals the large batch, a resumed run equals an uninterrupted one."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,15 +18,19 @@ from stages.tokenizer.discriminator import PatchDiscriminator, hinge_discriminat
 from stages.tokenizer.module import TokenizerModule
 from stages.training import NonFiniteLoss, trainer_steps
 from stages.weights import read_weights
+from tests.pipeline.ddp_step import keep_weights
+from tests.reliability.commands import octaves, two
 
 
 def run_ddp(tmp_path, tiny, name, *overrides):
+    """States of the module on each rank after training, with ``trainer.devices=2`` of two."""
     folder = tmp_path / name
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.pipeline.ddp_step", str(folder), "train-tokenizer", str(tiny)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, f"run={folder}", *overrides], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command, keep = ["train-tokenizer", tiny, f"run={folder}", *overrides], partial(keep_weights, folder)
+    if "trainer.devices=2" in overrides:
+        ended = two(folder, *command, setups=(keep, keep))
+    else:
+        ended = [octaves(folder, *command, setup=keep)]
+    assert all(rank.code == 0 for rank in ended), ended
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
 
 
