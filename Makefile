@@ -35,7 +35,7 @@ demo: install ## Icons from nothing: all four stages on the demo set, about 13 m
 
 install: $(VENV)/installed ## Make .venv and install the project with the demo set
 test: $(VENV)/installed-test ## Install the test extras too and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 test-slow: $(VENV)/installed-test ## Run the tests that need minutes
 	$(BIN)/python -m pytest -q -m slow
 lint: $(VENV)/installed-test ## Check format, lint and types

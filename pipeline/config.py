@@ -7,7 +7,9 @@ unknown key, a wrong type or an impossible combination ends here, with one line,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,20 @@ def read_yaml(path: Path) -> Any:
         raise
 
 
+@cache
+def schema_of(kinds: tuple[tuple[str, str, type[Any]], ...]) -> DictConfig:
+    """The keys of a config in which these (section, kind, dataclass) are chosen, in the order of ``KINDS``.
+
+    One for all callers, who copy it by merging: to build it takes longer than to read a config by it.
+    """
+    if not kinds:
+        return OmegaConf.structured(Config)
+    schema = deepcopy(schema_of(kinds[:-1]))
+    section, kind, part = kinds[-1]
+    OmegaConf.update(schema, section, OmegaConf.structured(part(kind=kind)), merge=False)
+    return schema
+
+
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a YAML and ``key=value`` overrides. Raises ConfigError with one line."""
     path = find_config(name)
@@ -114,7 +130,8 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(raw, DictConfig):
             raise ConfigError(f"{path}: a config is a mapping of sections")
         chosen = OmegaConf.from_dotlist(list(overrides))
-        schema = OmegaConf.structured(Config)
+        kinds: tuple[tuple[str, str, type[Any]], ...] = ()
+        schema = schema_of(kinds)
         for section, (default, lookup) in KINDS.items():
             if OmegaConf.select(schema, section) is None:  # this kind of the outer section has no such part
                 if any(OmegaConf.select(given, section) is not None for given in (raw, chosen)):
@@ -127,8 +144,9 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
                     raise ConfigError(f"{section}={value} is a section; write {section}.kind={value}")
             written = OmegaConf.select(raw, f"{section}.kind", default=default)
             kind = OmegaConf.select(chosen, f"{section}.kind", default=written)
-            part = OmegaConf.structured(lookup(kind)(kind=kind))
-            OmegaConf.update(schema, section, part, merge=False)
+            kinds = (*kinds, (section, kind, lookup(kind)))
+            schema = schema_of(kinds)
+            part = OmegaConf.select(schema, section)
             if kind != written and OmegaConf.select(raw, section) is not None:
                 # another kind from the command line: the YAML's keys of the old one no longer count
                 kept = {key: value for key, value in OmegaConf.select(raw, section).items() if key in part}

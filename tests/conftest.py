@@ -1,6 +1,7 @@
 """Images and a config small enough that every command takes a second."""
 
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,19 @@ prior_training:
 eval: {{num_images: 8, num_samples: 8, batch_size: 8, classifier_steps: 3}}
 trainer: {{accelerator: cpu, num_workers: 0, progress: false}}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``ORDER=<any number>`` runs files in a random order of that seed, and the tests of each file, too."""
+    if seed := os.environ.get("ORDER"):
+        chance = random.Random(seed)
+        by_file: dict[Path, list[pytest.Item]] = {}
+        for item in items:
+            by_file.setdefault(item.path, []).append(item)
+        files = list(by_file.values())
+        for tests in (files, *files):
+            chance.shuffle(tests)
+        items[:] = [item for tests in files for item in tests]
 
 
 @pytest.fixture(autouse=True)

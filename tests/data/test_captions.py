@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -132,15 +131,14 @@ def test_the_fingerprint_follows_captions(images: Path) -> None:
 
 def test_a_folder_without_captions_is_opened_by_its_walk_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file is opened, and the two listings are all that is asked for beside the walk."""
-    for number in range(20_000):
+    for number in range(2_000):
         (tmp_path / f"{number}.png").touch()
     asked: list[str] = []
     real = os.stat
     monkeypatch.setattr(os, "stat", lambda path, **kwargs: asked.append(str(path)) or real(path, **kwargs))
     monkeypatch.setattr(folder_module, "read_caption", lambda *_: pytest.fail("opened a caption"))
-    start = time.perf_counter()
     source = FolderSource(tmp_path)
-    assert time.perf_counter() - start < 1 and len(asked) < 10
+    assert len(asked) < 10
     assert all(source.text(index) == "" for index in range(0, len(source), 100)) and len(asked) < 10
 
 

@@ -7,7 +7,9 @@ import json
 import pickle
 import shutil
 import tarfile
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,6 +249,23 @@ def test_training_batches_hold_every_sample_once_an_epoch(tmp_path: Path) -> Non
         if number == 12:
             break
     assert len(seen) == 4 * 13 and all(sorted(seen[13 * e : 13 * (e + 1)]) == list(range(13)) for e in range(4))
+
+
+@pytest.mark.parametrize("bucket_batches", [1, 3])
+@pytest.mark.parametrize("shuffle_shards", [0, 1])
+def test_ranks_together_take_the_batches_of_one_process(
+    tmp_path: Path, bucket_batches: int, shuffle_shards: int
+) -> None:
+    write_cache(tmp_path, LAYOUTS["ragged"])
+
+    def batches(batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+        keys = {"bucket_batches": bucket_batches, "shuffle_shards": shuffle_shards}
+        module = TokenDataModule(tmp_path, batch_size, num_workers=0, seed=5, validation_samples=10, **keys)
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        return [batch["index"].tolist() for batch in islice(module.train_dataloader(), 9)]
+
+    first, second = (batches(2, rank, 2) for rank in (0, 1))
+    assert [a + b for a, b in zip(first, second, strict=True)] == batches(4, 0, 1)
 
 
 def test_view_is_drawn_by_epoch_and_index_alone(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,7 +40,7 @@ class Handler(SimpleHTTPRequestHandler):
         half = len(content) // 2
         self.wfile.write(content[:half])
         if fault == "stalled":
-            time.sleep(60)
+            threading.Event().wait()
         if fault == "corrupt":
             self.wfile.write(content[half:])
 

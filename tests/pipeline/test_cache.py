@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,8 @@ from stages.conditions.encoders import build_text_encoder, load_text_encoder
 from stages.factory import TOKENIZERS
 from stages.weights import load_tokenizer, tokens_sha256
 from tests.pipeline import cache_toy
+from tests.reliability.commands import two
+from tests.waiting import wait_until
 
 ROOT = Path(cache_toy.__file__).resolve().parents[2]
 COUNT = 190  # 171 train images in 11 blocks of 16 (the last one short) in 6 shards; 19 val images in 2 blocks
@@ -92,6 +93,14 @@ def start(world: Path, tokens: Path, *overrides: str, seconds: float = 0) -> sub
     return subprocess.Popen([*command, *overrides], env=environment)
 
 
+def cache_by_two(world: Path, tokens: Path, *overrides: str) -> str:
+    """Cache with two processes; returns what they said."""
+    given = ["cache-tokens", world / "toy.yaml", f"tokens.path={tokens}", f"run={tokens.parent}", *overrides]
+    ended = two(world, *given, setups=(cache_toy.register, cache_toy.register))
+    assert [rank.code for rank in ended] == [0, 0], ended
+    return "".join(rank.said for rank in ended)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All bytes of a cache but the lock and the config, whose paths are no part of it."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "config.yaml"))
@@ -125,23 +134,23 @@ def test_a_finished_cache_is_left_alone(world: Path, cached: Path, capsys: pytes
 
 
 def test_two_processes_write_the_same_bytes_though_one_has_no_shard(world: Path, cached: Path) -> None:
-    two = world / "two"
-    assert start(world, two, "trainer.devices=2").wait(timeout=100) == 0
-    assert contents(two) == contents(cached)
+    tokens = world / "two"
+    cache_by_two(world, tokens)
+    assert contents(tokens) == contents(cached)
     # One shard and two ranks: the second one has nothing to do, and must say so without failing.
-    (two / "train" / "000003.tar").unlink()
-    assert start(world, two, "trainer.devices=2").wait(timeout=100) == 0
-    assert contents(two) == contents(cached)
+    (tokens / "train" / "000003.tar").unlink()
+    cache_by_two(world, tokens)
+    assert contents(tokens) == contents(cached)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_run_leaves_no_process_and_continues_to_the_same_bytes(world: Path, cached: Path) -> None:
     killed = world / "killed"
     process = start(world, killed, "trainer.devices=2", "trainer.num_workers=1", seconds=0.15)
     try:
-        while not list(killed.glob("train/*.json")):
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: list(killed.glob("train/*.json")) or process.poll() is not None, "a shard")
+        assert process.poll() is None
         family = descendants(process.pid)
         with pytest.raises(RunError, match="in use"):
             cache_tokens(configured(world, killed))
@@ -149,10 +158,7 @@ def test_killed_run_leaves_no_process_and_continues_to_the_same_bytes(world: Pat
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert len(family) >= 3, "one other rank and two loader processes"
-    deadline = time.monotonic() + 10
-    while any(map(alive, family)):
-        assert time.monotonic() < deadline, "orphans survive the kill"
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(alive, family)), "orphans of the kill to end")
     assert not (killed / "manifest.json").exists()
     done = {path: path.with_suffix(".tar").stat().st_mtime_ns for path in killed.glob("train/*.json")}
     assert 0 < len(done) < 6
@@ -239,17 +245,17 @@ def test_encoded_captions_are_the_same_however_they_are_cached(
     captions = Manifest.load(one).splits["train"].captions + Manifest.load(one).splits["val"].captions
     said = capfd.readouterr().out
     assert f"{captions} captions encoded by {name}; " in said and "longer than 8 tokens" in said
-    two = world / f"{name}-two"
+    again = world / f"{name}-two"
     if name == "minilm":
-        assert start(world, two, *overrides, "trainer.devices=2", "trainer.num_workers=1").wait(timeout=100) == 0
-        assert "fork" not in capfd.readouterr().err
-        assert contents(two) == contents(one)
+        said = cache_by_two(world, again, *overrides, "trainer.num_workers=1")
+        assert "fork" not in said
+        assert contents(again) == contents(one)
     else:
-        cache_tokens(configured(world, two, *overrides))
-    (two / "manifest.json").unlink()
-    (two / "train" / "000001.tar").unlink()
-    cache_tokens(configured(world, two, *overrides))
-    assert contents(two) == contents(one)
+        cache_tokens(configured(world, again, *overrides))
+    (again / "manifest.json").unlink()
+    (again / "train" / "000001.tar").unlink()
+    cache_tokens(configured(world, again, *overrides))
+    assert contents(again) == contents(one)
 
     manifest = Manifest.load(one)
     assert manifest.text is not None and captions == 2 * COUNT // 3
@@ -270,8 +276,8 @@ def test_encoded_captions_are_the_same_however_they_are_cached(
         assert np.allclose(reader.empty_caption(), encoder.encode_counting([""])[0][0], atol=2e-3)
     if name == "words":
         train = open_source(config.images, "train")
-        again = build_text_encoder(config.tokens, (train.text(index) for index in range(len(train))))
-        assert again is not None and manifest.text == again.spec
+        rebuilt = build_text_encoder(config.tokens, (train.text(index) for index in range(len(train))))
+        assert rebuilt is not None and manifest.text == rebuilt.spec
 
 
 def test_without_any_caption_nothing_is_begun(world: Path, tmp_path: Path) -> None:

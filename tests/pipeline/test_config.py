@@ -165,3 +165,11 @@ def test_overrides_reach_interpolations_and_the_plain_config():
     config = load_config("demo", ["run=elsewhere"])
     assert config.name == "demo" and config.prior.path == "elsewhere/prior/prior.safetensors"
     assert to_plain(config)["tokenizer"]["quantizer"]["levels"] == [8, 5, 5, 5]
+
+
+def test_what_is_done_to_a_config_reaches_no_other():
+    first, untouched = load_config("demo"), load_config("demo")
+    first.sampling.temperature.append(7.0)
+    first.prior.width = 1
+    first.tokenizer.quantizer.gradient = "?"
+    assert load_config("demo") == untouched

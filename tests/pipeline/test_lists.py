@@ -1,10 +1,7 @@
 """Lists of DCT coefficients through all commands: cache, prior, evaluation, samples, colouring and upsampling."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from pipeline.models import Models, load_models
 from stages.codecs.sparse_dct import SparseDCTCodec, SparseDCTConfig
 from stages.weights import load_prior, load_tokenizer, save_tokenizer
 from tests.pipeline.runs import caller, stop_after_two, train_all, write_tiny
+from tests.reliability.commands import two
 
 LISTS = (
     *("tokenizer.kind=sparse-dct", "tokenizer.quality=30", "tokenizer.block=4", "images.flip=true"),
@@ -292,11 +290,9 @@ def test_the_prior_keeps_its_order(lists):
 def test_two_processes_train_one_prior(lists, tmp_path):
     """Plain DDP: every step uses every weight, whatever chunks the ranks draw, and the ranks end with one result."""
     path = tmp_path / "prior.safetensors"
-    command = [sys.executable, "-m", "pipeline", "train-prior", str(lists / "tiny.yaml"), f"run={lists}/run", *LISTS]
-    settings = [f"prior.path={path}", "trainer.devices=2", "prior_training.precision=bf16"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["train-prior", lists / "tiny.yaml", f"run={lists}/run", *LISTS]
+    ended = two(tmp_path, *command, f"prior.path={path}", "prior_training.precision=bf16")
+    assert [rank.code for rank in ended] == [0, 0], ended
     prior, metadata = load_prior(path)
     assert metadata["world_size"] == 2 and metadata["steps"] == 6
     assert all(bool(value.isfinite().all()) for value in prior.state_dict().values())

@@ -1,7 +1,6 @@
 """Two machines, played by two launchers on this one: their files are those of two processes on one machine."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,21 +8,15 @@ import pytest
 
 from data.files import file_sha256
 from stages.weights import read_weights
+from tests.waiting import PATIENCE, free_port
 
 COMMANDS = ("train-tokenizer", "cache-tokens", "train-prior")
-SECONDS = 240
 
 
 def environment():
     # what a launcher would set must not come from around the tests
     outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OCTAVES_FIRST_PROCESS")
     return {**{key: value for key, value in os.environ.items() if key not in outer}, "OMP_NUM_THREADS": "1"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def on_two_nodes(folder, *arguments):
@@ -41,7 +34,7 @@ def on_two_nodes(folder, *arguments):
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [node.wait(SECONDS) for node in nodes]
+        codes = [node.wait(PATIENCE) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -53,7 +46,7 @@ def test_two_nodes_under_torchrun_equal_two_processes(tmp_path, tiny):
     for command in COMMANDS:
         on_two_nodes(tmp_path, command, str(tiny), f"run={tmp_path}/nodes")
         one = [sys.executable, "-m", "pipeline", command, str(tiny), f"run={tmp_path}/one", "trainer.devices=2"]
-        done = subprocess.run(one, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(one, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
     for part in ("tokenizer/tokenizer", "prior/prior"):
         metadata, tensors = read_weights(tmp_path / "nodes" / f"{part}.safetensors")

@@ -13,7 +13,12 @@ from stages.factory import build_grammar
 from stages.weights import load_prior, load_tokenizer
 from tests.pipeline.runs import caller, stop_after_two, train_all, write_tiny
 
-BITPLANES = ("tokenizer.kind=bitplane", "tokenizer.final_threshold=1.0", "tokenizer.wavelet=haar", "images.flip=true")
+SIDE = 8
+"""A stream has a few tokens for every pixel."""
+BITPLANES = (
+    *("tokenizer.kind=bitplane", "tokenizer.final_threshold=0.5", "tokenizer.wavelet=haar"),
+    *("images.flip=true", f"images.size={SIDE}"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +74,9 @@ def test_eval_shows_rates_growth_and_other_settings(streams, capsys):
     folder = streams / "run/eval/default"
     metrics = json.loads((folder / "metrics.json").read_text())
     found = metrics["streams"]
-    assert found["prefixes"][-1]["prior_bits_per_pixel"] == pytest.approx(found["prior_bits"] / 256)
+    assert found["prefixes"][-1]["prior_bits_per_pixel"] == pytest.approx(found["prior_bits"] / SIDE**2)
     rate = metrics["rate"]
-    assert found["prior_bits"] == pytest.approx(rate["prior_bits_per_pixel"] * 256) and found["header_bits"] > 0
+    assert found["prior_bits"] == pytest.approx(rate["prior_bits_per_pixel"] * SIDE**2) and found["header_bits"] > 0
     by_scale = sum(scale["prior_bits"] for scale in rate["scales"])
     assert found["prior_bits"] == pytest.approx(by_scale + found["header_bits"])
     psnr = [entry["psnr_mean_of_images"] for entry in found["prefixes"]]
@@ -101,15 +106,15 @@ def test_eval_shows_rates_growth_and_other_settings(streams, capsys):
 
 def test_a_prior_of_beginnings_is_evaluated_without_their_rate(streams, tmp_path, capsys):
     call, path = made_with(streams), f"prior.path={tmp_path}/prior.safetensors"
-    assert call("train-prior", path, "prior.max_length=40", "prior_training.max_steps=1") == 0
+    assert call("train-prior", path, "prior.max_length=20", "prior_training.max_steps=1") == 0
     said = capsys.readouterr().out
-    assert "are longer than prior.max_length=40 and cut" in said and "0 of 48" not in said
+    assert "are longer than prior.max_length=20 and cut" in said and "0 of 48" not in said
     assert call("eval", path, "eval.name=cut") == 0
     found = json.loads((streams / "run/eval/cut/metrics.json").read_text())["streams"]
     assert found["cut_share"] > 0 and found["prior_bits"] is None
-    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "noise.png")
+    Image.effect_noise((SIDE, SIDE), 90).convert("RGB").save(tmp_path / "noise.png")
     assert call("edit", path, f"input={tmp_path}/noise.png", "frozen=2") == 2
-    assert "tokens are given, but this prior models 40" in capsys.readouterr().err
+    assert "tokens are given, but this prior models 20" in capsys.readouterr().err
 
 
 def test_loader_processes_get_what_they_need(streams):
@@ -138,7 +143,7 @@ def test_loader_processes_get_what_they_need(streams):
 
 
 def test_a_dark_image_has_no_coarse_planes_to_keep(streams, tmp_path, capsys):
-    Image.new("RGB", (16, 16), (12, 10, 11)).save(tmp_path / "dark.png")
+    Image.new("RGB", (SIDE, SIDE), (12, 10, 11)).save(tmp_path / "dark.png")
     assert made_with(streams)("edit", f"input={tmp_path}/dark.png", "frozen=1", f"out={tmp_path}/e") == 2
     assert "frozen=1: the first 1 of" in capsys.readouterr().err
 
@@ -148,7 +153,7 @@ def test_samples_stop_at_a_plane_and_images_are_finished(streams, tmp_path, imag
     assert call("sample", "count=1", f"out={tmp_path}/all") == 0
     assert call("sample", "count=1", "sampling.scales=1", f"out={tmp_path}/one") == 0
     whole, one = (np.array(Image.open(tmp_path / name / "red-000002.png")) for name in ("all", "one"))
-    assert whole.shape == one.shape == (16, 16, 3)
+    assert whole.shape == one.shape == (SIDE, SIDE, 3)
     picture = image_folder / "red/000.png"
     assert call("edit", f"input={picture}", "frozen=2", "count=2", f"out={tmp_path}/edited") == 0
     assert len(list((tmp_path / "edited").glob("*.png"))) == 3

@@ -3,10 +3,8 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from PIL import Image
 
 from pipeline.studio_actions import Wish, draw_samples, edit_upload, upsample_upload
 from tests.pipeline.studio_pictures import array, pixels_of, sampled, silent
+from tests.waiting import PATIENCE, free_port, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -31,9 +30,7 @@ def address(finished):
         import gradio  # noqa: F401
     except ImportError:
         lacking("gradio")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "pipeline", "studio", str(finished / "tiny.yaml"), f"run={finished}/run"]
     log = finished / "studio.log"
     uploads = finished / "uploads"
@@ -47,16 +44,13 @@ def address(finished):
             env={**os.environ, "TMPDIR": str(uploads)},
         )
     try:
-        for _ in range(800):
-            if "octaves studio: " in log.read_text() or server.poll() is not None:
-                break
-            time.sleep(0.25)
+        wait_until(lambda: "octaves studio: " in log.read_text() or server.poll() is not None, "the page")
         assert "octaves studio: " in log.read_text(), log.read_text()
         yield f"http://127.0.0.1:{port}/"
         assert "Traceback" not in log.read_text(), log.read_text()
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(PATIENCE)
     assert server.returncode == 0 and not list(uploads.iterdir())
 
 

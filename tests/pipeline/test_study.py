@@ -10,7 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -20,6 +19,7 @@ from pipeline.config import ConfigError
 from pipeline.processes import REQUEUE
 from pipeline.studies.plan import CONFIG_FOLDER, cells_of, find_study, load_study
 from pipeline.studies.table import markdown, spread, values_of
+from tests.waiting import wait_until
 
 STUDY = """
 question: Which is nearer?
@@ -154,9 +154,7 @@ def test_sigterm_reaches_the_stage_which_saves_and_the_next_call_goes_on(study, 
     command = [sys.executable, "-m", "pipeline", "study", str(study), f"out={out}", "only=dense"]
     command.append("tokenizer_training.max_steps=100000")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 90
-    while not list((out / "runs").glob("*/tokenizer/checkpoints/*.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: list((out / "runs").glob("*/tokenizer/checkpoints/*.ckpt")), "a checkpoint")
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == REQUEUE
     log = next((out / "runs").glob("*/study.log")).read_text()

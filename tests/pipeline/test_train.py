@@ -1,8 +1,6 @@
 """Training: two processes equal one, accumulation equals the large batch, a resumed run equals an uninterrupted one."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 from pipeline.config import load_config
 from pipeline.errors import RunError
 from pipeline.train import train_prior, train_tokenizer
+from stages.conditions.labels import ClassCondition
 from stages.contract import TokenizerOutput
 from stages.factory import build_tokenizer
 from stages.prior.module import PriorModule
@@ -19,15 +18,19 @@ from stages.tokenizer.discriminator import PatchDiscriminator, hinge_discriminat
 from stages.tokenizer.module import TokenizerModule
 from stages.training import NonFiniteLoss, trainer_steps
 from stages.weights import read_weights
+from tests.pipeline.ddp_step import keep_weights
+from tests.reliability.commands import octaves, two
 
 
 def run_ddp(tmp_path, tiny, name, *overrides):
+    """States of the module on each rank after training, with ``trainer.devices=2`` of two."""
     folder = tmp_path / name
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.pipeline.ddp_step", str(folder), "train-tokenizer", str(tiny)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, f"run={folder}", *overrides], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command, keep = ["train-tokenizer", tiny, f"run={folder}", *overrides], partial(keep_weights, folder)
+    if "trainer.devices=2" in overrides:
+        ended = two(folder, *command, setups=(keep, keep))
+    else:
+        ended = [octaves(folder, *command, setup=keep)]
+    assert all(rank.code == 0 for rank in ended), ended
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
 
 
@@ -195,6 +198,44 @@ def test_the_exported_weights_are_the_average_over_the_trained_ones(tmp_path, ti
         assert not all(torch.allclose(exported[name], other[name], atol=1e-7) for name in exported)
 
 
+def test_the_exported_prior_is_the_average_over_the_trained_ones(tmp_path, finished, monkeypatch):
+    states = []
+
+    def record(self, prior, step=None):
+        original(self, prior, step)
+        states.append([{name: x.clone() for name, x in each.state_dict().items()} for each in (prior, self.module)])
+
+    original = ModelEmaV3.update
+    monkeypatch.setattr(ModelEmaV3, "update", record)
+    exported = weights(train_prior(load_config(finished / "tiny.yaml", on_tokens_of(finished, tmp_path))))
+    trained, average = states[-1]
+    assert len(states) == 6 and all(torch.equal(tensor, average[name]) for name, tensor in exported.items())
+    assert not all(torch.allclose(tensor, trained[name], atol=1e-7) for name, tensor in exported.items())
+
+
+def on_tokens_of(finished, folder):
+    """Keys of a prior in ``folder`` on the tokens of the finished run."""
+    tokenizer = f"tokenizer.path={finished}/run/tokenizer/tokenizer.safetensors"
+    return [f"run={folder}/run", f"tokens.path={finished}/run/tokens", tokenizer]
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_conditions_are_dropped_in_training_and_in_validation_never(tmp_path, finished, monkeypatch, share):
+    seen = {True: [], False: []}
+
+    def record(self, prompts):
+        seen[self.training].append(prompts.labels)
+        return original(self, prompts)
+
+    original = ClassCondition.forward
+    monkeypatch.setattr(ClassCondition, "forward", record)
+    keys = [f"condition.dropout={share}", "sampling.guidance=1"]
+    train_prior(load_config(finished / "tiny.yaml", [*on_tokens_of(finished, tmp_path), *keys]))
+    dropped = {training: torch.cat(labels) == -1 for training, labels in seen.items()}
+    assert len(dropped[True]) == 24 and bool(dropped[True].any()) == (share > 0) and not dropped[True].all()
+    assert len(dropped[False]) and not dropped[False].any()
+
+
 def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
     """Under autocast every loss term is float32 and nearly what float32 gives."""
     module = TokenizerModule(*fresh(tiny, "tokenizer_training.perceptual=lite0"))
@@ -209,6 +250,24 @@ def test_bfloat16_trains_and_keeps_its_islands(tmp_path, tiny):
         torch.testing.assert_close(value, exact[name], rtol=0.05, atol=1e-3)
     run = train_tokenizer(load_config(tiny, [f"run={tmp_path}/bf16", "tokenizer_training.precision=bf16"]))
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(run).values())
+
+
+def test_every_loss_counts_by_its_weight_once(tiny):
+    names = {"pixel", "commitment", "codebook", "perceptual", "adversarial"}
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    terms = []
+    for weight in (0.5, 1.5):
+        keys = [f"tokenizer_training.{name}_weight={weight}" for name in names]
+        module = TokenizerModule(*fresh(tiny, "tokenizer_training.perceptual=lite0", *keys))
+        module.batches_seen = 100  # the adversary has its whole weight
+        module.eval()  # spectral norms stay as they are
+        found, logs, _ = module.loss_terms(pixels)
+        assert found.keys() == names | {"discriminator"}
+        terms.append({name: value.detach() for name, value in found.items()})
+        for name in names:
+            torch.testing.assert_close(terms[-1][name], weight * logs[f"loss/{name}"])
+    for name in names:
+        torch.testing.assert_close(3 * terms[0][name], terms[1][name])
 
 
 def test_a_loss_without_a_weight_is_never_dropped(tiny, monkeypatch):

@@ -7,9 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -17,9 +15,10 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 
+from tests.waiting import PATIENCE, free_port, wait_until
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.reliability.prepared"])
-TIMEOUT = 60
 Setup = Callable[[], object]
 
 
@@ -51,13 +50,13 @@ class Started:
         self.process = CONTEXT.Process(target=_run, args=(log, arguments, setup, environment))
         self.process.start()
 
-    def wait(self, timeout: float = TIMEOUT) -> Ended:
+    def wait(self) -> Ended:
         """Wait for its end; fails the test where it hangs."""
-        self.process.join(timeout)
+        self.process.join(PATIENCE)
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-            raise AssertionError(f"hangs for {timeout} s: {self.log.read_text()}")
+            raise AssertionError(f"hangs for {PATIENCE} s: {self.log.read_text()}")
         return Ended(self.process.exitcode, self.log.read_text(errors="replace") if self.log.exists() else "")
 
 
@@ -76,10 +75,7 @@ def octaves(folder: Path, *arguments: object, setup: Setup | None = None) -> End
 
 def start_two(folder: Path, *arguments: object, setups: tuple[Setup | None, Setup | None]) -> list[Started]:
     """Start a command on two ranks, as a launcher does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     return [
         start(folder, *arguments, "trainer.devices=2", setup=setup, **place, LOCAL_RANK=str(rank))
         for rank, setup in enumerate(setups)
@@ -91,14 +87,10 @@ def two(folder: Path, *arguments: object, setups: tuple[Setup | None, Setup | No
     return [rank.wait() for rank in start_two(folder, *arguments, setups=setups)]
 
 
-def nobody_left(group: int, timeout: float = 10) -> bool:
-    """True where no process of a process group lives, after some seconds at most."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if not _living(group):
-            return True
-        time.sleep(0.05)
-    return False
+def nobody_left(group: int) -> bool:
+    """True when no process of a process group lives any more. Fails the test where one goes on."""
+    wait_until(lambda: not _living(group), f"the processes {_living(group)} to end")
+    return True
 
 
 def _living(group: int) -> list[int]:
@@ -168,7 +160,7 @@ def _run(log: Path, arguments: list[str], setup: Setup | None, environment: dict
 
     torch.set_num_threads(1)
     then = setup() if setup is not None else None
-    faulthandler.dump_traceback_later(TIMEOUT - 5)  # where it hangs; its thread may not be there before a namespace
+    faulthandler.dump_traceback_later(PATIENCE - 5)  # where it hangs; its thread may not be there before a namespace
     code = main(arguments)
     if callable(then):
         then()

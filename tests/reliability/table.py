@@ -1,5 +1,7 @@
 """``python -m tests.reliability.table``: run the matrix of faults and write ``docs/reliability.md`` from its results.
 
+The page's second part is of ``tests/reliability/defects.py`` and stays as it is.
+
 A row is a test function: the first line of its docstring says how the fault is injected and what survives it.
 """
 
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parents[1] / "docs" / "reliability.md"
+ROOT = FOLDER.parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
 HEAD = """# Reliability
 
 Written by `python -m tests.reliability.table`, which runs the tests in `tests/reliability/`; do not edit it.
@@ -26,6 +29,8 @@ ignores it; systemd by `RestartForceExitStatus=75`.
 | fault and outcome | test | cases | passed |
 |---|---|---:|---:|
 """
+DEFECTS = "\n## Deliberate defects\n"
+"""Where the second part of the page begins."""
 
 
 class Results:
@@ -72,7 +77,7 @@ def rows(results: Results) -> list[tuple[str, str, int]]:
 
 
 def page(results: Results) -> str:
-    """The whole page."""
+    """The first part of the page."""
     passed = {name.rpartition("/")[2]: count for name, count in results.passed.items()}
     lines = [
         f"| {says} | `{name.replace('.py::', ': ')}` | {count} | {passed.get(name, 0)} |"
@@ -84,5 +89,6 @@ def page(results: Results) -> str:
 
 if __name__ == "__main__":
     found, code = matrix()
-    PAGE.write_text(page(found))
+    second = PAGE.read_text(encoding="utf-8").partition(DEFECTS)[1:]
+    PAGE.write_text(page(found) + "".join(second), encoding="utf-8")
     sys.exit(code)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from data.tokens.manifest import Manifest
 from tests.reliability import places
+from tests.reliability.cases import fast_are
 from tests.reliability.commands import CONTEXT, octaves, patch, start_two, wrap
 from tests.reliability.stages import FOLDERS, arguments, before, result
 
@@ -43,7 +45,15 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("moment", FULL)
+FAST = (
+    "train-tokenizer, a checkpoint",
+    "cache-tokens, a sidecar",
+    "train-prior, the weights",
+    "eval, the figures",
+)
+
+
+@pytest.mark.parametrize("moment", fast_are(FAST, FULL))
 def test_full_disk(tmp_path: Path, stages: Path, finished: Path, namespaces: None, moment: str) -> None:
     """A tmpfs fills up at a write: one line, no half file; after space is made, the files of an undisturbed run."""
     command, where, call = FULL[moment]
@@ -97,8 +107,15 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("file", FILES)
+FAST_HOWS = {
+    ("shard", "bit flipped at 50%"),
+    ("manifest", "truncated"),
+    ("tokenizer", "bit flipped at 71%"),
+    ("prior", "missing"),
+}
+
+
+@pytest.mark.parametrize(("file", "how"), fast_are(FAST_HOWS, product(FILES, HOWS)))
 def test_damaged_file(tmp_path: Path, stages: Path, finished: Path, file: str, how: str) -> None:
     """A file is missing, truncated, empty or has a flipped bit: one line names it, and it can be made again."""
     name, command = FILES[file]
@@ -116,7 +133,7 @@ def test_damaged_file(tmp_path: Path, stages: Path, finished: Path, file: str, h
     assert (run / name).read_bytes() == (stages / "run" / name).read_bytes()
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", fast_are(["truncated"], HOWS))
 def test_damaged_sidecar(tmp_path: Path, stages: Path, finished: Path, how: str) -> None:
     """The same for a sidecar of a cache that is continued: its shard is written again, with the same bytes."""
     run = tmp_path / "run"
@@ -159,7 +176,7 @@ def poison(call: int) -> None:
     wrap("stages.tokenizer.module:TokenizerModule.training_step", with_nan)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", fast_are([1], [0, 1]))
 def test_nan_in_the_batch_of_one_rank(tmp_path: Path, stages: Path, finished: Path, rank: int) -> None:
     """A pixel in one rank's batch is NaN: a line on both ranks, that rank's names the images; nothing is updated."""
     setups = [None, None]
@@ -179,11 +196,14 @@ def kill_children() -> None:
 
 @pytest.mark.parametrize(
     ("command", "where"),
-    [
-        ("train-tokenizer", "stages.tokenizer.module:TokenizerModule.training_step"),
-        ("cache-tokens", "pipeline.encoding:Encoding.predict_step"),
-        ("train-prior", "stages.prior.module:PriorModule.training_step"),
-    ],
+    fast_are(
+        [("cache-tokens", "pipeline.encoding:Encoding.predict_step")],
+        [
+            ("train-tokenizer", "stages.tokenizer.module:TokenizerModule.training_step"),
+            ("cache-tokens", "pipeline.encoding:Encoding.predict_step"),
+            ("train-prior", "stages.prior.module:PriorModule.training_step"),
+        ],
+    ),
 )
 def test_a_loader_process_dies(tmp_path: Path, stages: Path, finished: Path, command: str, where: str) -> None:
     """kill -9 of a loader process: one line (or all was read already), and the same files in the end."""

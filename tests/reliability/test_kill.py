@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.cases import fast_are
 from tests.reliability.commands import kill_at, nobody_left, octaves, start, start_two, two
 from tests.reliability.stages import arguments, before, result
+from tests.waiting import PATIENCE, wait_until
 
 PUBLISH = "data.files:os.replace"
 SYNC = "data.files:os.fsync"
@@ -51,11 +53,18 @@ MOMENTS: dict[str, dict[str, tuple[str, int]]] = {
         "a report, no figures": ("pipeline.evaluate:write_atomically", 1),
     },
 }
+FAST = {
+    "train-tokenizer": "a checkpoint half written",
+    "cache-tokens": "a shard without its sidecar",
+    "train-prior": "in an update",
+    "eval": "a report, no figures",
+}
 RANDOM = 2  # further moments for each stage, anywhere between start and end
 
 
 @pytest.mark.parametrize(
-    ("command", "moment"), [(command, moment) for command, moments in MOMENTS.items() for moment in moments]
+    ("command", "moment"),
+    fast_are(FAST.items(), [(command, moment) for command, moments in MOMENTS.items() for moment in moments]),
 )
 def test_killed_at_a_moment(tmp_path: Path, stages: Path, finished: Path, command: str, moment: str) -> None:
     """kill -9 at a chosen call of a function: the next call makes the files of an undisturbed run."""
@@ -115,12 +124,12 @@ def test_a_rank_that_the_command_started_itself_is_killed(tmp_path: Path, stages
     overrides = ["trainer.devices=2", "trainer.num_workers=1", "prior_training.max_steps=100000"]
     process = subprocess.Popen([*command, *overrides], stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        while not list((run / "prior/checkpoints").glob("step*.ckpt")):
-            assert process.poll() is None
-            time.sleep(0.05)
+        saved = (run / "prior/checkpoints").glob
+        wait_until(lambda: list(saved("step*.ckpt")) or process.poll() is not None, "a checkpoint")
+        assert process.poll() is None
         (rank,) = [pid for pid in children(process.pid) if "LOCAL_RANK=1" in environment(pid)]
         subprocess.run(["kill", "-9", str(rank)], check=True)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=PATIENCE)[1]
     finally:
         process.kill()
     assert process.returncode == 2 and "Traceback" not in said, said

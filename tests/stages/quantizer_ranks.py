@@ -1,6 +1,5 @@
-"""``python -m tests.stages.quantizer_ranks FOLDER WORLD RANK``: trains every kind of quantiser on its features."""
+"""Trains every kind of quantiser on its features, on one of several ranks."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -59,8 +58,9 @@ def train(config, world, rank):
     return {**quantizer.state_dict(), "entropy": torch.stack(terms)}
 
 
-if __name__ == "__main__":
-    folder, world, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def run(folder: Path, world: int, rank: int) -> None:
+    """Leave what became of every quantiser in ``folder``."""
+    torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     found = {name: train(config, world, rank) for name, config in (GIVEN | BORN).items()}

@@ -216,15 +216,23 @@ def test_a_head_learns_to_give_the_pixels_back_that_it_sees():
     assert error < 0.06 * pixels().var()
 
 
-def test_bfloat16_and_a_compiled_graph():
+def test_bfloat16_is_near():
     tokenizer = make()
     tokens = tokenizer.encode(pixels())
     wanted = tokenizer.render(tokens, (40, 40))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(tokenizer.render(tokens, (40, 40)).float(), wanted, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_a_tile_is_one_compiled_graph(backend):
+    tokenizer = make()
+    tokens = tokenizer.encode(pixels())
+    wanted = tokenizer.render(tokens, (40, 40))
     plain, places = tokenizer.decode_places(tokens)
     found = tokenizer.head.surroundings(places, plain)
-    traced = torch.compile(tokenizer.head.tile, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.compiler.reset()  # what other tests have compiled is nothing to this one
+    traced = torch.compile(tokenizer.head.tile, backend=backend, fullgraph=True, dynamic=False)
     torch.testing.assert_close(traced(found, (40, 40), (0, 0, 40, 40)).clamp(-1, 1), wanted, atol=1e-4, rtol=0)
 
 

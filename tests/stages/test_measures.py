@@ -35,6 +35,7 @@ def test_frechet_equals_the_general_square_root() -> None:
     a = torch.randn(400, 6, generator=generator(1)) @ torch.randn(6, 6, generator=generator(2))
     b = torch.randn(300, 6, generator=generator(3)) @ torch.randn(6, 6, generator=generator(4)) + 1
     first, second = fit_gaussian(a), fit_gaussian(b)
+    torch.testing.assert_close(first.covariance, torch.cov(a.double().T))
     roots = torch.linalg.eigvals(first.covariance @ second.covariance).sqrt().real.sum()
     traces = first.covariance.trace() + second.covariance.trace()
     expected = (first.mean - second.mean).square().sum() + traces - 2 * roots

@@ -1,13 +1,11 @@
 """Two real processes: equal to each other bit for bit, and to one process with the joint batch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.stages.quantizer_ranks import BORN, GIVEN
+from tests.reliability.commands import CONTEXT
+from tests.stages.quantizer_ranks import BORN, GIVEN, run
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -15,15 +13,12 @@ def trained(tmp_path_factory):
     """(states of one process, of rank 0 of two, of rank 1 of two), by kind."""
     folder = tmp_path_factory.mktemp("ranks")
     places = ((1, 0), (2, 0), (2, 1))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.stages.quantizer_ranks", str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(world), str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for world, rank in places
-    ]
+    processes = [CONTEXT.Process(target=run, args=(folder, *place)) for place in places]
     for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+        assert process.exitcode == 0
     return [torch.load(folder / f"rank{rank}of{world}.pt", weights_only=True) for world, rank in places]
 
 
