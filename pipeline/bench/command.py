@@ -78,8 +78,8 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
                 print(line_of(figure), flush=True)
     machine = machine_of(place.device)
     print(
-        f"on {machine['device']}: {' '.join(machine['instructions'])}, {machine['threads']} threads on "
-        f"{machine['usable_cores']} usable cores"
+        f"on {machine['device']}: {' '.join(machine['instructions'])}; usable cores: {machine['usable_cores']}, "
+        f"threads: {machine['threads']}"
     )
     found: dict[str, Any] = {
         "machine": machine,

@@ -47,7 +47,7 @@ def test_tokens_samples_and_images_are_those_of_the_cpu(tmp_path, image_folder, 
     config = load_config(name, [*keys, "sampling.scales=2"])
     tokenizers = [load_tokenizer(config.tokenizer.path)[0] for _ in range(2)]
     here, there = (
-        join(tokenizer, load_prior(config.prior.path)[0], device, 8)
+        join(tokenizer, load_prior(config.prior.path)[0], device, 8, "32")
         for tokenizer, device in zip(tokenizers, (torch.device("cpu"), apple), strict=True)
     )
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
