@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from data.layout import Field, Scale, TokenLayout, Tokens
@@ -14,9 +14,11 @@ from stages.prior.rounds import mask_of_samples, random_mask, rounds_of, still_o
 from stages.prior.sampling import SamplingConfig, sample
 from stages.prior.scalewise import ScalewisePrior
 from stages.weights import load_prior, save_prior
+from tests.reliability.commands import CONTEXT
 from tests.stages.bitplanes import codec
 from tests.stages.test_prior import tokens
 from tests.stages.toys import layout, prior, same_weights
+from tests.waiting import PATIENCE
 
 LABELS = Prompts.of_labels(torch.tensor([0, 2, -1]))
 OPEN = torch.tensor([[0, 2, 3, 5, 7, 8, 11], [1, 2, 3, 4, 5, 6, 9], [0, 1, 2, 3, 6, 10, 11]])
@@ -360,7 +362,12 @@ def four():
 
 
 def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path):
-    multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
+    processes = [CONTEXT.Process(target=rank, args=(number, tmp_path)) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+        assert process.exitcode == 0
     given, open_ = four()
     assert open_[:2].sum() != open_[2:].sum()
     model = Judge(prior(layout(), order="scale"))
