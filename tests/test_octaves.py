@@ -93,7 +93,7 @@ def test_samples_are_those_of_the_command(finished, model, tmp_path):
     assert len(model.sample()) == 3  # every class
     assert model.sample(classes=[1], scales=2).shape == (1, 3, 8, 8)
     sharp = model.sample(classes=[1], count=4, temperature=[0.0, 0.0, 0.0])
-    assert all(torch.equal(one, sharp[0]) for one in sharp)  # the most probable ids: no seed matters
+    assert all(torch.allclose(one, sharp[0], atol=1e-5) for one in sharp)  # the most probable ids: no seed matters
     assert model.sampling.temperature == [1.0]  # a call changes nothing
 
 

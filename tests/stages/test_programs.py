@@ -24,6 +24,7 @@ from stages.tokenizer.quantizers import (
 )
 from stages.tokenizer.sit import SITConfig, ViTVQGANConfig
 from stages.tokenizer.transformer import TransformerConfig
+from tests.reliability.cases import fast_are
 from tests.stages import bitplanes, dct_lists
 
 FSQ = FSQConfig(levels=[4, 3])
@@ -65,7 +66,10 @@ def noise(count):
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(count)) * 2 - 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("sit-sc, cosine", "sit with a head", "luma apart, CDF 9/7, overlap", "vit-vqgan, fsq 4", "nested")
+
+
+@pytest.mark.parametrize("kind", fast_are(FAST, KINDS))
 def test_programs_are_the_tokenizer_for_any_batch(kind):
     tokenizer = build(kind)
     encode, decode = (exported(kind)[name].module() for name in ("encoder", "decoder"))

@@ -52,3 +52,10 @@ class FixedPrior(Prior):
 
     def advance(self, state, element):
         self.seen.append(element)
+
+
+def same_weights(one, other):
+    """Whether two models have the same state bit for bit. What they compute is the same but for its last bits: these
+    depend on where tensors happen to lie."""
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(x.equal(states[1][name]) for name, x in states[0].items())
