@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data.errors import InputError, OctavesError
-from data.images.views import plain_image, to_float, to_uint8, view_pixels
+from data.images.views import picture_to_pixels, pixels_to_picture, plain_image, to_float, to_uint8, view_pixels
 from data.layout import TokenLayout, Tokens
 from pipeline.models import Models, join
 from pipeline.placement import device_for
@@ -61,7 +60,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """Pictures of images [B, C, H, W] in [-1, 1]; values outside are clamped."""
     if images.ndim != 4:
         raise InputError(f"images of shape {tuple(images.shape)}; allowed: [B, C, H, W]")
-    return [to_pil_image(image) for image in to_uint8(images.detach()).cpu()]
+    return [pixels_to_picture(image) for image in to_uint8(images.detach()).cpu()]
 
 
 class Model:
@@ -181,7 +180,7 @@ class Model:
         without a prior, where the encoder is not scale-causal, and for sizes that are no scale's.
         """
         models = self._need_prior()
-        small = to_uint8(self._pixels(images, pil_to_tensor)).cpu()
+        small = to_uint8(self._pixels(images, picture_to_pixels)).cpu()
         labels = class_ids(_listed(classes, "classes"), known_classes(models.prior)) if classes else [-1] * len(small)
         captions = checked_texts(_listed(texts, "texts"), models.prior.condition.uses_text) or [""] * len(small)
         if len(labels) != len(small) or len(captions) != len(small):
@@ -226,7 +225,7 @@ class Model:
 
     def _fitted(self, picture: Image.Image) -> Tensor:
         """A picture at a size that the tokenizer takes: its own, or the full one."""
-        own = pil_to_tensor(picture)
+        own = picture_to_pixels(picture)
         if tuple(own.shape[1:]) in self.layout.rungs:
             return own
         return view_pixels(picture, self._images, self._images.eval_view)

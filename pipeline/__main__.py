@@ -35,11 +35,12 @@ from importlib import import_module
 from typing import Any, get_type_hints
 
 from data.errors import OctavesError
+from pipeline import own_keys
 from pipeline.config import ConfigError, load_config
 from pipeline.cores import use_threads
 from pipeline.processes import REQUEUE, Preempted, end_with_parent, ending_on_sigterm
 
-# command: (module, function, the dataclass of its own keys or None)
+# command: (module, function, the dataclass in own_keys.py or None)
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "train-tokenizer": ("pipeline.train", "train_tokenizer", None),
     "cache-tokens": ("pipeline.cache", "cache_tokens", None),
@@ -110,24 +111,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, arguments: list[str]) -> None:
     """Run one command; its module is imported only now, so that a wrong key is answered before anything is loaded."""
-    module, function, request_name = COMMANDS[command]
+    module, function, keys_name = COMMANDS[command]
     if command in WITHOUT_CONFIG:
         getattr(import_module(module), function)(arguments)
         return
     if not arguments:
         raise ConfigError(f"octaves {command} needs a CONFIG: a YAML, or the name of a shipped experiment")
     name, *overrides = arguments
-    if request_name is None:
+    if keys_name is None:
         config = load_config(name, overrides)
         getattr(import_module(module), function)(config)
         return
-    loaded = import_module(module)
-    request_class = getattr(loaded, request_name)
+    request_class = getattr(own_keys, keys_name)
     own = {field.name for field in fields(request_class)}
     chosen = [item for item in overrides if item.split("=")[0] in own]
-    load = loaded.load_run if command == "studio" else load_config
+    load = import_module(module).load_run if command == "studio" else load_config
     config = load(name, [item for item in overrides if item not in chosen])
-    getattr(loaded, function)(config, read_request(request_class, config.run, chosen))
+    request = read_request(request_class, config.run, chosen)
+    getattr(import_module(module), function)(config, request)
 
 
 def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +21,8 @@ from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.models import Models, check_images, load_models
-from pipeline.requests import Request, find_inputs, parse_prompts, save_pictures, to_prompts
+from pipeline.own_keys import ColorizeRequest
+from pipeline.requests import find_inputs, parse_prompts, save_pictures, to_prompts
 from stages.contract import Prompts
 from stages.measures.pictures import sheet
 from stages.prior.sampling import SamplingConfig
@@ -31,18 +31,6 @@ from stages.spectral.colour import luma_of, with_luma
 
 NUM_SHOWN = 8
 """Inputs on the contact sheet."""
-
-
-@dataclass
-class ColorizeRequest(Request):
-    """What to colour."""
-
-    input: str = ""
-    """A gray image, or a folder of them; cut and resized like the run's own."""
-    color: str = "refuse"
-    """What to do with an input that has colour: refuse it, or drop its colour."""
-    out: str = "${run}/colorized"
-    """Folder for sheet.png and the single images."""
 
 
 def luma_scales(layout: TokenLayout) -> list[int]:

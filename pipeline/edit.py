@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,26 +22,11 @@ from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.models import DENSE_ENCODER, Models, check_images, load_models
-from pipeline.requests import Request, find_inputs, parse_numbers, parse_prompts, save_pictures, to_prompts
+from pipeline.own_keys import EditRequest
+from pipeline.requests import find_inputs, parse_numbers, parse_prompts, save_pictures, to_prompts
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.pictures import sheet
 from stages.prior.sampling import SamplingConfig
-
-
-@dataclass
-class EditRequest(Request):
-    """What to edit, and how much of it."""
-
-    input: str = ""
-    """An image, or a folder of images; cut and resized like the run's own."""
-    frozen: str = "1"
-    """Scales to keep; several, comma-separated, give the rows of the contact sheet. 0 needs a mask."""
-    guidances: str = ""
-    """Guidance values, comma-separated, for the columns; empty: sampling.guidance."""
-    mask: str = ""
-    """An image of the input's size: the scales that are not frozen change only where it is white."""
-    out: str = "${run}/edited"
-    """Folder for the contact sheets and the single images."""
 
 
 def open_elements(layout: TokenLayout, mask: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from data.images.config import ImagesConfig
-from data.images.module import validation_indices
-from data.images.reading import read_eval
+from data.images.reading import read_eval, validation_indices
 from data.images.source import ImageSource
 from pipeline.errors import RunError
 from pipeline.models import Models

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipeline.config import Config, to_plain
 from pipeline.errors import RunError
 from pipeline.model_card import Facts, write_card
 from pipeline.models import join
+from pipeline.own_keys import ExportRequest
 from pipeline.pretrained import (
     CARD,
     CONFIG,
@@ -44,18 +45,6 @@ from pipeline.run import need
 from stages.contract import Tokenizer
 from stages.programs import check_programs, export_programs
 from stages.weights import check_pair, load_prior, load_tokenizer, tokens_sha256
-
-
-@dataclass
-class ExportRequest:
-    """What to export, and where to."""
-
-    out: str = "${run}/export"
-    """Folder to write; an earlier export there is replaced, anything else is left alone."""
-    programs: bool = False
-    """Also write encoder and decoder as programs of torch.export, of learned tokenizers."""
-    license: str = "unknown"
-    """Licence of the weights as Hugging Face names it, e.g. mit or cc-by-4.0; it is the publisher's to choose."""
 
 
 def export_run(config: Config, request: ExportRequest) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,9 @@ from matplotlib.figure import Figure
 
 from pipeline.config import Config
 from pipeline.errors import RunError
+from pipeline.own_keys import OrdersRequest
 from pipeline.rates import COLOURS, read_metrics
 from pipeline.report_order import bits_in_order, measured_orders
-
-
-@dataclass
-class OrdersRequest:
-    """What to compare."""
-
-    runs: str = ""
-    """Folders of evaluations (with metrics.json), comma-separated, of the same held-out images."""
-    out: str = "${run}/orders"
-    """Folder for orders.json and orders.png."""
 
 
 def compare_orders(config: Config, request: OrdersRequest) -> Path:

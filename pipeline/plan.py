@@ -27,6 +27,7 @@ from data.layout import TokenLayout, Tokens
 from data.tokens.shards import token_dtype
 from pipeline.config import Config
 from pipeline.errors import RunError
+from pipeline.own_keys import PlanRequest
 from stages.attention import fused_attention
 from stages.contract import Prompts
 from stages.factory import build_prior, build_tokenizer
@@ -43,22 +44,6 @@ matrices need one moment less."""
 GATHERED_BYTES = 8
 """Bytes of a parameter in float32 while it is gathered under FSDP: weight, gradient."""
 SECONDS_A_DAY = 86_400
-
-
-@dataclass
-class PlanRequest:
-    """The machines."""
-
-    gpus: int = 8
-    """How many."""
-    teraflops: float = 989.0
-    """Peak of one, in TFLOP/s of dense bfloat16 products; 989 is an H100 SXM's by its data sheet."""
-    utilisation: float = 0.4
-    """Share of the peak that training reaches; measure it where the GPUs are."""
-    images: int = 1_281_167
-    """Training images, for the cache; ImageNet's by default."""
-    out: str = "${run}/plan.json"
-    """Where the figures go."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, features
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data.images.sources import open_source
+from data.images.views import picture_to_pixels, pixels_to_picture
 from pipeline.config import Config, to_plain
 from pipeline.errors import RunError
 from pipeline.evaluation_images import read_images
+from pipeline.own_keys import RatesRequest
 from stages.measures.distortion import psnr
 
 FORMATS: dict[str, tuple[str, dict[str, Any], str, tuple[Any, ...]]] = {
@@ -37,16 +37,6 @@ SAME = {
 """Keys that decide which images an evaluation saw."""
 
 COLOURS = colormaps["tab20"]
-
-
-@dataclass
-class RatesRequest:
-    """What to compare."""
-
-    runs: str = ""
-    """Folders of evaluations (with metrics.json), comma-separated, of the same held-out images."""
-    out: str = "${run}/rates"
-    """Folder for rates.json and rates.png."""
 
 
 def compare_rates(config: Config, request: RatesRequest) -> Path:
@@ -150,13 +140,13 @@ def curve_of_format(name: str, pixels: Tensor) -> dict[str, Any]:
 def encode_file(image: Tensor, kind: str, options: dict[str, Any]) -> bytes:
     """The bytes of an image uint8 [C, H, W] in a format of Pillow."""
     file = io.BytesIO()
-    to_pil_image(image).save(file, kind, **options)
+    pixels_to_picture(image).save(file, kind, **options)
     return file.getvalue()
 
 
 def decode_file(file: bytes, channels: int) -> Tensor:
     """uint8 [C, H, W] of a file's bytes."""
-    return pil_to_tensor(Image.open(io.BytesIO(file)).convert("L" if channels == 1 else "RGB"))
+    return picture_to_pixels(Image.open(io.BytesIO(file)).convert("L" if channels == 1 else "RGB"))
 
 
 def draw_rates(curves: list[dict[str, Any]], size: str, path: Path) -> None:

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional
-from torchvision.transforms.functional import to_pil_image
 
-from data.images.views import to_float, to_uint8
+from data.images.views import pixels_to_picture, to_float, to_uint8
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.models import check_channels
+from pipeline.own_keys import ReconstructRequest
 from pipeline.placement import device_of
 from pipeline.requests import find_inputs, parse_numbers, read_plain
 from pipeline.run import need
 from stages.precision import resolve
 from stages.tokenizer.heads import NO_HEAD, checked_crop
 from stages.weights import load_tokenizer
-
-
-@dataclass
-class ReconstructRequest:
-    """What to reconstruct."""
-
-    input: str = ""
-    """An image, or a folder of images. Each is resized as a whole to the tokenizer's square first."""
-    size: str = ""
-    """Height x width of the result, e.g. 300x517, or one number for a square; empty: the tokenizer's own."""
-    crop: str = ""
-    """top,left,height,width of the part of the result that is wanted; empty: all of it."""
-    out: str = "${run}/reconstructed"
-    """Folder for one PNG an image."""
 
 
 @torch.inference_mode()
@@ -65,7 +50,7 @@ def reconstruct_images(config: Config, request: ReconstructRequest) -> Path:
             made = tokenizer.decode(tokens)[..., top : top + height, left : left + width]
         else:
             made = tokenizer.render(tokens, size, crop)
-        to_pil_image(to_uint8(made[0]).cpu()).save(out / f"{file.stem}.png")
+        pixels_to_picture(to_uint8(made[0]).cpu()).save(out / f"{file.stem}.png")
     print(f"wrote {len(files)} images to {out}")
     return out
 

@@ -1,4 +1,4 @@
-"""What sample, upsample and edit are asked for: keys without a section on their command lines."""
+"""What sample, upsample and edit are asked for: prompts that a prior can read, inputs, and pictures as files."""
 
 from __future__ import annotations
 
@@ -8,30 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import save_image
 
 from data.images.config import ImagesConfig
 from data.images.folder import ENDINGS
 from data.images.source import decode
-from data.images.views import plain_image
+from data.images.views import picture_to_pixels, pixels_to_picture, plain_image
 from pipeline.errors import RunError
 from pipeline.models import Models
+from pipeline.own_keys import Request
 from stages.contract import Prior, Prompts
-
-
-@dataclass
-class Request:
-    """What every one of them understands."""
-
-    classes: str = ""
-    """Class names or ids, comma-separated; empty: none, but for sample every class where no text is given."""
-    text: str = ""
-    """Captions, separated by |; empty: none."""
-    count: int = 4
-    """Images of each class and caption, and of each input."""
-    seed: int = 0
-    """Image i is drawn with seed + i."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +145,11 @@ def find_inputs(path: str) -> list[Path]:
 
 def read_plain(path: Path, images: ImagesConfig) -> Tensor:
     """An image at its own size, uint8 [channels, h, w]. Raises CorruptImage."""
-    return pil_to_tensor(plain_image(decode(path, str(path)), images.channels, images.background))
+    return picture_to_pixels(plain_image(decode(path, str(path)), images.channels, images.background))
 
 
 def save_pictures(folder: Path, names: list[str], pictures: Tensor) -> None:
-    """Write uint8 [N, C, h, w] as PNGs."""
+    """Write uint8 [N, C, h, w] as PNGs in RGB, gray ones too."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in zip(names, pictures, strict=True):
-        save_image(picture.float() / 255, folder / f"{name}.png")
+        pixels_to_picture(picture).convert("RGB").save(folder / f"{name}.png")

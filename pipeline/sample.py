@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.models import load_models
-from pipeline.requests import Request, parse_prompts, save_pictures, to_prompts
+from pipeline.own_keys import SampleRequest
+from pipeline.requests import parse_prompts, save_pictures, to_prompts
 from stages.measures.pictures import sheet
-
-
-@dataclass
-class SampleRequest(Request):
-    """What to sample."""
-
-    out: str = "${run}/samples"
-    """Folder for grid.png and the single images."""
 
 
 def sample_images(config: Config, request: SampleRequest) -> Path:

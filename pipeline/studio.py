@@ -8,7 +8,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 from pipeline.config import Config, load_config
 from pipeline.errors import RunError
 from pipeline.models import load_models
+from pipeline.own_keys import StudioRequest
 from pipeline.studio_actions import MAX_PIXELS, Studio
 from pipeline.studio_looks import STYLE
 from pipeline.studio_page import build_page
@@ -27,16 +27,6 @@ MAX_WAITING = 32
 """Requests in the queue; more are told to come back."""
 MAX_SESSIONS = 100
 """Pages whose last draw is kept."""
-
-
-@dataclass
-class StudioRequest:
-    """Where the page is served."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, and there is no password."""
-    port: int = 0
-    """0: the first free one from 7860."""
 
 
 def load_run(name: str, overrides: Sequence[str]) -> Config:

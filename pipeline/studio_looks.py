@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from html import escape
 
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
+from data.images.views import pixels_to_picture
 from pipeline.studio_actions import Shown
 
 LARGEST_PIXELATED = 128
@@ -95,7 +95,7 @@ load();
 def data_uri(pixels: Tensor) -> str:
     """A PNG of uint8 [C, h, w] that stands in the page itself."""
     buffer = io.BytesIO()
-    to_pil_image(pixels).save(buffer, "PNG")
+    pixels_to_picture(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pipeline.evaluate import check_classes, check_parts, fit_classifier, load_i
 from pipeline.evaluate_samples import Judges, ask, class_accuracy, draw
 from pipeline.evaluation_images import read_images
 from pipeline.models import assemble
+from pipeline.own_keys import SweepRequest
 from pipeline.placement import device_of
 from pipeline.rates import COLOURS
 from pipeline.report_tables import figure, percent
@@ -29,20 +29,6 @@ from pipeline.run import need
 from stages.measures.samples import frechet_key
 from stages.prior.sampling import SamplingConfig
 from stages.weights import check_pair, load_prior, load_tokenizer
-
-
-@dataclass
-class SweepRequest:
-    """The grid: every combination of these."""
-
-    guidances: str = ""
-    """Comma-separated; empty: the config's own."""
-    temperatures: str = ""
-    """Comma-separated; empty: the config's own."""
-    top_ks: str = ""
-    """Comma-separated, 0 for all ids; empty: the config's own."""
-    out: str = "${run}/sweep"
-    """Folder for sweep.json, sweep.md and sweep.png."""
 
 
 def sweep(config: Config, request: SweepRequest) -> Path:

@@ -7,7 +7,6 @@ pieces are held out. A prior is trained on such a cache as on any other (conditi
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,8 @@ from data.tokens.manifest import FILE, Manifest, SplitInfo
 from data.tokens.shards import NO_LABEL, Block, ShardInfo, ShardWriter
 from pipeline.config import Config, check_command
 from pipeline.errors import RunError
+from pipeline.own_keys import TextTokensRequest
 from pipeline.run import stage_folder
-
-
-@dataclass
-class TextTokensRequest:
-    """What to cut, and into how long pieces."""
-
-    file: str = ""
-    """A text of any encoding."""
-    length: int = 256
-    """Bytes of a sample."""
-    held_out: float = 0.05
-    """Share of the pieces, the last ones, that validate."""
 
 
 def text_layout(length: int) -> TokenLayout:

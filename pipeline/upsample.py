@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -18,32 +17,15 @@ from data.layout import TokenLayout
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.models import DENSE_ENCODER, Models, load_models
-from pipeline.requests import Request, find_inputs, parse_prompts, read_plain, save_pictures, to_prompts
+from pipeline.own_keys import DETAIL, EXACT_ROUNDS, UpsampleRequest
+from pipeline.requests import find_inputs, parse_prompts, read_plain, save_pictures, to_prompts
 from stages.contract import PrefixUnsupported, Prompts
 from stages.measures.pictures import sheet
 from stages.measures.upsampling import back_project, blend, consistency, enlarge
 from stages.prior.sampling import SamplingConfig
 
-EXACT_ROUNDS = 3
-DETAIL = 0.6
 NUM_SHOWN = 8
 """Inputs on the contact sheet."""
-
-
-@dataclass
-class UpsampleRequest(Request):
-    """What to enlarge."""
-
-    input: str = ""
-    """An image, or a folder of images; square, and as large as one of the scales decodes to."""
-    to: int = 0
-    """Side of the result in pixels, one of the scales'; 0: the full size."""
-    exact: int = EXACT_ROUNDS
-    """Rounds of back-projection that draw the result to what reduces to the input; 0 leaves it as decoded."""
-    detail: float = DETAIL
-    """1: the sampled detail at full strength; less blends it with bicubic interpolation, which is 0."""
-    out: str = "${run}/upsampled"
-    """Folder for sheet.png and the single images."""
 
 
 def rung_of(layout: TokenLayout, side: int, what: str) -> int:

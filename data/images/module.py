@@ -16,13 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.images.config import ImagesConfig
-from data.images.reading import EvalView, PreloadedDataset, TrainDataset, read_eval
+from data.images.reading import EvalView, PreloadedDataset, TrainDataset, read_eval, validation_indices
 from data.images.source import ImageSource
 from data.images.sources import open_source
 from data.images.views import DETERMINISTIC_VIEWS, to_float
@@ -122,11 +121,6 @@ class ImageDataModule(L.LightningDataModule):
             persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-
-def validation_indices(length: int, count: int, seed: int) -> list[int]:
-    """The first ``count`` indices (or all) of a fixed permutation of a held-out side of ``length`` images."""
-    return np.random.default_rng([seed, length]).permutation(length)[:count].tolist()
 
 
 class PaddedBatches(Sampler[list[tuple[int, float]]]):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -163,6 +164,11 @@ class EvalView:
     """Index into the source."""
     readable: bool
     """False for a corrupt image that ``skip_corrupt`` lets pass."""
+
+
+def validation_indices(length: int, count: int, seed: int) -> list[int]:
+    """The first ``count`` indices (or all) of a fixed permutation of a held-out side of ``length`` images."""
+    return np.random.default_rng([seed, length]).permutation(length)[:count].tolist()
 
 
 def read_eval(

@@ -34,6 +34,18 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def picture_to_pixels(picture: Image.Image) -> Tensor:
+    """uint8 [C, h, w] of a picture of 8 bits a channel, such as modes L and RGB."""
+    array = np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, len(picture.getbands()))
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def pixels_to_picture(pixels: Tensor) -> Image.Image:
+    """A picture of mode L or RGB of uint8 [1 or 3, h, w] on the CPU."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+
+
 def generator_for(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random numbers of one image in one epoch."""
     return np.random.default_rng([seed, epoch, index])
@@ -110,8 +122,7 @@ def view_pixels(
         plain = framed
     else:
         raise ImagesError(f"unknown view {view!r}; allowed: center, random_resized_crop, random_crop, pad")
-    pixels = torch.from_numpy(np.array(plain, dtype=np.uint8).reshape(size, size, config.channels))
-    pixels = pixels.permute(2, 0, 1)
+    pixels = picture_to_pixels(plain)
     return (pixels.flip(-1) if flip else pixels).contiguous()
 
 

@@ -9,7 +9,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.bench.transforms import bench_transforms
 from pipeline.config import Config
 from pipeline.cores import usable_cores
 from pipeline.errors import RunError
+from pipeline.own_keys import BenchRequest
 from pipeline.placement import device_name
 from pipeline.requests import parse_numbers
 
@@ -41,20 +42,6 @@ PARTS: dict[str, Callable[[Place], list[Figure]]] = {
 
 SHORT_PRODUCTS = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx512_vnni")
 """Instructions for matrix products of short numbers, by the names that torch gives them."""
-
-
-@dataclass
-class BenchRequest:
-    """What to measure, and how often."""
-
-    parts: str = "all"
-    """Comma-separated: transforms, tokenizer, training, cache, reader, prior, sampling; or all."""
-    repeats: int = 5
-    """Timed runs of each task, in turn with those that it is compared with; one more comes first, untimed."""
-    memory: str = ""
-    """Image sides, comma-separated, at which the memory of a prior over lists is measured; empty: none."""
-    out: str = "${run}/bench.json"
-    """Where the figures go."""
 
 
 def run_bench(config: Config, request: BenchRequest) -> Path:

@@ -1,7 +1,8 @@
 """EfficientNet-Lite0 as a frozen feature backbone: ImageNet weights that install as a package.
 
 The network is timm's ``tf_efficientnet_lite0``; the packaged checkpoint names the same layers otherwise, so its keys
-are mapped and loaded strictly. It was trained with mean = std = 0.5, so pixels in [-1, 1] go in as they are.
+are mapped and loaded strictly. It was trained with mean = std = 0.5, so pixels in [-1, 1] go in as they are. timm
+takes longer to import than torch, so it is imported where the network is built.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,6 +80,8 @@ def load_lite0(weights: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The whole classifier, strictly loaded, in eval mode; ``weights`` default to the packaged checkpoint."""
     if weights is None:
         weights = torch.load(checkpoint_path(), map_location="cpu", weights_only=True)
+    import timm
+
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     network.load_state_dict({timm_key(key): tensor for key, tensor in weights.items()}, strict=True)
     return network.eval()

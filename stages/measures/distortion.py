@@ -1,10 +1,12 @@
-"""Distortion of reconstructions in pixels: PSNR and SSIM of 8-bit images, which is what a viewer gets."""
+"""Distortion of reconstructions in pixels: PSNR and SSIM of 8-bit images, which is what a viewer gets.
+
+torchmetrics takes longer to import than torch, so it is imported where SSIM is measured: upsampling needs PSNR alone.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 HIGHEST_PSNR = 100.0
 """Decibels given to identical images, whose PSNR has no finite value."""
@@ -34,6 +36,8 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
     Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5. Raises ValueError for sides under 11.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     if min(prediction.shape[-2:]) < SMALLEST_SSIM:
         raise ValueError(f"SSIM's window needs sides of 11 px or more, not {tuple(prediction.shape[-2:])}")
     values = structural_similarity_index_measure(

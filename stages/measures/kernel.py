@@ -2,6 +2,7 @@
 
 With Inception's features it is KID (Bińkowski et al. 2018). Unlike a Fréchet distance its estimate is unbiased: values
 of different N compare, only their spread grows as N falls, and equal distributions may score slightly below zero.
+torchmetrics takes longer to import than torch, so it is imported when a distance is measured, not for a report of one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.image.kid import poly_mmd
 
 NUM_SUBSETS = 100
 LARGEST_SUBSET = 1000
@@ -32,6 +32,8 @@ def kernel_distance(real: Tensor, judged: Tensor, seed: int) -> KernelDistance:
     The kernel is (x·y / D + 1)^3. A subset has 1,000 of each side, or half of the smaller side, so that subsets differ
     and their spread says something. Raises ValueError for fewer than 4 features on a side.
     """
+    from torchmetrics.image.kid import poly_mmd
+
     fewest = min(len(real), len(judged))
     if fewest < 4:
         raise ValueError(f"a kernel distance needs 4 features of each side or more, not {fewest}")

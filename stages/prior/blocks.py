@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import SwiGLU
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.attention import Spans, attend
 from stages.layers import FusedLinear, HiddenLayers
@@ -67,6 +67,24 @@ class CrossAttention(nn.Module):
         return self.project(attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width))
 
 
+class SwiGLU(nn.Module):
+    """Feed-forward layer of two branches, one of which gates the other (arXiv 2002.05202, section 2), without biases.
+
+    Parameters and what they begin with are those of ``timm.layers.SwiGLU``. Importing that takes longer than importing
+    torch, and a prior needs nothing else of it.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1_g = nn.Linear(width, hidden, bias=False)
+        self.fc1_x = nn.Linear(width, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., D]"""
+        return self.fc2(functional.silu(self.fc1_g(x)) * self.fc1_x(x))
+
+
 class Block(HiddenLayers):
     """Pre-norm block: attention, cross-attention where there is a memory, and SwiGLU.
 
@@ -89,7 +107,7 @@ class Block(HiddenLayers):
         self.attention = Attention(width, heads, causal)
         self.cross = CrossAttention(width, heads) if cross else None
         self.mlp_norm = nn.RMSNorm(width)
-        self.mlp = SwiGLU(width, round(width * hidden_ratio / 8) * 8, bias=False)
+        self.mlp = SwiGLU(width, round(width * hidden_ratio / 8) * 8)
         self.dropout = nn.Dropout(dropout)
 
     def forward(

@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from timm.layers import SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data.layout import TokenLayout
 from stages.contract import ConditionStates
 from stages.grammar import PlacedGrammar
+from stages.prior.blocks import SwiGLU
 
 
 class InputEmbedding(nn.Module, ABC):
@@ -78,7 +78,7 @@ class GridEmbedding(InputEmbedding):
         self.column_embedding = nn.Embedding(1 + max(place[2] for place in places), width)
         if layout.num_fields > 1:
             self.chosen_norm = nn.RMSNorm(width)
-            self.mix = SwiGLU(width, 2 * width, bias=False)
+            self.mix = SwiGLU(width, 2 * width)
 
     def elements(self, ids: Tensor, first: int, notes: Tensor | None) -> Tensor:
         return self.table(ids + self.offsets[first : first + ids.shape[1]]).sum(2)

@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data.images.config import ImagesConfig
 from data.images.source import ImagesError, decode
-from data.images.views import flips, to_float, to_uint8, train_pixels, view_pixels
+from data.images.views import (
+    flips,
+    picture_to_pixels,
+    pixels_to_picture,
+    to_float,
+    to_uint8,
+    train_pixels,
+    view_pixels,
+)
 
 VIEWS = ("center", "random_resized_crop")
 
@@ -23,6 +32,15 @@ def test_bytes_survive_floats() -> None:
     assert torch.equal(to_uint8(to_float(pixels)), pixels)
     assert to_float(pixels).min() == -1 and to_float(pixels).max() == 1
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_and_pixels_become_one_another_as_in_torchvision(channels: int) -> None:
+    pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+    picture = pixels_to_picture(pixels)
+    expected = to_pil_image(pixels)
+    assert (picture.mode, picture.size, picture.tobytes()) == (expected.mode, expected.size, expected.tobytes())
+    assert torch.equal(picture_to_pixels(picture), pixels) and torch.equal(pil_to_tensor(picture), pixels)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

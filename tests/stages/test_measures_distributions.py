@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.image.kid import poly_mmd
 
 from stages.measures.backbones import BackboneError
 from stages.measures.frechet import FRECHET_MINIMUM, fit_gaussian, frechet, measure_frechet
 from stages.measures.inception import Inception
-from stages.measures.kernel import kernel_distance, poly_mmd
+from stages.measures.kernel import kernel_distance
 from stages.measures.neighbours import coverage, manifolds
 from stages.measures.samples import Space
 

@@ -1,12 +1,14 @@
 """The prior: causal, conditioned, and equal with and without its cache."""
 
 import pytest
+import timm.layers as timm
 import torch
 
 from data.layout import Field, Scale, TokenLayout, Tokens
 from stages.conditions.labels import ClassConditionConfig, NoConditionConfig
 from stages.contract import Prompts
 from stages.factory import build_prior
+from stages.prior.blocks import SwiGLU
 from stages.prior.transformer import TransformerPriorConfig
 from stages.weights import WeightsError, check_pair, load_prior, load_tokenizer, save_prior, save_weights
 from tests.stages.bitplanes import codec
@@ -188,3 +190,13 @@ def test_a_field_can_follow_from_the_earlier_one_and_from_what_stood_before():
         optimizer.step()
     # what cannot be known costs all of log 16
     assert nll[:, 1:, 1].mean() < 0.3 < 2.5 < nll[..., 0].mean()
+
+
+def test_swiglu_begins_and_computes_like_timms():
+    torch.manual_seed(0)
+    theirs = timm.SwiGLU(24, 64, bias=False)
+    torch.manual_seed(0)
+    own = SwiGLU(24, 64)
+    torch.testing.assert_close(own.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    x = torch.randn(2, 5, 24)
+    assert torch.equal(own(x), theirs(x))
