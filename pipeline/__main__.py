@@ -36,7 +36,7 @@ from typing import Any, get_type_hints
 
 from data.errors import OctavesError
 from pipeline import own_keys
-from pipeline.config import ConfigError, load_config
+from pipeline.config import ConfigError, load_config, load_run
 from pipeline.cores import use_threads
 from pipeline.processes import REQUEUE, Preempted, end_with_parent, ending_on_sigterm
 
@@ -125,7 +125,7 @@ def run(command: str, arguments: list[str]) -> None:
     request_class = getattr(own_keys, keys_name)
     own = {field.name for field in fields(request_class)}
     chosen = [item for item in overrides if item.split("=")[0] in own]
-    load = import_module(module).load_run if command == "studio" else load_config
+    load = load_run if command == "studio" else load_config
     config = load(name, [item for item in overrides if item not in chosen])
     request = read_request(request_class, config.run, chosen)
     getattr(import_module(module), function)(config, request)

@@ -6,6 +6,7 @@ unknown key, a wrong type or an impossible combination ends here, with one line,
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import OctavesError
 from data.images.config import ImagesConfig
 from data.tokens.config import TokensConfig
+from pipeline.errors import RunError
 from pipeline.rules import broken_rule, broken_rule_for
 from stages.conditions.config import ConditionConfig
 from stages.factory import condition_config, head_config, prior_config, quantizer_config, tokenizer_config
@@ -167,6 +169,24 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     if broken := broken_rule(config):
         raise ConfigError(broken)
     return config
+
+
+def load_run(name: str, overrides: Sequence[str]) -> Config:
+    """The config of a YAML, a shipped experiment, or the folder of a finished run.
+
+    A folder knows what its stages were made with, but not how its YAML sampled: that is at its defaults then.
+    Raises ConfigError, or RunError for a folder that is no run.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return load_config(name, overrides)
+    parts = [folder / stage / "config.yaml" for stage in ("tokenizer", "prior")]
+    if not all(part.is_file() for part in parts):
+        raise RunError(f"{folder} is no finished run: {parts[0]} or {parts[1]} is missing; give its YAML, or train it")
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / f"{folder.resolve().name}.yaml"
+        OmegaConf.save(OmegaConf.merge(*(OmegaConf.load(part) for part in parts)), path)
+        return load_config(path, [f"run={folder}", *overrides])
 
 
 def check_command(command: str, config: Config) -> None:

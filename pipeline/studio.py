@@ -7,14 +7,11 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
-from omegaconf import OmegaConf
 from PIL import Image
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.models import load_models
 from pipeline.own_keys import StudioRequest
@@ -27,24 +24,6 @@ MAX_WAITING = 32
 """Requests in the queue; more are told to come back."""
 MAX_SESSIONS = 100
 """Pages whose last draw is kept."""
-
-
-def load_run(name: str, overrides: Sequence[str]) -> Config:
-    """The config of a YAML, a shipped experiment, or the folder of a finished run.
-
-    A folder knows what its stages were made with, but not how its YAML sampled: that is at its defaults then.
-    Raises ConfigError, or RunError for a folder that is no run.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return load_config(name, overrides)
-    parts = [folder / stage / "config.yaml" for stage in ("tokenizer", "prior")]
-    if not all(part.is_file() for part in parts):
-        raise RunError(f"{folder} is no finished run: {parts[0]} or {parts[1]} is missing; give its YAML, or train it")
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / f"{folder.resolve().name}.yaml"
-        OmegaConf.save(OmegaConf.merge(*(OmegaConf.load(part) for part in parts)), path)
-        return load_config(path, [f"run={folder}", *overrides])
 
 
 def run_studio(config: Config, request: StudioRequest) -> None:

@@ -66,6 +66,7 @@ def test_help_and_wrong_keys_are_answered_before_torch_is_loaded():
         "assert main(['train-tokenizer', 'demo', 'tokenizer.quantizer.nonsense=1']) == 2",
         "assert main(['sample', 'demo', 'condition.kind=nonsense']) == 2",
         "assert main(['eval', 'demo', 'prior.order=nonsense']) == 2",
+        "assert main(['studio', 'demo', 'nonsense=1']) == 2",
         "assert main(['sweep', 'demo', 'tokenizer.transform=nonsense']) == 2",
     ]
     assert imported(steps, [*HEAVY, "torch"]) == {step: [] for step in steps}

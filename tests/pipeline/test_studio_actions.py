@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from pipeline.config import load_run
 from pipeline.edit import edit_pixels
 from pipeline.errors import RunError
-from pipeline.studio import load_run
 from pipeline.studio_actions import (
     Wish,
     check_upload,
