@@ -20,7 +20,12 @@ def apple(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     made = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda data, dtype=None, device="cpu": made(data, dtype=dtype).to(device))
+
+    def tensor(data, dtype=None, device="cpu"):
+        # a device that a `with` names would be the real meta, which has no data
+        return made(data, dtype=dtype, device="cpu").to(device)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with AppleMachine():
         yield torch.device("meta")
