@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data.errors import InputError
 from data.files import remove_temporaries, write_atomically
 from pipeline.config import Config, to_plain
 from pipeline.errors import RunError
@@ -76,14 +77,24 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Config]:
 def with_settled_precision(folder: Path, config: Config, stage: str) -> Config:
     """The config with ``32`` or ``bf16`` as the precision of a stage.
 
-    ``auto`` is what a folder in which something was made has written down, else what suits this machine.
+    ``auto`` is what a folder in which something was made has written down, else what suits this machine. Raises
+    InputError for a precision that the device does not have, RunError where a folder has begun in it.
     """
-    section = SECTION_WITH_PRECISION[stage]
+    section, device = SECTION_WITH_PRECISION[stage], device_of(config)
     part = getattr(config, section)
     # a rank that the first process started finds the decision there
     begun = is_made(folder) or is_follower()
     written = written_config(folder).get(section, {}).get("precision") if begun else None
-    precision = written if part.precision == "auto" and written else resolve(part.precision, device_of(config))
+    goes_on = bool(written) and part.precision == "auto"
+    try:
+        precision = resolve(str(written) if goes_on else part.precision, device)
+    except InputError as error:
+        if not goes_on:
+            raise
+        raise RunError(
+            f"{folder} began in precision {written}, which this {device.type} device does not have; go on with "
+            "trainer.accelerator=cpu or on another machine, or choose another RUN="
+        ) from error
     return replace(config, **{section: replace(part, precision=precision)})
 
 

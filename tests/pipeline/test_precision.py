@@ -118,6 +118,17 @@ def test_a_checkpoint_of_another_precision_is_refused(auto, tmp_path, machine, c
     assert "the checkpoint is of a training in precision 32, this one is in bf16" in capsys.readouterr().err
 
 
+def test_a_device_without_the_precision_of_a_run_does_not_go_on_with_it(auto, tmp_path, machine, monkeypatch, capsys):
+    machine("bf16")
+    place = f"run={tmp_path / 'run'}"
+    assert main(["train-tokenizer", auto, place]) == 0
+    monkeypatch.setattr(precision, "_has_no_bf16", lambda kind: True)
+    assert main(["train-tokenizer", auto, place]) == 2
+    assert "began in precision bf16, which this cpu device does not have" in capsys.readouterr().err
+    assert main(["cache-tokens", auto, place, "tokens.precision=bf16"]) == 2
+    assert "precision=bf16: this cpu device has no bfloat16; allowed: auto, 32" in capsys.readouterr().err
+
+
 def test_a_folder_in_which_nothing_was_made_takes_what_suits_the_machine(auto, tmp_path, machine):
     run = tmp_path / "run"
     machine("bf16")
