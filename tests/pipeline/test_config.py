@@ -98,7 +98,7 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("images.kind=folder", "images.path is not set"),
         ("tokenizer_training.perceptual=vgg", "perceptual"),
         ("condition.dropout=1.5", "condition.dropout"),
-        ("condition.dropout=0", "sampling.guidance=1.5 with condition.kind=class"),
+        ("condition.dropout=0", "with condition.kind=class and condition.dropout=0.0"),
         ("condition.kind=none", "set sampling.guidance=1"),
         ("condition.kind=text", "condition.kind=text with tokens.text_encoder=none: captions need an encoder"),
         ("condition.attend=cross", "attend"),
