@@ -231,7 +231,7 @@ def kept_thumbnails(
 ) -> Tensor:
     """``decoded_thumbnails``, kept in the run's folder ``eval`` for later evaluations of the same tokenizer.
 
-    Decoding all training images is most of the time of an evaluation, and no setting of it changes them.
+    Where there are many, decoding them is a large part of an evaluation, and no setting of it changes them.
     """
     images = {key: getattr(config.images, key) for key in ("size", "channels", "eval_view", "background")}
     made_of = [tokenizer.precision, device.type, str(torch.__version__), images, source.fingerprint()]

@@ -2,7 +2,7 @@
 
 What is notable here:
 
-- ``auto`` is bfloat16 where the hardware multiplies it, else float32. Emulated bfloat16 is 3 to 130 times slower than
+- ``auto`` is bfloat16 where the hardware multiplies it, else float32. Emulated bfloat16 is 3 to 350 times slower than
   float32, and nothing but a clock tells for sure: asking the hardware only rules bfloat16 out, a timed product decides;
 - ``bf16`` means autocast: weights stay float32, matrix products are computed in bfloat16. Transforms, quantisers,
   perceptual distances and adversarial losses stay in float32 in either case;

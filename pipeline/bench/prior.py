@@ -22,7 +22,7 @@ from pipeline.placement import token_loaders, wait_for
 from stages.conditions.labels import NoConditionConfig
 from stages.contract import Prior, Prompts
 from stages.factory import build_prior
-from stages.precision import slowness
+from stages.precision import resolve
 from stages.prior.config import PriorTrainingConfig
 from stages.prior.module import PriorModule
 from stages.prior.order import permutation_of
@@ -41,8 +41,7 @@ PEAK_SIDE = 2048
 def bench_prior(place: Place) -> list[Figure]:
     """Tokens a second of training steps, and FLOPs a second over those of a matrix product.
 
-    In every precision that the device multiplies.
-    For layouts of fixed length.
+    For layouts of fixed length, in every precision that the device multiplies.
     """
     config = place.config
     layout = place.tokenizer.layout
@@ -51,7 +50,7 @@ def bench_prior(place: Place) -> list[Figure]:
         return []
     training = config.prior_training
     kinds = {"32": torch.float32}
-    if slowness("bf16", place.device) is None:  # where it is emulated a step takes minutes
+    if resolve("auto", place.device) == "bf16":  # where it is emulated a step takes minutes
         kinds["bf16"] = torch.bfloat16
     arms = {f"precision {name}": dataclasses.replace(training, precision=name) for name in kinds}
 

@@ -63,9 +63,16 @@ def test_what_emulation_costs_is_said(machine):
     )
 
 
-def test_a_product_is_timed_for_each_kind():
+@pytest.mark.parametrize(("durations", "least"), [([0.2], 0.2), ([0.009, 0.005, 0.018], 0.005)])
+def test_the_fastest_of_the_products_that_begin_in_time_counts(monkeypatch, durations, least):
+    """On a clock by which each product takes as long as it is told."""
+    moments = [0.0, 0.0]
+    for duration in durations:
+        moments += [moments[-1] + duration] * 2
+    monkeypatch.setattr(precision.time, "perf_counter", iter(moments).__next__)
     precision._product_seconds.cache_clear()
-    assert 0 < precision._product_seconds("cpu", torch.float32) < float("inf")
+    assert precision._product_seconds("cpu", torch.float32) == pytest.approx(least)
+    precision._product_seconds.cache_clear()
 
 
 def test_devices_without_bf16_take_float32(monkeypatch):
