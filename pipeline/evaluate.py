@@ -11,14 +11,16 @@ What is notable here:
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.files import write_atomically
-from data.images.source import ImageSource
+from data.images.source import ImageSource, sha256_of
 from data.images.sources import open_source
 from data.tokens.manifest import Manifest, check_belongs, has_manifest
 from pipeline.config import Config, to_plain
@@ -34,6 +36,7 @@ from pipeline.evaluate_scales import check_scales, load_baseline, measure_editin
 from pipeline.evaluate_streams import bits_of_scales, measure_rates, show_finished
 from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import show_errors, show_extremes, show_prefixes, show_reconstructions
+from pipeline.kept import kept
 from pipeline.models import Models, assemble, check_images
 from pipeline.placement import device_name, device_of
 from pipeline.report import write_report
@@ -60,6 +63,8 @@ from stages.measures.reconstruction import (
 from stages.precision import NAMES, resolve
 from stages.tokenizer.heads import NO_HEAD
 from stages.weights import check_pair, file_sha256, load_prior, load_tokenizer, tokens_sha256
+
+KEPT_CLASSIFIER = "classifier.npz"
 
 
 def evaluate(config: Config) -> Path:
@@ -255,7 +260,11 @@ def load_inception(config: Config, device: torch.device, skipped: list[str]) -> 
 def fit_classifier(
     config: Config, train: Images, num_classes: int, device: torch.device, skipped: list[str]
 ) -> Classifier | None:
-    """A classifier of the training images, or None and a line in ``skipped``."""
+    """A classifier of the training images, or None and a line in ``skipped``.
+
+    It is kept in the run's folder ``eval``: it is most of the time of a small evaluation, and what is often changed
+    between two evaluations (the prior, the sampling) does not change it.
+    """
     known = train.labels >= 0
     if not config.eval.classifier or num_classes < 2 or not known.any():
         reason = "eval.classifier is off" if not config.eval.classifier else "the images have no classes"
@@ -264,7 +273,23 @@ def fit_classifier(
     steps = config.eval.classifier_steps
     precision = resolve(config.eval.precision, device)
     pixels, labels = train.pixels[known], train.labels[known]
-    return train_classifier(pixels, labels, num_classes, steps, config.eval.seed, device, precision)
+
+    def make() -> dict[str, np.ndarray]:
+        trained = train_classifier(pixels, labels, num_classes, steps, config.eval.seed, device, precision)
+        return trained.to_arrays()
+
+    how = [
+        num_classes,
+        steps,
+        config.eval.seed,
+        precision,
+        device.type,
+        torch.get_num_threads(),
+        str(torch.__version__),
+    ]
+    code = Path(inspect.getfile(Classifier)).read_bytes()
+    wanted = sha256_of([json.dumps(how).encode(), code, pixels.numpy().tobytes(), labels.numpy().tobytes()])
+    return Classifier.from_arrays(kept(Path(config.run) / "eval" / KEPT_CLASSIFIER, wanted, make), device)
 
 
 def calibration_of(folder: Path, tokenizer: Tokenizer, said: Said) -> dict[str, Any] | None:

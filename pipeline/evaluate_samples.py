@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import file_sha256, write_atomically
+from data.files import file_sha256
 from data.images.reading import pixels_of
 from data.images.source import ImageSource, sha256_of
 from data.layout import Tokens
@@ -24,6 +22,7 @@ from pipeline.config import Config, to_plain
 from pipeline.evaluate_grids import show_grids, show_growing
 from pipeline.evaluation_images import Images, prompts_of, read_images
 from pipeline.evaluation_pictures import show_captioned, show_neighbours, show_samples
+from pipeline.kept import kept
 from pipeline.models import Models
 from stages.contract import Tokenizer
 from stages.measures.backbones import as_rgb
@@ -237,18 +236,11 @@ def kept_thumbnails(
     made_of = [tokenizer.precision, device.type, str(torch.__version__), images, source.fingerprint()]
     parts = [file_sha256(Path(config.tokenizer.path)).encode(), json.dumps(made_of).encode()]
     wanted = sha256_of([*parts, np.asarray(indices, np.int64).tobytes()])
-    path = Path(config.run) / "eval" / KEPT
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            if str(kept["made_of"]) == wanted:
-                return torch.from_numpy(kept["pixels"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or a damaged one: it is made again
-        pass
-    pixels = decoded_thumbnails(tokenizer, source, indices, config, device)
-    content = io.BytesIO()
-    np.savez(content, pixels=pixels.numpy(), made_of=np.array(wanted))
-    write_atomically(path, content.getbuffer())
-    return pixels
+
+    def make() -> dict[str, np.ndarray]:
+        return {"pixels": decoded_thumbnails(tokenizer, source, indices, config, device).numpy()}
+
+    return torch.from_numpy(kept(Path(config.run) / "eval" / KEPT, wanted, make)["pixels"])
 
 
 def decoded_thumbnails(

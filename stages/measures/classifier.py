@@ -7,9 +7,11 @@ training images.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,6 +108,18 @@ class Classifier:
     def predict(self, pixels: Tensor) -> Tensor:
         """Most probable class, int64 [N]."""
         return self.network.head(self.features(pixels).to(self.device)).argmax(dim=1).cpu()
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Its weights by name."""
+        return {name: value.cpu().numpy() for name, value in self.network.state_dict().items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], device: torch.device) -> Classifier:
+        """The classifier that gave these ``to_arrays``. Raises KeyError or RuntimeError for other arrays."""
+        num_classes, channels = len(arrays["head.bias"]), arrays["body.0.weight"].shape[1]
+        network = Network(channels, num_classes)
+        network.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
+        return cls(network.to(device, memory_format=torch.channels_last), num_classes, device)
 
     def accuracy(self, pixels: Tensor, labels: Tensor) -> Accuracy:
         """Accuracy on pixels uint8 [N, C, H, W] with int64 labels [N]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -17,13 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data.images.reading import pixels_of
 from data.images.sources import open_source
+from pipeline import evaluate as evaluation
 from pipeline import evaluate_samples
 from pipeline.errors import RunError
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate, fit_classifier
 from pipeline.evaluate_samples import decoded_thumbnails, kept_thumbnails, save_samples
+from pipeline.evaluation_images import Images, read_images
 from pipeline.report_curves import panels_of, read_scalars, smoothed
 from stages import factory
 from stages.factory import build_prior, build_tokenizer
+from stages.measures.classifier import Classifier, train_classifier
 from stages.measures.reconstruction import reconstruct
 from stages.weights import WeightsError, file_sha256, load_tokenizer, save_prior, save_tokenizer
 from tests.pipeline.mean_colour import MeanColourConfig
@@ -279,3 +283,38 @@ def test_training_images_are_decoded_once_for_each_tokenizer(tmp_path, bright_an
     save_tokenizer(Path(config.tokenizer.path), tokenizer, config.tokenizer, {"steps": 1})
     kept_thumbnails(tokenizer, source, indices, config, cpu)
     assert len(decodings) == 5
+
+
+def test_the_classifier_is_trained_once_for_the_same_images_and_settings(tmp_path, bright_and_dark, monkeypatch):
+    config = toy_run(tmp_path, bright_and_dark, with_prior=False)
+    train = read_images(open_source(config.images, "train"), config.images, 100, small=True)
+    trainings: list[int] = []
+
+    def counted(*arguments):
+        trainings.append(arguments[3])
+        return train_classifier(*arguments)
+
+    monkeypatch.setattr(evaluation, "train_classifier", counted)
+
+    def fit(images: Images) -> Classifier:
+        found = fit_classifier(config, images, 2, torch.device("cpu"), [])
+        assert found is not None
+        return found
+
+    first, again = fit(train), fit(train)
+    assert len(trainings) == 1 and torch.equal(first.features(train.pixels), again.features(train.pixels))
+    fit(dataclasses.replace(train, labels=1 - train.labels))
+    config.eval.classifier_steps += 1
+    fit(train)
+    config.eval.seed += 1
+    fit(train)
+    assert len(trainings) == 4
+    # a damaged file, and a folder that takes no files
+    kept = tmp_path / "eval" / "classifier.npz"
+    kept.write_bytes(kept.read_bytes()[:-100])
+    fit(train)
+    assert len(trainings) == 5
+    kept.unlink()
+    kept.mkdir()
+    fit(train)
+    assert len(trainings) == 6
