@@ -1,7 +1,8 @@
 """Training and evaluating the cells of a study: one process a stage, several runs side by side.
 
-Every stage is the command that a user would give, so it resumes as that does; what is finished is not done again. Two
-cells that share a run wait for each other. A stage that fails takes all cells that need it with it; the others go on.
+Every stage is the command that a user would give, so it resumes as that does; what is finished is not done again. Cells
+that share a stage wait for it; two priors of one tokenizer train side by side. A stage that fails takes all cells that
+need it with it; the others go on.
 """
 
 from __future__ import annotations
@@ -30,19 +31,25 @@ STAGES = {"train-tokenizer": "tokenizer", "cache-tokens": "tokens", "train-prior
 """Commands that hold their folder to one config, and the sections of it (``STAGE_SECTIONS``)."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One stage of one cell, running."""
 
     cell: Cell
     stage: str
-    process: subprocess.Popen[bytes]
     begun: float
+    process: subprocess.Popen[bytes] = field(init=False, repr=False)
 
     @property
     def made(self) -> Path:
         """The file that the stage writes last."""
         return dict(self.cell.stages)[self.stage]
+
+    @property
+    def log(self) -> Path:
+        """What the stage prints; several stages of one run may be running."""
+        parts = self.made.relative_to(self.cell.run).parent.parts
+        return self.cell.run / f"study-{'-'.join(parts)}.log"
 
 
 @dataclass
@@ -107,25 +114,26 @@ def train(cells: Sequence[Cell], jobs: int, minutes: float | None, outcome: Outc
 
 def next_stage(cells: Sequence[Cell], running: Sequence[Job], outcome: Outcome) -> tuple[Cell, str] | None:
     """The first stage that is missing and that no running one holds up."""
-    busy = {job.cell.run for job in running}
+    busy = {job.made for job in running}
     for cell in cells:
-        if cell.run in busy or outcome.reason(cell) is not None:
+        if outcome.reason(cell) is not None:
             continue
-        stage = next((name for name, made in cell.stages if not made.exists()), None)
-        if stage is not None:
+        stage, made = next(((name, made) for name, made in cell.stages if not made.exists()), (None, None))
+        if stage is not None and made not in busy:
             return cell, stage
     return None
 
 
 def start(cell: Cell, stage: str, jobs: int) -> Job:
-    """Begin a stage; what it prints goes to ``study.log`` in the cell's run."""
+    """Begin a stage; what it prints goes to its log in the cell's run."""
     cell.run.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pipeline", stage, *cell.command]
+    job = Job(cell, stage, time.monotonic())
     print(f"{cell.arm}, seed {cell.seed}: octaves {shlex.join(command[3:])}", flush=True)
-    with (cell.run / "study.log").open("ab") as log:
+    with job.log.open("ab") as log:
         log.write(f"$ octaves {shlex.join(command[3:])}\n".encode())
         log.flush()
-        process = subprocess.Popen(
+        job.process = subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -133,7 +141,7 @@ def start(cell: Cell, stage: str, jobs: int) -> Job:
             start_new_session=True,  # Ctrl-C is this process's to hear: a stage saves after SIGTERM alone
             preexec_fn=partial(prepare_child, os.getpid()),
         )
-    return Job(cell, stage, process, time.monotonic())
+    return job
 
 
 def finished(job: Job) -> str | None:
@@ -150,7 +158,7 @@ def finished(job: Job) -> str | None:
         return ""
     if code == REQUEUE:
         return "stopped by SIGTERM"
-    lines = (job.cell.run / "study.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines and not lines[-1].startswith("$ ") else f"exit code {code}"
 
 

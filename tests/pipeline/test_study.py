@@ -19,6 +19,7 @@ from pipeline.config import ConfigError
 from pipeline.processes import REQUEUE
 from pipeline.studies.plan import CONFIG_FOLDER, cells_of, find_study, load_study
 from pipeline.studies.table import markdown, spread, values_of
+from pipeline.studies.train import Job, Outcome, next_stage
 from tests.waiting import wait_until
 
 STUDY = """
@@ -129,6 +130,33 @@ def test_a_study_is_trained_once_and_tabled(study, tmp_path, capsys):
     assert "| dense | 1 |" in (out / "toy/table.md").read_text()
 
 
+def test_cells_wait_for_a_stage_that_they_share_and_for_no_other(study, tmp_path):
+    text = study.read_text() + "  - {name: deep, keys: {tokenizer.attention: sit, prior.depth: 2}, prior: true}\n"
+    study.write_text(text.replace("seeds: [0, 1]", "seeds: [0]"))
+    cells = cells_of(load_study(study), tmp_path)
+    _, _, shallow, deep = cells
+    assert shallow.run == deep.run
+    running, outcome = [], Outcome()
+
+    def begin():
+        found = next_stage(cells, running, outcome)
+        if found is not None:
+            running.append(Job(*found, 0.0))
+        return found
+
+    def finish(job):
+        job.made.parent.mkdir(parents=True, exist_ok=True)
+        job.made.touch()
+        running.remove(job)
+
+    assert begin() == (cells[0], "train-tokenizer") and begin() is None
+    finish(running[0])
+    assert begin() == (cells[0], "eval") and begin() == (shallow, "cache-tokens") and begin() is None
+    finish(running[1])
+    assert begin() == (shallow, "train-prior") and begin() == (deep, "train-prior")
+    assert len({job.log for job in running}) == 3
+
+
 def test_what_does_not_fit_is_not_run(study, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(study, out, "minutes=0") == 0
@@ -146,7 +174,7 @@ def test_what_fails_stops_only_itself(study, tmp_path, capsys):
     assert states["dense", 0] == states["dense", 1] == states["same", 0] == "done"
     assert states["with-prior", 0] == "not run"
     assert "1 of 5 cells failed; the first, broken with seed 0" in capsys.readouterr().err
-    assert len(list((out / "runs").rglob("study.log"))) == 3
+    assert len(list((out / "runs").rglob("study-tokenizer.log"))) == 3
 
 
 @pytest.mark.slow
@@ -158,7 +186,7 @@ def test_sigterm_reaches_the_stage_which_saves_and_the_next_call_goes_on(study, 
     wait_until(lambda: list((out / "runs").glob("*/tokenizer/checkpoints/*.ckpt")), "a checkpoint")
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == REQUEUE
-    log = next((out / "runs").glob("*/study.log")).read_text()
+    log = next((out / "runs").glob("*/study-tokenizer.log")).read_text()
     assert "run the same command again" in log.splitlines()[-1]
     assert rows_of(out)[0]["state"] == "not run" and rows_of(out)[0]["training"]["cpu_minutes"] > 0
 
