@@ -228,7 +228,8 @@ class WaveletHead(Head):
         return values if finer == (1, 1) else functional.avg_pool2d(values, finer)
 
     def finer(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Points (vertical, horizontal) per pixel of images of ``size``, at least as dense as the tokenizer's pixels."""
+        """Points (vertical, horizontal) per pixel of images of ``size``, at least as dense as the pixels of the
+        tokenizer."""
         vertical, horizontal = (math.ceil(own / side) for own, side in zip(self.size, size, strict=True))
         return vertical, horizontal
 

@@ -5,9 +5,10 @@ the image, restricted to the w_i lowest frequencies of each axis. Notes:
 
 - Encoder queries attend to all patches and to earlier queries. In the paper's figure patches also attend to queries.
   Then later queries would influence earlier ones through the patches, so here patches attend only to patches.
-- The decoder is causal: a token attends to earlier tokens, a mask token to all mask tokens and the tokens of the prefix.
+- The decoder is causal: a token attends to earlier tokens, a mask token to all mask tokens and all tokens of the
+  prefix.
 - Training draws a prefix for every image (``prefix_law``). Plain nested dropout rarely trains the last tokens, so
-  ``full_share`` of the images keep all tokens.
+  ``full_share`` of the images keep all tokens; the last token is trained on more than that fraction.
 - With attention alone, as in the paper, the model learns slowly what each token means. So each token also has a direct
   path to the frequencies that it adds (``ring_summaries``; ``stages/tokenizer/rings.py``).
 - The paper does not say how many frequencies a prefix has. Here (``frequency_map``) they are measured, so that every
