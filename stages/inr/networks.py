@@ -82,7 +82,7 @@ class WireReal(nn.Module):
 
 
 class Wire(nn.Module):
-    """WIRE: complex Gabor wavelets of linear layers. The first layer is real, the others complex. Returns the real part.
+    """WIRE: complex Gabor wavelets of linear layers. The first layer is real, the others complex. The output is real.
 
     The complex width is ``hidden`` / sqrt(2), which gives as many parameters as a real network of width ``hidden``.
     """
