@@ -234,7 +234,7 @@ class SparseDCTCodec(Tokenizer):
         quantized = torch.zeros(coefficients.shape, dtype=torch.int64, device=coefficients.device)
         rows = torch.arange(len(coefficients), device=coefficients.device)
         for step in range(self.lowerings + 1):
-            quantized[rows] = _quantised(coefficients[rows] / self._steps(step).to(coefficients.device))
+            quantized[rows] = _quantize(coefficients[rows] / self._steps(step).to(coefficients.device))
             lowered[rows] = step
             lengths = 1 + (quantized != 0).sum(1)
             rows = (lengths > self.layout.length).nonzero()[:, 0]
@@ -352,6 +352,6 @@ def _nearest(x: Tensor) -> Tensor:
     return (x + 0.5 + 1e-9).floor()
 
 
-def _quantised(x: Tensor) -> Tensor:
+def _quantize(x: Tensor) -> Tensor:
     """Round to the nearest integer as int64, halves away from zero as in JPEG encoders."""
     return (x.sign() * _nearest(x.abs())).long()
