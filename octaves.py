@@ -1,17 +1,17 @@
-"""Load a trained model and use it: pixels → tokens → new tokens → pixels.
+"""Python interface: load a trained model, encode, decode and sample images.
 
     import octaves
     model = octaves.load("runs/demo")
     octaves.to_pil(model.sample(count=1, seed=0))[0].save("sample.png")
 
-Images go in as
+Input images are
 
-- a PIL image, a NumPy array uint8 [H, W, C] (or [H, W]), or a list of these. Those of a size that the tokenizer takes
-  stay as they are; of all others the middle square is resized to the full size, as in the model's own evaluation;
-- a float tensor [B, C, H, W] with values in [-1, 1], of a size that the tokenizer takes.
+- a PIL image, a NumPy array uint8 [H, W, C] (or [H, W]), or a list of these. Sizes that the tokenizer accepts are kept.
+  Other images are cropped and resized to the full size with the evaluation view of the model (default: center square);
+- or a float tensor [B, C, H, W] with values in [-1, 1], of a size that the tokenizer accepts.
 
-Images come out as float32 tensors [B, C, H, W] in [-1, 1], on the model's device; ``to_pil`` makes pictures of them.
-Every wrong input raises ``OctavesError`` with one line that says what is allowed.
+Output images are float32 tensors [B, C, H, W] in [-1, 1], on the device of the model. ``to_pil`` converts them to PIL.
+Invalid input raises ``OctavesError`` with one line that says what is allowed.
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ from stages.prior.sampling import SamplingConfig
 __all__ = ["Images", "Model", "OctavesError", "Tokens", "load", "to_pil"]
 
 Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray]
-"""What is accepted as images: see above."""
+"""Types accepted as input images; see the module docstring."""
 BATCH_SIZE = 64
-"""Images worked on at once; changes speed and memory only."""
+"""Images processed at once; affects only speed and memory."""
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Model:
-    """The model of a run's folder, of a folder that ``octaves export`` wrote, or of a ``tokenizer.safetensors``.
+    """Load a model from a run folder, from a folder written by ``octaves export``, or from a ``tokenizer.safetensors``.
 
-    ``device`` is cpu, cuda, mps or another name that PyTorch knows; None takes a GPU where there is one. Only an export
-    knows how its config samples; of a run's folder the sampling settings have their defaults. Raises OctavesError for a
-    path without a model, damaged files, and a device that is not there.
+    ``device`` is cpu, cuda, mps or another device name of PyTorch; None selects a GPU if available. An export contains
+    the sampling settings of its config; a run folder does not, so it gets the defaults. Raises OctavesError for a path
+    without a model, for damaged files and for a device that is not available.
     """
     return Model(load_pretrained(path), _device(device))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures of images [B, C, H, W] in [-1, 1]; values outside are clamped."""
+    """Convert images [B, C, H, W] in [-1, 1] to PIL images. Values outside are clamped."""
     if images.ndim != 4:
         raise InputError(f"images of shape {tuple(images.shape)}; allowed: [B, C, H, W]")
     return [pixels_to_picture(image) for image in to_uint8(images.detach()).cpu()]
 
 
 class Model:
-    """A tokenizer and, where there is one, the prior that writes its tokens."""
+    """A tokenizer and, optionally, the prior of its tokens."""
 
     tokenizer: Tokenizer
     prior: Prior | None
-    """None for a tokenizer alone: then nothing can be sampled."""
+    """None for a tokenizer alone, which cannot sample."""
     device: torch.device
     sampling: SamplingConfig
-    """Settings of ``sample`` and ``upsample`` where a call does not say otherwise."""
+    """Default settings of ``sample`` and ``upsample``."""
 
     def __init__(self, pretrained: Pretrained, device: torch.device) -> None:
         self.tokenizer = pretrained.tokenizer.to(device)
@@ -84,38 +84,38 @@ class Model:
 
     @property
     def layout(self) -> TokenLayout:
-        """How the tokens of one image are arranged."""
+        """Arrangement of the tokens of one image."""
         return self.tokenizer.layout
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of a whole image in pixels."""
+        """(height, width) of a full-size image in pixels."""
         return self.layout.image_size
 
     @property
     def channels(self) -> int:
-        """3 for RGB, 1 for grey."""
+        """3 for RGB, 1 for gray."""
         return self.tokenizer.channels
 
     @property
     def class_names(self) -> list[str]:
-        """Classes that can be asked for, in the order of their ids; none where classes make no difference."""
+        """Names of the classes for ``sample``, in the order of their ids; empty if the prior does not use classes."""
         return [] if self.prior is None else known_classes(self.prior)
 
     @torch.no_grad()
     def encode(self, images: Images) -> Tokens:
-        """The tokens of images, on the model's device: ``ids`` int64 [B, L, F], ``lengths`` and ``header``.
+        """Encode images to tokens on the device of the model: ``ids`` int64 [B, L, F], ``lengths`` and ``header``.
 
-        Raises OctavesError for anything that is no image, and for tensors of a size that the tokenizer does not take.
+        Raises OctavesError for input that is not an image, and for tensors of a size that the tokenizer rejects.
         """
         pixels = self._pixels(images, self._fitted)
         return Tokens.cat([self.tokenizer.encode(part) for part in pixels.split(BATCH_SIZE)])
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> Tensor:
-        """Images [B, C, h, w] of tokens; of the first scales alone where the decoder can do that.
+        """Decode tokens to images [B, C, h, w]. Some decoders also accept only the first scales.
 
-        Raises OctavesError for ids out of range, and for missing scales that the decoder needs.
+        Raises OctavesError for ids out of range, and if scales are missing that the decoder needs.
         """
         return torch.cat([self.tokenizer.decode(part.to(self.device)) for part in tokens.split(BATCH_SIZE)])
 
@@ -123,13 +123,13 @@ class Model:
     def render(
         self, tokens: Tokens, size: int | tuple[int, int], crop: tuple[int, int, int, int] | None = None
     ) -> Tensor:
-        """Images [B, C, height, width] of tokens at any ``size`` (height, width; or one number for a square).
+        """Decode tokens to images [B, C, height, width] of any ``size`` (height, width; or one number for a square).
 
-        ``crop`` (top, left, height, width) is the part of the result that is wanted; None: all of it. Raises
-        OctavesError for a tokenizer without a head for other sizes than its own.
+        ``crop`` (top, left, height, width) selects a part of the result; None returns all of it. Raises OctavesError
+        for a tokenizer without a head for other sizes.
         """
-        whole = (size, size) if isinstance(size, int) else size
-        return self.tokenizer.render(tokens.to(self.device), whole, crop)
+        full_size = (size, size) if isinstance(size, int) else size
+        return self.tokenizer.render(tokens.to(self.device), full_size, crop)
 
     def sample(
         self,
@@ -144,20 +144,20 @@ class Model:
         top_p: float | Sequence[float] | None = None,
         scales: int | None = None,
     ) -> Tensor:
-        """New images [N, C, H, W]: ``count`` of every combination of ``classes`` (names or ids) and ``texts``.
+        """Sample images [N, C, H, W]: ``count`` for every combination of ``classes`` (names or ids) and ``texts``.
 
-        Without both, ``count`` of every class that the prior knows, or just ``count``. Image i of the N is drawn with
-        ``seed`` + i, and is the one that the command ``octaves sample`` draws. The other arguments are those of the
-        config section ``sampling``; None leaves what ``self.sampling`` says. Raises OctavesError without a prior, for
-        classes, texts or settings that it does not know.
+        Without both, ``count`` for every class of the prior, or ``count`` in total for a prior without classes. Image i
+        of N uses seed ``seed`` + i and equals that of the command ``octaves sample``. The other arguments are keys of
+        the config section ``sampling``; None uses ``self.sampling``. Raises OctavesError without a prior, and for
+        unknown classes, texts or settings.
         """
         models = self._need_prior()
         if count < 1:
             raise InputError(f"count={count}; allowed: 1 or more")
         settings = self._settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, scales=scales)
         models.check(settings)
-        asked = ask(models.prior, _listed(classes, "classes"), _listed(texts, "texts"))
-        rows = [prompt for prompt in asked for _ in range(count)]
+        combinations = ask(models.prior, _listed(classes, "classes"), _listed(texts, "texts"))
+        rows = [prompt for prompt in combinations for _ in range(count)]
         seeds = [seed + index for index in range(len(rows))]
         return self.decode(models.draw(to_prompts(models, rows), settings, seeds))
 
@@ -172,12 +172,12 @@ class Model:
         exact: int = EXACT_ROUNDS,
         detail: float = DETAIL,
     ) -> Tensor:
-        """Small images made large: [B, C, to, to], ``to`` 0 for the full size; one class and text an image, or none.
+        """Upsample images to [B, C, to, to], ``to`` 0 for the full size. Give one class and text per image, or none.
 
-        Images have a size that one of the scales decodes to; the prior writes the scales that are missing, image i with
-        ``seed`` + i. ``exact`` rounds of back-projection draw the result to what reduces to the small image, ``detail``
-        in [0, 1] is its weight against bicubic interpolation. Values are those of 8-bit pictures. Raises OctavesError
-        without a prior, where the encoder is not scale-causal, and for sizes that are no scale's.
+        The size of the images must be that of one of the scales. The prior samples the missing scales, with seed
+        ``seed`` + i for image i. ``exact`` rounds of back-projection make the result consistent with the small image.
+        ``detail`` in [0, 1] is the weight of the result against bicubic interpolation. Values are rounded to 8 bits.
+        Raises OctavesError without a prior, if the encoder is not scale-causal, and for sizes that match no scale.
         """
         models = self._need_prior()
         small = to_uint8(self._pixels(images, picture_to_pixels)).cpu()
@@ -187,23 +187,23 @@ class Model:
             raise InputError(f"{len(labels)} classes and {len(captions)} texts for {len(small)} images; give one each")
         seeds = [seed + index for index in range(len(small))]
         prompts = models.prompts(labels, captions)
-        made = upsample_pixels(models, small, prompts, self.sampling, seeds, to, exact, detail)
-        return to_float(made).to(self.device)
+        upsampled = upsample_pixels(models, small, prompts, self.sampling, seeds, to, exact, detail)
+        return to_float(upsampled).to(self.device)
 
     def _need_prior(self) -> Models:
         if self._models is None:
-            raise InputError("this is a tokenizer alone: without a prior it draws nothing new; load a whole run")
+            raise InputError("this is a tokenizer alone: it cannot sample without a prior; load a run that has one")
         return self._models
 
     def _settings(self, **chosen: Any) -> SamplingConfig:
-        """The settings of this model with those that are not None; one number may stand for all scales."""
-        changed = {name: value for name, value in chosen.items() if value is not None}
-        for name in {"temperature", "top_k", "top_p"} & changed.keys():
-            changed[name] = list(changed[name]) if isinstance(changed[name], Sequence) else [changed[name]]
-        return dataclasses.replace(self.sampling, **changed)
+        """``self.sampling`` with the values that are not None. Single numbers apply to all scales."""
+        overrides = {name: value for name, value in chosen.items() if value is not None}
+        for name in {"temperature", "top_k", "top_p"} & overrides.keys():
+            overrides[name] = list(overrides[name]) if isinstance(overrides[name], Sequence) else [overrides[name]]
+        return dataclasses.replace(self.sampling, **overrides)
 
     def _pixels(self, images: Images, cut: Callable[[Image.Image], Tensor]) -> Tensor:
-        """float32 [B, C, H, W] on the model's device; ``cut`` makes uint8 [C, h, w] of a picture."""
+        """float32 [B, C, H, W] on the device of the model. ``cut`` converts a picture to uint8 [C, h, w]."""
         if isinstance(images, Tensor):
             if images.ndim != 4 or images.shape[1] != self.channels or not images.is_floating_point():
                 raise InputError(
@@ -215,24 +215,24 @@ class Model:
                     f"a tensor with values from {float(images.min()):g} to {float(images.max()):g}; allowed: -1 to 1"
                 )
             return images.to(self.device, torch.float32)
-        several = isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)
-        many = list(images) if several else [images]  # type: ignore[arg-type, list-item]
-        pixels = [cut(plain_image(_picture(one), self.channels, self._images.background)) for one in many]
+        is_batch = isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)
+        pictures = list(images) if is_batch else [images]  # type: ignore[arg-type, list-item]
+        pixels = [cut(plain_image(_picture(one), self.channels, self._images.background)) for one in pictures]
         if len({part.shape for part in pixels}) != 1:
             sizes = ", ".join(dict.fromkeys(f"{part.shape[1]}x{part.shape[2]}" for part in pixels))
             raise InputError(f"images of {sizes or 'no'} pixels; allowed: one or more, all of one size")
         return to_float(torch.stack(pixels)).to(self.device)
 
     def _fitted(self, picture: Image.Image) -> Tensor:
-        """A picture at a size that the tokenizer takes: its own, or the full one."""
-        own = picture_to_pixels(picture)
-        if tuple(own.shape[1:]) in self.layout.rungs:
-            return own
+        """Pixels of a picture at a size that the tokenizer accepts: its own, or the full size."""
+        pixels = picture_to_pixels(picture)
+        if tuple(pixels.shape[1:]) in self.layout.rungs:
+            return pixels
         return view_pixels(picture, self._images, self._images.eval_view)
 
 
 def _picture(image: object) -> Image.Image:
-    """A PIL image of a PIL image or an array. Raises InputError for anything else."""
+    """Convert a PIL image or an array to a PIL image. Raises InputError for anything else."""
     if isinstance(image, Image.Image):
         return image
     kind = type(image).__name__
@@ -249,7 +249,7 @@ Item = TypeVar("Item")
 
 
 def _listed(given: Sequence[Item] | None, name: str) -> list[Item]:
-    """A list, empty for None. Raises InputError for a single string, whose letters nobody means."""
+    """A list, empty for None. Raises InputError for a single string, which would become a list of letters."""
     if isinstance(given, str):
         raise InputError(f"{name}={given!r}; allowed: a list, e.g. [{given!r}]")
     return [] if given is None else list(given)

@@ -1,1 +1,1 @@
-"""Where samples come from and how they are stored: images, views, the token layout, token shards. Knows no model."""
+"""Data loading and storage: images, views, the token layout and token shards. Independent of all models."""

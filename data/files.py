@@ -1,4 +1,4 @@
-"""Small file habits: atomic writes and hashes."""
+"""Atomic file writes and file hashes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write through a temporary name in the same folder, so that a reader sees all of it or nothing."""
+    """Write to a temporary file in the same folder and rename it, so that a reader sees the whole file or none."""
     temporary = temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -22,19 +22,22 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name under which this process writes ``path`` until it is whole."""
+    """Temporary name under which this process writes ``path`` until it is complete."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left in ``folder`` and its folders; nobody else may be writing there."""
+    """Remove temporary files of killed processes in ``folder`` and its subfolders.
+
+    No other process may write there at the same time.
+    """
     for pattern in ("*.tmp-*", "*/*.tmp-*"):
         for stale in folder.glob(pattern):
             stale.unlink()
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a synced file to its final name and sync the folder, so that the name survives a power cut too."""
+    """Rename a synced file to its final name and sync the folder, so that the name survives a power failure."""
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

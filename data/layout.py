@@ -1,11 +1,10 @@
-"""The layout: all that a prior knows of the tokens it models.
+"""Token layout: everything that a prior knows about the tokens it models.
 
-A tokenizer says once how its tokens are arranged, the manifest of a cache stores it, and the prior is built from it.
-What is notable here:
+A tokenizer defines its layout, the manifest of a token cache stores it, and the prior is built from it.
 
-- one sample is a sequence of *elements* in decoding order; an element has one or more *fields* (one softmax each);
-- elements are grouped into *scales*, coarse to fine; a scale may have a grid, or none;
-- everything is frozen and makes the round trip through JSON, so a layout can be compared with ``==``.
+- One sample is a sequence of *elements* in decoding order. An element has one or more *fields* (one softmax each).
+- Elements are grouped into *scales*, coarse to fine. A scale may have a grid.
+- Layouts are frozen and survive a round trip through JSON, so they can be compared with ``==``.
 """
 
 from __future__ import annotations
@@ -32,23 +31,23 @@ class Field:
 
 @dataclass(frozen=True)
 class Scale:
-    """A group of elements that are decoded together, in decoding order. Scales may share a codebook."""
+    """A group of elements that are decoded together. Scales may share a codebook."""
 
     name: str
     length: int
     """Number of elements."""
     grid: tuple[int, int] | None
-    """(rows, columns) where the elements lie in raster order; None for elements without a place."""
+    """(rows, columns) for elements in raster order; None for elements without a position."""
     codebook: int
-    """Index of the codebook that gives the ids their meaning."""
+    """Index of the codebook of the ids."""
     fields: tuple[Field, ...]
     image_size: tuple[int, int]
-    """(height, width) in pixels of the image that the scales up to this one decode to."""
+    """(height, width) in pixels of the image decoded from all scales up to this one."""
     planes: str = "all"
-    """Which colour planes the scale carries: all, luma or chroma."""
+    """Color planes of the scale: all, luma or chroma."""
     rung: tuple[int, int] | None = None
-    """(height, width) of the small image that ``encode`` turns into about the scales up to this one, where such images
-    do not give exactly them (``encodes_prefixes``); None for none."""
+    """(height, width) of a smaller image that ``encode`` turns into approximately the scales up to this one. Only set
+    where ``encodes_prefixes`` is False; None for none."""
 
     def __post_init__(self) -> None:
         if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
@@ -57,30 +56,32 @@ class Scale:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Arrangement of one sample's tokens. Raises ValueError when the scales contradict one another."""
+    """Arrangement of the tokens of one sample. Raises ValueError for inconsistent scales."""
 
     scales: tuple[Scale, ...]
     header: tuple[Field, ...] = ()
-    """Side information that stands before the elements, e.g. a start threshold."""
+    """Side information before the elements, e.g. a start threshold."""
     max_length: int | None = None
-    """Cap for layouts of variable length; None where the length is fixed."""
+    """Maximum number of elements for layouts of variable length; None for a fixed length."""
     ends: Ends = "fixed"
     grammar: dict[str, Any] | None = None
-    """What may follow what, where the layout ends by a grammar: its kind and what it is built from. Plain data."""
+    """Kind and arguments of the grammar, as plain data, where ``ends`` is grammar; otherwise None."""
     encodes_prefixes: bool = False
-    """A smaller image gives exactly the first scales of the large one."""
+    """True if a smaller image encodes to exactly the first scales of the larger one."""
     decodes_prefixes: bool = False
-    """The first k scales decode to an image of their own size."""
+    """True if the first k scales decode to an image of their own size."""
     report_prefixes: tuple[int, ...] = ()
-    """Numbers of scales worth showing in a report; empty means every one."""
+    """Numbers of scales to show in a report; empty means all."""
 
     def __post_init__(self) -> None:
         if not self.scales:
             raise ValueError("a layout needs at least one scale")
         if len({len(scale.fields) for scale in self.scales}) != 1:
-            raise ValueError("all scales of a layout have the same number of fields")
+            raise ValueError("all scales of a layout need the same number of fields")
         if (self.ends == "grammar") != (self.grammar is not None):
-            raise ValueError(f"a layout that ends by {self.ends!r} with the grammar {self.grammar}")
+            raise ValueError(
+                f"a layout with ends={self.ends!r} and grammar={self.grammar}; set a grammar only for ends='grammar'"
+            )
         if self.ends != "fixed" and self.max_length is None:
             raise ValueError("a layout of variable length needs max_length")
         vocabularies: dict[int, tuple[Field, ...]] = {}
@@ -90,12 +91,12 @@ class TokenLayout:
 
     @property
     def keeps_prefixes(self) -> bool:
-        """The first scales of an image can stay while the others change: they know nothing of them."""
+        """True if the first scales of an image do not depend on the others, so these can change alone."""
         return self.encodes_prefixes or self.ends == "grammar"
 
     @property
     def rungs(self) -> dict[tuple[int, int], int]:
-        """Sizes (height, width) of the images that can be encoded, and how many scales each gives."""
+        """Image sizes (height, width) that can be encoded, each with its number of scales."""
         if self.encodes_prefixes:
             return {scale.image_size: number for number, scale in enumerate(self.scales, 1)}
         small = {scale.rung: number for number, scale in enumerate(self.scales, 1) if scale.rung is not None}
@@ -103,7 +104,7 @@ class TokenLayout:
 
     @property
     def length(self) -> int:
-        """Number of elements of a full sample (the cap for variable lengths)."""
+        """Number of elements of a full sample (the maximum for variable lengths)."""
         return self.max_length if self.max_length is not None else sum(scale.length for scale in self.scales)
 
     @property
@@ -113,54 +114,54 @@ class TokenLayout:
 
     @property
     def codebooks(self) -> tuple[int, ...]:
-        """Codebook indices in the order of their first use."""
+        """Codebook indices in order of first use."""
         return tuple(dict.fromkeys(scale.codebook for scale in self.scales))
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the image that all scales decode to."""
+        """(height, width) in pixels of the image decoded from all scales."""
         return self.scales[-1].image_size
 
     @property
     def max_vocabulary_size(self) -> int:
-        """The largest vocabulary among the fields: it decides the integer type on disk."""
+        """The largest vocabulary of any field. It determines the integer type on disk."""
         return max(field.vocabulary_size for scale in self.scales for field in scale.fields)
 
     def fields_of(self, codebook: int) -> tuple[Field, ...]:
-        """The fields of a codebook. Raises KeyError when no scale uses it."""
+        """The fields of a codebook. Raises KeyError if no scale uses it."""
         for scale in self.scales:
             if scale.codebook == codebook:
                 return scale.fields
         raise KeyError(codebook)
 
     def prefix_length(self, num_scales: int) -> int:
-        """Number of elements in the first ``num_scales`` scales; of variable length, the most that they can have.
+        """Number of elements in the first ``num_scales`` scales; the maximum for variable lengths.
 
-        Raises ValueError outside 0 … S.
+        Raises ValueError outside 0 … S, the number of scales.
         """
         if not 0 <= num_scales <= len(self.scales):
             raise ValueError(f"num_scales={num_scales}; the layout has {len(self.scales)} scales")
         return sum(scale.length for scale in self.scales[:num_scales])
 
     def num_scales_in(self, length: int) -> int:
-        """Number of whole scales in the first ``length`` elements. Raises ValueError when a scale is cut."""
+        """Number of complete scales in the first ``length`` elements. Raises ValueError if they end inside a scale."""
         ends = (0, *self.ends_of_scales)
         if length not in ends:
-            raise ValueError(f"{length} elements end inside a scale; whole scales end at {self.ends_of_scales}")
+            raise ValueError(f"{length} elements end inside a scale; allowed: 0 or one of {self.ends_of_scales}")
         return ends.index(length)
 
     def scale_at(self, position: int) -> int:
-        """The scale of an element in a layout of fixed length."""
+        """Index of the scale of the element at ``position``, in a layout of fixed length."""
         return next(number for number, end in enumerate(self.ends_of_scales) if position < end)
 
     @property
     def ends_of_scales(self) -> tuple[int, ...]:
-        """Number of elements up to and with each scale."""
+        """Number of elements up to and including each scale."""
         return tuple(accumulate(scale.length for scale in self.scales))
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Numbers of scales to report: ``report_prefixes``, or every one."""
+        """Numbers of scales to report: ``report_prefixes``, or all."""
         return self.report_prefixes or tuple(range(1, len(self.scales) + 1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,7 +170,7 @@ class TokenLayout:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TokenLayout:
-        """The inverse of ``to_dict``, also after JSON. Raises TypeError or ValueError on foreign data."""
+        """The inverse of ``to_dict``, also after JSON. Raises TypeError or ValueError for invalid data."""
 
         def fields(items: list[dict[str, Any]]) -> tuple[Field, ...]:
             return tuple(Field(**item) for item in items)
@@ -203,25 +204,25 @@ class Tokens:
     ids: Tensor
     """int64 [B, L, F]"""
     lengths: Tensor
-    """int64 [B]: how many of the L elements count."""
+    """int64 [B]: number of valid elements of each sample; the rest is padding."""
     header: Tensor
     """int64 [B, S] side information; S may be 0."""
     notes: Tensor | None = None
-    """int32 [B, L, P]: what a grammar knows before each element (``Grammar.annotate``); None where nobody asked."""
+    """int32 [B, L, P]: grammar state before each element (``Grammar.annotate``); None if not computed."""
     remarks: dict[str, Tensor] | None = None
-    """What an encoder has to say of each sample, as counts int64 [B] by name, on the CPU; a cache's manifest has their
+    """Statistics of the encoder per sample: counts int64 [B] by name, on the CPU. The manifest of a cache stores their
     sums."""
 
     @classmethod
     def fixed(cls, ids: Tensor) -> Tokens:
-        """Tokens of a fixed layout without header, from ids [B, L, F]."""
+        """Tokens of a layout of fixed length without header, from ids [B, L, F]."""
         batch, length = ids.shape[:2]
         lengths = torch.full((batch,), length, dtype=torch.int64, device=ids.device)
         return cls(ids, lengths, ids.new_zeros(batch, 0))
 
     @classmethod
     def from_batch(cls, batch: dict[str, Tensor]) -> Tokens:
-        """The tokens of a batch of cached ones: ids, and length, header and notes where the layout has them."""
+        """Tokens from a batch of a token cache: ids, plus length, header and notes if present."""
         tokens = cls.fixed(batch["ids"])
         return cls(
             tokens.ids, batch.get("length", tokens.lengths), batch.get("header", tokens.header), batch.get("notes")
@@ -229,7 +230,7 @@ class Tokens:
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Batches one after the other, padded with 0 to the longest; without notes and remarks."""
+        """Concatenate batches, padded with 0 to the longest. Drops notes and remarks."""
         longest = max(part.ids.shape[1] for part in parts)
         ids = [functional.pad(part.ids, (0, 0, 0, longest - part.ids.shape[1])) for part in parts]
         lengths, header = ([getattr(part, name) for part in parts] for name in ("lengths", "header"))
@@ -239,18 +240,18 @@ class Tokens:
         return self.ids.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Tokens:
-        """Some of the samples, in the order of ``rows``."""
+        """The samples ``rows``, in that order."""
         notes = None if self.notes is None else self.notes[rows]
         remarks = None if self.remarks is None else {name: counts[rows] for name, counts in self.remarks.items()}
         return Tokens(self.ids[rows], self.lengths[rows], self.header[rows], notes, remarks)
 
     @property
     def counted(self) -> Tensor:
-        """bool [B, L]: which elements count."""
+        """bool [B, L]: False for padding."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     def split(self, size: int) -> Iterator[Tokens]:
-        """The same in batches of ``size`` samples."""
+        """Batches of ``size`` samples; the last one may be smaller."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def to(self, device: torch.device | str) -> Tokens:

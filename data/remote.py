@@ -1,7 +1,8 @@
-"""What lies at a URL or behind a pipe, in parts: ``https://…``, ``s3://…``, ``gs://…``, ``hf://…``, ``pipe:command``.
+"""Read a URL or a pipe in parts: ``https://…``, ``s3://…``, ``gs://…``, ``hf://…``, ``pipe:command``.
 
-``webdataset.gopen`` opens them, by curl or the store's own program; any other store is a pipe to its program. It brings
-torch along, so it is imported when something is opened: a config alone asks here whether a name is remote.
+``webdataset.gopen`` opens URLs with curl or with the command-line program of the store. For any other store, use a pipe
+to its program. webdataset imports torch, so it is imported only when a URL is opened: reading a config calls only
+``is_remote``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from data.errors import OctavesError
 
 PART = 1 << 20
 STALL_SECONDS = 60.0
-"""So long nothing may come before a store counts as stalled."""
+"""Time without data after which a download counts as stalled."""
 PAUSES = (1.0, 4.0)
-"""Seconds before each new attempt."""
+"""Seconds to wait before each retry."""
 REFUSED = 22
 CURL_ERRORS = {
     6: "no such host",
@@ -28,42 +29,42 @@ CURL_ERRORS = {
     18: "the connection broke",
     REFUSED: "no such file, or the server refuses it",
     28: "timed out",
-    52: "the server said nothing",
+    52: "the server sent no reply",
     56: "the connection broke",
 }
-"""Of the man page of curl, what happens most."""
+"""The most frequent exit codes of curl, from its man page."""
 
 Result = TypeVar("Result")
 
 
 class RemoteError(OctavesError):
-    """What does not come; the message begins with the URL."""
+    """A download failed; the message begins with the URL."""
 
 
 class RefusedError(RemoteError):
-    """A server that was there and did not give it: to ask again does not help, and curl has done so after 5xx."""
+    """The server refused the request. It is not retried: curl itself has already retried after a 5xx status."""
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is a URL or a pipe, not a path."""
+    """True if a name is a URL or a pipe, not a path."""
     return name.startswith("pipe:") or re.match(r"[a-z][a-z0-9+.-]*://", name) is not None
 
 
 def parts_of(url: str) -> Iterator[bytes]:
-    """What is at ``url``, in parts. Raises RemoteError, also where nothing comes for a while."""
+    """The content of ``url``, in parts. Raises RemoteError if it fails or stalls for ``STALL_SECONDS``."""
     import webdataset
 
     scheme = url.partition(":")[0]
-    known = ("file", "s3", *(name for name in webdataset.gopen_schemes if name != "__default__"))
-    if scheme not in known:
+    schemes = ("file", "s3", *(name for name in webdataset.gopen_schemes if name != "__default__"))
+    if scheme not in schemes:
         raise RemoteError(
-            f"{url}: no way to read {scheme}:; allowed: {', '.join(known)} (a store's own program: pipe:program …)"
+            f"{url}: cannot read {scheme}:; allowed: {', '.join(schemes)} (for other stores use pipe:program …)"
         )
     stream: Any = None
     try:
         with webdataset.gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if scheme == "s3" else url) as stream:
             yield from _until_it_stalls(stream)
-    except Exception as error:  # each store's program and library has errors of its own
+    except Exception as error:  # the program or library of each store raises its own errors
         reason = " ".join(str(error).split()) or type(error).__name__
         code = None if isinstance(error, RemoteError) else getattr(stream, "status", None)
         if code:
@@ -74,24 +75,27 @@ def parts_of(url: str) -> Iterator[bytes]:
 
 
 def _until_it_stalls(stream: Any) -> Iterator[bytes]:
-    """The parts of an open stream of webdataset's: a file, or a pipe from a program."""
+    """The parts of an open webdataset stream, which is a file or a pipe from a program."""
     pipe = getattr(stream, "stream", stream)
     ended = False
     try:
         while not ended:
             if not wait([pipe], STALL_SECONDS):
-                raise RemoteError(f"nothing came for {STALL_SECONDS:g} s")
+                raise RemoteError(f"no data for {STALL_SECONDS:g} s")
             part = os.read(pipe.fileno(), PART)
             ended = not part
             yield part
     finally:
         if not ended and pipe is not stream:
-            stream.proc.kill()  # else closing the pipe waits for it
+            stream.proc.kill()  # otherwise closing the pipe waits for it
             stream.ignore_errors = True
 
 
 def attempt(action: Callable[[], Result]) -> Result:
-    """The result of ``action``, tried again where it raises RemoteError; raises that after some attempts."""
+    """The result of ``action``, retried after each RemoteError except RefusedError.
+
+    Raises RemoteError if the last attempt fails too.
+    """
     for pause in PAUSES:
         try:
             return action()

@@ -1,12 +1,12 @@
-"""The endless stream of training indices, as a batch sampler.
+"""Endless stream of training indices, as a batch sampler.
 
-What is notable here:
+Notes:
 
-- epochs are concatenated and global batches are cut from the result, so there is no short batch, a set may be smaller
-  than a batch, and every rank takes the same number of steps;
-- batch k is a function of (length, batch size, world size, seed, k) alone: a resumed run starts at its batch by
-  arithmetic and decodes nothing on the way;
-- rank and world size are passed in by the main process. A loader worker cannot be trusted to know them.
+- Epochs are concatenated and then cut into global batches. So no batch is short, a dataset may be smaller than a batch,
+  and every rank takes the same number of steps.
+- Batch k depends only on (length, batch size, world size, seed, k). A resumed run computes where to start and decodes
+  nothing before that.
+- The main process passes rank and world size, because a loader worker may not know them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.utils.data import Sampler
 
 
 class ShardOrder:
-    """Epochs that go through a set ``window`` shards at a time: their samples are mixed, and then come the next shards.
+    """Epoch order that shuffles the samples of ``window`` shards together, then continues with the next shards.
 
-    The order of the shards, of ``sizes`` samples each, changes with every epoch. Samples of one shard must be no more
-    alike than those of different ones. Raises ValueError for a window below 1.
+    ``sizes`` are the samples per shard. The order of the shards changes with every epoch. Samples of one shard must not
+    be more similar than samples of different shards. Raises ValueError for a window below 1.
     """
 
     def __init__(self, sizes: Sequence[int], window: int) -> None:
@@ -42,18 +42,19 @@ class ShardOrder:
         order = [np.empty(0, dtype=np.int64)]
         for start in range(0, len(shards), self.window):
             members = shards[start : start + self.window]
-            together = np.concatenate([np.arange(self.borders[shard], self.borders[shard + 1]) for shard in members])
-            order.append(generator.permutation(together))
+            indices = np.concatenate([np.arange(self.borders[shard], self.borders[shard + 1]) for shard in members])
+            order.append(generator.permutation(indices))
         return np.concatenate(order)
 
 
 class IndexStream(Sampler[list[tuple[int, int]]]):
-    """Lists of ``batch_size`` pairs (epoch, index) for one rank, without end.
+    """Endless lists of ``batch_size`` pairs (epoch, index) for one rank.
 
-    Laid side by side, the batches of all ranks are the batches of a single process with ``batch_size * world_size``.
-    Each epoch is its own permutation of ``range(length)``, drawn from (seed, epoch), or what ``order`` gives for these.
+    The batches of all ranks, concatenated, equal the batches of a single process with ``batch_size * world_size``.
+    Each epoch is a new permutation of ``range(length)``, drawn from (seed, epoch), or the result of
+    ``order(seed, epoch)``.
 
-    Raises ValueError for an empty set, a batch size below 1, a rank outside the world, or a negative start.
+    Raises ValueError for an empty dataset, a batch size below 1, a rank outside the world, or a negative start.
     """
 
     def __init__(
@@ -103,10 +104,10 @@ class IndexStream(Sampler[list[tuple[int, int]]]):
 
 
 class BucketedStream(IndexStream):
-    """The same pairs, but ``window`` global batches are drawn together and dealt out anew, each of about one length.
+    """``IndexStream`` that sorts ``window`` global batches by length, so each batch holds samples of similar length.
 
-    ``lengths`` [length] are the samples'. All ranks get batches of one length in the same step, and batch k is still a
-    function of its number alone. Raises ValueError for a window below 1.
+    ``lengths`` [length] are the sample lengths. In one step all ranks get batches of similar length. Batch k still
+    depends only on its number. Raises ValueError for a window below 1.
     """
 
     def __init__(self, lengths: np.ndarray, window: int, *args: Any, **kwargs: Any) -> None:
@@ -114,18 +115,20 @@ class BucketedStream(IndexStream):
         if window < 1:
             raise ValueError(f"a window of {window} batches; allowed: 1 or more")
         self.lengths = lengths
-        # a window that spans epochs would put the copies of a sample into one batch: they are equally long
+        # a window that spans epochs would put copies of one sample into one batch, since they have the same length
         self.window = max(1, min(window, len(lengths) // (self.batch_size * self.world_size)))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first, skip = divmod(self.start_batch, self.window)
-        joined = self.batch_size * self.world_size
-        plain = iter(
-            IndexStream(self.length, joined * self.window, seed=self.seed, start_batch=first, order=self.order)
+        first_window, skip = divmod(self.start_batch, self.window)
+        global_batch_size = self.batch_size * self.world_size
+        unsorted = iter(
+            IndexStream(
+                self.length, global_batch_size * self.window, seed=self.seed, start_batch=first_window, order=self.order
+            )
         )
-        for number, pairs in enumerate(plain, first):
+        for number, pairs in enumerate(unsorted, first_window):
             lengths = self.lengths[[index for _, index in pairs]]
-            order = np.argsort(lengths, kind="stable").reshape(self.window, joined)
+            order = np.argsort(lengths, kind="stable").reshape(self.window, global_batch_size)
             shuffled = order[np.random.default_rng([self.seed, 1, number]).permutation(self.window)]
             for row in shuffled[skip:]:
                 yield [pairs[place] for place in row[self.rank * self.batch_size :][: self.batch_size]]
@@ -133,7 +136,7 @@ class BucketedStream(IndexStream):
 
 
 class LookAhead(Sampler[list[tuple[int, int]]]):
-    """The batches of ``stream``; the indices of each are announced when it is still ``ahead`` batches away."""
+    """The batches of ``stream``. ``announce`` gets the indices of each batch ``ahead`` batches before it is yielded."""
 
     def __init__(self, stream: IndexStream, ahead: int, announce: Callable[[np.ndarray], None]) -> None:
         self.stream, self.ahead, self.announce = stream, ahead, announce
@@ -148,9 +151,9 @@ class LookAhead(Sampler[list[tuple[int, int]]]):
 
 
 def heed_parent_only(worker: int) -> None:
-    """Worker function of loaders: SIGTERM ends them where the parent sent it.
+    """Worker init function: the worker obeys SIGTERM only from its parent.
 
-    Schedulers send it to every process, and the parent still needs batches until its checkpoint.
+    Schedulers send SIGTERM to every process, but the parent needs batches until it has saved a checkpoint.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -164,5 +167,5 @@ def _end_for_parent() -> None:
 
 
 def as_it_is(batch: Any) -> Any:
-    """Collate function for data sets that give whole batches: there is nothing left to collate."""
+    """Collate function for datasets that return whole batches."""
     return batch

@@ -1,1 +1,1 @@
-"""The two stages and what they are made of. Knows no command, no path on disk but the one it is handed."""
+"""The two stages and their parts. Independent of commands; paths on disk are always passed in."""

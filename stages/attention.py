@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 FUSED_FROM = 384
-"""Length from which a CPU takes the fused kernel."""
+"""Sequence length from which CPUs use the fused kernel."""
 
 
 _fused_only = False
 
 Spans = Sequence[tuple[slice, Sequence[slice]]]
-"""What blocks of queries look at: (queries, keys), the queries without a gap from the first to the last."""
+"""Block-sparse mask: pairs (queries, keys). The slices of queries are contiguous and cover the sequence."""
 
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Inside, ``attend`` takes the fused kernel everywhere, as on a GPU; what is kept is then what a GPU keeps."""
+    """Context in which ``attend`` always uses the fused kernel, so that autograd saves the same tensors as on a GPU."""
     global _fused_only
     before, _fused_only = _fused_only, True
     try:
@@ -33,21 +33,23 @@ def fused_attention() -> Iterator[None]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Spans | None = None, causal: bool = False
 ) -> Tensor:
-    """Scaled dot-product attention of [B, H, L, D] with keys [B, H, M, D]; ``mask`` is True where to look: [L, M], or
-    anything that broadcasts to [B, H, L, M]. Spans in its place cost only the pairs that they name.
+    """Scaled dot-product attention of queries [B, H, L, D] with keys and values [B, H, M, D].
 
-    ``causal`` stands for a lower triangular mask, which lets a GPU take its fastest kernel.
+    ``mask`` is True for the pairs to attend to: bool [L, M], or broadcastable to [B, H, L, M]. With ``Spans`` as the
+    mask, only the listed pairs are computed.
 
-    On a CPU short sequences take the plain softmax form: the fused kernel's backward pass in bfloat16 took half of a
-    small model's training step there. Longer ones without a mask take the fused kernel, at twice the speed from 480
-    elements on and without the matrix of all pairs. On other devices PyTorch chooses the kernel.
+    ``causal`` means a lower triangular mask, and allows the fastest kernel on a GPU.
+
+    On a CPU, short sequences use a plain softmax, because the backward pass of the fused kernel in bfloat16 took half
+    of the training step of a small model. Longer sequences without a mask use the fused kernel: from 480 elements it is
+    twice as fast, and it does not store the matrix of all pairs. On other devices PyTorch chooses the kernel.
     """
     if mask is not None and not isinstance(mask, Tensor):
-        parts = []
-        for queries, seen in mask:
-            keys, values = (_at(each, seen) for each in (key, value))
-            parts.append(attend(query[:, :, queries], keys, values))
-        return torch.cat(parts, dim=2)
+        outputs = []
+        for query_slice, key_slices in mask:
+            keys, values = (_at(states, key_slices) for states in (key, value))
+            outputs.append(attend(query[:, :, query_slice], keys, values))
+        return torch.cat(outputs, dim=2)
     if _fused_only or query.device.type != "cpu" or (mask is None and query.shape[-2] >= FUSED_FROM):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
     if causal:
@@ -59,6 +61,6 @@ def attend(
 
 
 def _at(x: Tensor, parts: Sequence[slice]) -> Tensor:
-    """The places ``parts`` of keys or values [B, H, M, D], one after the other; a view where it is one part."""
+    """Concatenate slices of keys or values [B, H, M, D] along M; a view for a single slice."""
     pieces = [x[:, :, part] for part in parts]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)

@@ -1,4 +1,4 @@
-"""Where float64 is computed: Apple's GPU has no such numbers, so there the CPU does it."""
+"""Device for float64 computations: Apple GPUs do not support float64, so the CPU is used instead."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 WITHOUT_FLOAT64 = ("mps",)
-"""Types of devices."""
+"""Device types without float64."""
 
 
 def doubles_at(device: torch.device) -> torch.device:
-    """The device itself, or the CPU for one without float64."""
+    """The device itself, or the CPU if it has no float64."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def doubled(x: Tensor) -> Tensor:
-    """A tensor in float64, on its device or on the CPU for one without float64."""
-    return x.to(doubles_at(x.device)).double()  # in this order: the device must not have to convert
+    """Convert a tensor to float64, on its device, or on the CPU if the device has no float64."""
+    return x.to(doubles_at(x.device)).double()  # move first: the device may not be able to convert

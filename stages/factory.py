@@ -1,4 +1,4 @@
-"""One factory a concern: the line that a new part adds stands here, as kind: (config dataclass, class)."""
+"""Registries of parts and functions that build them. A new part adds one line: kind: (config dataclass, class)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from stages.tokenizer.quantizers import Quantizer
 
 Registry = dict[str, tuple[str, str]]
-"""kind: (config dataclass, class), each as module:name. Modules of dataclasses import no torch: a config is read, or
-refused, before anything else is loaded."""
+"""kind: (config dataclass, class), each as module:name. Modules of config dataclasses do not import torch, so configs
+are checked before torch is loaded."""
 
 TOKENIZERS: Registry = {
     "sit": ("stages.tokenizer.config:SITConfig", "stages.tokenizer.sit:SIT"),
@@ -54,7 +54,7 @@ PRIORS: Registry = {
 
 
 def _load(place: str) -> Any:
-    """What ``module:name`` is."""
+    """Import ``module:name``."""
     module, name = place.split(":")
     return getattr(import_module(module), name)
 
@@ -74,17 +74,17 @@ def _class_of(registry: Registry, section: str, kind: str) -> type[Any]:
 
 
 def tokenizer_config(kind: str) -> type[Any]:
-    """The config dataclass of a tokenizer kind. Raises ValueError that lists the kinds; so do the others."""
+    """The config dataclass of a tokenizer kind. Like all lookups here, raises ValueError, which lists valid kinds."""
     return _config_of(TOKENIZERS, "tokenizer", kind)
 
 
 def quantizer_config(kind: str) -> type[Any]:
-    """The config dataclass of a quantiser kind."""
+    """The config dataclass of a quantizer kind."""
     return _config_of(QUANTIZERS, "tokenizer.quantizer", kind)
 
 
 def head_config(kind: str) -> type[Any]:
-    """The config dataclass of the kind of a decoder for any resolution."""
+    """The config dataclass of a kind of head, a decoder for any resolution."""
     return _config_of(HEADS, "tokenizer.head", kind)
 
 
@@ -104,14 +104,14 @@ def condition_class(kind: str) -> type[Condition]:
 
 
 def build_tokenizer(config: Any, image_size: tuple[int, int], channels: int) -> Tokenizer:
-    """A tokenizer of ``config.kind`` with fresh weights, for pixels [B, channels, *image_size]."""
+    """Build a tokenizer of ``config.kind`` with new weights, for pixels [B, channels, *image_size]."""
     return _class_of(TOKENIZERS, "tokenizer", config.kind)(config, image_size=image_size, channels=channels)
 
 
 def build_grammar(layout: TokenLayout, **more: Any) -> Grammar | None:
-    """The grammar of a layout, None where it has none; ``more`` is what a prior adds to it.
+    """Build the grammar of a layout; None if it has none. ``more`` are additional arguments from a prior.
 
-    Raises ValueError that lists the kinds.
+    Raises ValueError, which lists valid kinds, for an unknown kind.
     """
     if layout.grammar is None:
         return None
@@ -125,25 +125,25 @@ def build_grammar(layout: TokenLayout, **more: Any) -> Grammar | None:
 
 
 def build_quantizer(config: Any, width_in: int, width_out: int) -> Quantizer:
-    """A quantiser of ``config.kind`` for features [B, N, width_in] → [B, N, width_out]."""
+    """Build a quantizer of ``config.kind`` for features [B, N, width_in] → [B, N, width_out]."""
     return _class_of(QUANTIZERS, "tokenizer.quantizer", config.kind)(config, width_in, width_out)
 
 
 def build_head(config: Any, width_in: int, patch: int, grid: tuple[int, int], channels: int) -> Head:
-    """A decoder of ``config.kind`` for any resolution, from features of a ``grid`` of places of ``patch`` pixels."""
+    """Build a head of ``config.kind`` for a ``grid`` of features, one per ``patch`` x ``patch`` pixels."""
     return _class_of(HEADS, "tokenizer.head", config.kind)(config, width_in, patch, grid, channels)
 
 
 def build_condition(config: Any, class_names: list[str], width: int, text: dict[str, Any] | None = None) -> Condition:
-    """A condition of ``config.kind`` that speaks to a prior of that width; ``text`` is the text encoder's spec."""
+    """Build a condition of ``config.kind`` for a prior of that width. ``text`` is the spec of the text encoder."""
     return condition_class(config.kind)(config, class_names, width, text)
 
 
 def build_prior(
     config: Any, condition: Any, layout: TokenLayout, class_names: list[str], text: dict[str, Any] | None = None
 ) -> Prior:
-    """A prior of ``config.kind`` with fresh weights over ``layout``, conditioned as ``condition`` says."""
+    """Build a prior of ``config.kind`` with new weights for ``layout``, with the condition config ``condition``."""
     cls = _class_of(PRIORS, "prior", config.kind)
-    if (config.kind, config.order) == ("transformer", "scale"):  # the same keys, trained and sampled in another way
+    if (config.kind, config.order) == ("transformer", "scale"):  # same config keys, other training and sampling
         cls = _load("stages.prior.scalewise:ScalewisePrior")
     return cls(config, condition, layout, class_names, text)

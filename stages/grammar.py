@@ -1,4 +1,4 @@
-"""Grammars: what may come next in a stream or a list, for tokenizer, loader and prior alike."""
+"""Grammars: define the valid next ids in a stream or list. Used by tokenizer, data loader and prior."""
 
 from __future__ import annotations
 
@@ -13,63 +13,63 @@ from data.layout import Tokens
 
 @dataclass
 class GrammarState:
-    """Streams while they grow."""
+    """State of a batch of unfinished streams."""
 
     notes: Tensor
-    """int32 [B, num_notes], where the grammar wants them"""
+    """int32 [B, num_notes], on the device of the grammar."""
     going: Tensor
-    """bool [B]: which streams have not ended, on the CPU."""
+    """bool [B], on the CPU: False for streams that have ended."""
     inner: Any
-    """The grammar's own."""
+    """Internal state of the grammar."""
 
 
 class Grammar(nn.Module, ABC):
-    """What may come next, and what is known before it does. Built from ``TokenLayout.grammar`` alone.
+    """Defines which ids are valid next, given the earlier elements. Built from ``TokenLayout.grammar`` alone.
 
-    Its notes are whole numbers, int32 [..., num_notes], one row before each element; what they mean is its own affair.
+    Its notes are integers, int32 [..., num_notes]: the state before each element. Only the grammar interprets them.
     """
 
     num_notes: int
 
     @abstractmethod
     def start(self, header: Tensor) -> GrammarState:
-        """The beginning of streams with side information int64 [B, S]. Raises ValueError for one that cannot be."""
+        """Initial state of streams with side information int64 [B, S]. Raises ValueError for an invalid header."""
 
     @abstractmethod
     def advance(self, state: GrammarState, element: Tensor) -> None:
-        """Follow an element int64 [B, F] in each stream that has not ended. Raises ValueError for an illegal one."""
+        """Append an element int64 [B, F] to each stream that has not ended. Raises ValueError if it is invalid."""
 
     @abstractmethod
     def annotate(self, tokens: Tokens) -> Tensor:
-        """Notes int32 [B, L, num_notes] of whole streams or beginnings of them, 0 behind their lengths.
+        """Notes int32 [B, L, num_notes] of complete streams or prefixes of them, 0 for padding.
 
-        Raises ValueError that names the place of the first illegal element.
+        Raises ValueError, which names the position of the first invalid element.
         """
 
     @abstractmethod
     def allowed(self, notes: Tensor, partial: Tensor, strict: bool = True) -> Tensor:
-        """bool [..., V]: which ids may come next, given the fields int64 [..., f] of the same element chosen so far.
+        """bool [..., V]: the ids allowed next, given the earlier fields int64 [..., f] of the same element.
 
-        Where nothing may, nothing is forbidden: the stream has ended. Without ``strict``, what only the rules of the
-        code forbid, not what the elements before make impossible.
+        After the end of a stream, all ids are allowed. Without ``strict``, only the rules of the code are applied:
+        ids that are impossible only because of earlier elements are allowed.
         """
 
     @abstractmethod
     def scales(self, tokens: Tokens) -> Tensor:
-        """int64 [B, L]: the layout's scale of each element that counts."""
+        """int64 [B, L]: scale of each element; undefined for padding."""
 
     @abstractmethod
     def reached(self, notes: Tensor) -> Tensor:
-        """int64 [...]: the scale that a stream has reached; the next element belongs to no earlier one."""
+        """int64 [...]: the current scale of a stream; later elements belong to this scale or to a later one."""
 
 
 class PlacedGrammar(Grammar):
-    """A grammar that knows the place of an element before the element is known."""
+    """A grammar in which the place of the next element is known before the element itself."""
 
     place_width: int
-    """Features of an element's place."""
+    """Number of features of ``place``."""
     known_width: int
-    """Features of what else is known before an element."""
+    """Number of features of ``known``."""
 
     def scales(self, tokens: Tokens) -> Tensor:
         notes = self.annotate(tokens) if tokens.notes is None else tokens.notes
@@ -77,8 +77,8 @@ class PlacedGrammar(Grammar):
 
     @abstractmethod
     def place(self, notes: Tensor) -> Tensor:
-        """float32 [..., place_width]: where the next element belongs."""
+        """float32 [..., place_width]: features of the place of the next element."""
 
     @abstractmethod
     def known(self, notes: Tensor) -> Tensor:
-        """float32 [..., known_width]: what else is known before it."""
+        """float32 [..., known_width]: other features known before the next element."""

@@ -1,4 +1,4 @@
-"""What an optimiser must know of a network's layers: which are hidden, and which are several in one."""
+"""Layers that tell the optimizer which matrices are hidden, and which weights hold several matrices."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from torch import nn
 
 
 class HiddenLayers(nn.Module):
-    """A part of a network with features on both sides: its linear layers are neither embeddings nor heads.
+    """Base class of hidden parts of a network, such as transformer blocks: no embeddings and no output heads.
 
-    Blocks of transformers are such parts. Muon updates the matrices of linear layers in here, and nothing else.
+    Muon updates only the matrices of linear layers in these parts.
     """
 
 
 class FusedLinear(nn.Linear):
-    """``parts`` linear layers of one input, each to ``outputs`` features, computed as one.
+    """``parts`` linear layers with the same input and ``outputs`` features each, computed as one.
 
-    Its weight [parts · outputs, inputs] is ``parts`` matrices, one above the other.
+    Its weight [parts · outputs, inputs] is a vertical stack of ``parts`` matrices.
     """
 
     def __init__(self, inputs: int, outputs: int, parts: int, bias: bool = True) -> None:

@@ -1,18 +1,16 @@
-"""The optimisers of both stages: AdamW, and Muon for the matrices of hidden layers with AdamW for all else.
+"""Optimizers of both stages: AdamW, or Muon for the matrices of hidden layers and AdamW for all other parameters.
 
-Muon is *MomentUm Orthogonalized by Newton-schulz* (Jordan et al., https://kellerjordan.github.io/posts/muon/). What is
-notable here:
+Muon is *MomentUm Orthogonalized by Newton-schulz* (Jordan et al., https://kellerjordan.github.io/posts/muon/). Notes:
 
-- an update moves a matrix by its momentum (Nesterov's), with all singular values brought near 1, times
-  0.2 sqrt(larger side): as much as AdamW moves it at the same rate (Liu et al., arXiv 2502.16982, section 2.2);
-- what is a hidden matrix says the network (``stages/layers.py``), not a list of names. Queries, keys and values that
-  stand in one weight are three matrices: together they would share one scale, and the largest would have most of it;
-- both kinds of parameters are groups of one optimiser, so one step counts, one checkpoint holds and one schedule sets
-  both;
-- PyTorch's and timm's Muon compute in bfloat16 always, which many CPUs only emulate, at a multiple of the time; here
-  the type is an argument. The iteration itself is timm's;
-- where processes keep shares of a matrix (FSDP), each gathers the whole momentum, does what all others do, and takes
-  its share of the result. Processes that keep all of it do the same work on the same bits.
+- An update is the Nesterov momentum of a matrix with all singular values brought near 1, times 0.2 sqrt(larger side).
+  This matches the size of AdamW's updates at the same rate (Liu et al., arXiv 2502.16982, section 2.2).
+- The network marks hidden matrices by their classes (``stages/layers.py``), not by a list of names. Queries, keys and
+  values in one weight are three matrices. Orthogonalized as one, they would share one scale, dominated by the largest.
+- Both kinds of parameters are groups of one optimizer, so they share one step count, one checkpoint and one schedule.
+- Muon of PyTorch and of timm always computes in bfloat16, which many CPUs only emulate, at a multiple of the time. Here
+  the dtype is an argument. The iteration itself is timm's.
+- With sharded parameters (FSDP), each process gathers the whole momentum, computes the full update and keeps its shard.
+  With replicated parameters, all processes compute the same update from the same bits.
 """
 
 from __future__ import annotations
@@ -31,17 +29,18 @@ from stages.layers import FusedLinear, HiddenLayers
 
 MOMENTUM = 0.95
 STEPS = 5
-"""Newton-Schulz iterations of an update."""
+"""Newton-Schulz iterations per update."""
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic; chosen for speed from zero, so that singular values end between about 0.7 and 1.2, not at 1."""
+"""Coefficients of the quintic polynomial. They maximize the slope at zero, so singular values end between about 0.7 and
+1.2 instead of exactly at 1."""
 RMS_OF_ADAMW = 0.2
-"""Root mean square of AdamW's updates, over the rate, as the paper above observed it."""
+"""Root mean square of AdamW's updates divided by the rate, as observed by Liu et al. (see above)."""
 NUMBERS_AT_ONCE = 2**24
-"""Numbers of equal matrices that are orthogonalised together: many small ones cost a GPU as much as a few."""
+"""Maximum number of values in a batch of equal-sized matrices. On a GPU many small matrices take as long as a few."""
 
 
 class OptimizerConfig(Protocol):
-    """The keys of a training section that an optimiser needs."""
+    """Keys of a training section that an optimizer needs."""
 
     optimizer: str
     precision: str
@@ -52,9 +51,9 @@ class OptimizerConfig(Protocol):
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser of a network as its training section wants it; Muon's matrix products have its precision.
+    """Build the optimizer of a network from its training section. Muon multiplies matrices in ``config.precision``.
 
-    The rates are those of ``learning_rate`` in all groups until ``stages.training.build_schedule`` sets them.
+    All groups start with ``learning_rate``; ``stages.training.build_schedule`` then sets their rates.
     """
     betas = (config.betas[0], config.betas[1])
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -72,7 +71,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
                 "params": [parameter for parameter, number in matrices.items() if number == parts],
                 "weight_decay": config.weight_decay,
                 "matrices": parts,
-                "lr_scale": config.matrix_learning_rate / config.learning_rate,  # timm's schedules multiply by it
+                "lr_scale": config.matrix_learning_rate / config.learning_rate,  # a factor in timm's schedules
             }
         )
     return Muon(groups, config.learning_rate, betas, dtype)
@@ -81,13 +80,12 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
 def build_adamw(
     network: nn.Module, learning_rate: float, betas: tuple[float, float], decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and other vectors are not decayed."""
+    """AdamW without weight decay for biases, norms and other vectors."""
     return create_optimizer_v2(network, opt="adamw", lr=learning_rate, weight_decay=decay, betas=betas)
 
 
 def matrices_of(network: nn.Module) -> dict[Tensor, int]:
-    """The weights of the linear layers in hidden parts of a network, as far as they are trained, each with the number
-    of matrices that it is."""
+    """Trainable weights of linear layers in hidden parts of a network, each with its number of stacked matrices."""
     return {
         layer.weight: layer.parts if isinstance(layer, FusedLinear) else 1
         for part in network.modules()
@@ -98,16 +96,16 @@ def matrices_of(network: nn.Module) -> dict[Tensor, int]:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
-    """Its rate under ``name`` for logs, and where matrices have one of their own, that too."""
+    """Learning rates for logs: ``name``, and ``matrix_{name}`` if the matrices have their own rate."""
     rates = {name: optimizer.param_groups[0]["lr"]}
     rates |= {f"matrix_{name}": group["lr"] for group in optimizer.param_groups if group.get("matrices")}
     return {name: torch.tensor(rate) for name, rate in rates.items()}
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon in groups with ``matrices`` above 0, the number of matrices in each of their weights; AdamW in all others.
+    """Muon for groups with ``matrices`` above 0, which is the number of matrices per weight; AdamW for other groups.
 
-    Products of matrices are computed in ``dtype``; all groups must have a ``weight_decay``.
+    Matrix products are computed in ``dtype``. Every group must have a ``weight_decay``.
     """
 
     def __init__(
@@ -122,20 +120,20 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; returns what ``closure`` does, which is called first."""
+        """Update all parameters. Calls ``closure`` first and returns its result."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["matrices"]:
-                for alike in _alike(parameters):
-                    self._move_matrices(alike, group)
+                for same_shape in _group_by_shape(parameters):
+                    self._move_matrices(same_shape, group)
             else:
                 self._move_others(parameters, group)
         return loss
 
     def _move_matrices(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Muon's update of weights of one shape."""
+        """Muon update of weights with the same shape."""
         directions = []
         for parameter in parameters:
             assert parameter.grad is not None
@@ -147,14 +145,14 @@ class Muon(torch.optim.Optimizer):
             directions.append(direction.full_tensor() if isinstance(direction, DTensor) else direction)
         matrices = torch.stack(directions).unflatten(1, (group["matrices"], -1)).flatten(0, 1)
         rate = group["lr"] * RMS_OF_ADAMW * max(matrices.shape[1:]) ** 0.5
-        moves = orthogonalised(matrices, self.dtype).unflatten(0, (len(parameters), -1)).flatten(1, 2)
-        for parameter, move in zip(parameters, moves.to(matrices.dtype), strict=True):
+        updates = orthogonalised(matrices, self.dtype).unflatten(0, (len(parameters), -1)).flatten(1, 2)
+        for parameter, update in zip(parameters, updates.to(matrices.dtype), strict=True):
             if isinstance(parameter, DTensor):
-                move = distribute_tensor(move, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(move, alpha=-rate)
+                update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
     def _move_others(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """AdamW's update, by PyTorch's own."""
+        """AdamW update by PyTorch's functional ``adamw``."""
         for parameter in parameters:
             if not self.state[parameter]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -178,16 +176,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrices`` [N, m, n] with the same singular vectors and singular values near 1, in ``dtype``."""
+    """Set the singular values of ``matrices`` [N, m, n] to about 1, with the same singular vectors, in ``dtype``."""
     return zeropower_via_newtonschulz(matrices, STEPS, [COEFFICIENTS], dtype=dtype)
 
 
-def _alike(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in lists of one shape, none with more than ``NUMBERS_AT_ONCE`` numbers but a single one."""
-    shapes: dict[torch.Size, list[Tensor]] = {}
+def _group_by_shape(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Group parameters by shape into lists of at most ``NUMBERS_AT_ONCE`` values, with at least one parameter each."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
     for parameter in parameters:
-        shapes.setdefault(parameter.shape, []).append(parameter)
-    for shape, same in shapes.items():
-        many = max(1, NUMBERS_AT_ONCE // shape.numel())
-        for start in range(0, len(same), many):
-            yield same[start : start + many]
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    for shape, same_shape in by_shape.items():
+        group_size = max(1, NUMBERS_AT_ONCE // shape.numel())
+        for start in range(0, len(same_shape), group_size):
+            yield same_shape[start : start + group_size]

@@ -1,12 +1,12 @@
-"""In which precision networks compute: ``auto``, ``32`` or ``bf16``, decided here for every command.
+"""Precision of networks in all commands: ``auto``, ``32`` or ``bf16``.
 
-What is notable here:
+Notes:
 
-- ``auto`` is bfloat16 where the hardware multiplies it, else float32. Emulated bfloat16 is 3 to 350 times slower than
-  float32, and nothing but a clock tells for sure: asking the hardware only rules bfloat16 out, a timed product decides;
-- ``bf16`` means autocast: weights stay float32, matrix products are computed in bfloat16. Transforms, quantisers,
-  perceptual distances and adversarial losses stay in float32 in either case;
-- a model that is used, not trained, keeps its precision as an attribute, so that every command runs it alike.
+- ``auto`` is bfloat16 if the hardware supports it natively, otherwise float32. Emulated bfloat16 is 3 to 350 times
+  slower than float32. Hardware capabilities can only rule out native bfloat16, so a timed matrix product decides.
+- ``bf16`` means autocast: weights stay in float32, matrix products are computed in bfloat16. Transforms, quantizers,
+  perceptual distances and adversarial losses always stay in float32.
+- Outside of training, a model stores its precision as an attribute, so that every command runs it in the same one.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from data.errors import InputError
 
 NAMES = {"32": "float32", "bf16": "bfloat16 autocast"}
 NATIVE_ON_CPU = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")
-"""Capabilities, as torch names them, of which one at least is there where a CPU multiplies bfloat16."""
+"""CPU capabilities in PyTorch's naming; native bfloat16 needs at least one of them."""
 SIDES = {"cpu": 256, "cuda": 4096}
-"""Side of the square matrices that are multiplied for time."""
+"""Side of the square matrices in the timed product, by device type."""
 SECONDS = 0.03
-"""Time for the products of one kind. One that is emulated is over it with the first."""
+"""Time limit for repeating the product in one dtype. An emulated product exceeds it at the first repetition."""
 CLEARLY_FASTER = 1.2
-"""Casts of weights and activations cost something, too."""
+"""Minimum speedup for bfloat16, since casts of weights and activations take time too."""
 
 
 def resolve(asked: str, device: torch.device) -> str:
-    """``32`` or ``bf16``, for one of ``PRECISIONS`` on a device. Raises InputError for bf16 where there is none."""
+    """Resolve one of ``PRECISIONS`` to ``32`` or ``bf16``. Raises InputError if the device does not support bf16."""
     if asked == "auto":
         return _fastest(device.type)
     if asked == "bf16" and _has_no_bf16(device.type):
@@ -44,7 +44,7 @@ def resolve(asked: str, device: torch.device) -> str:
 
 
 def slowness(precision: str, device: torch.device) -> str | None:
-    """What a precision costs where the device emulates it, in words; None where it does not."""
+    """Warning about the slowdown if the device emulates this precision; None otherwise."""
     if precision != "bf16" or _fastest(device.type) == "bf16":
         return None
     times = _product_seconds(device.type, torch.bfloat16) / _product_seconds(device.type, torch.float32)
@@ -52,7 +52,7 @@ def slowness(precision: str, device: torch.device) -> str | None:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which a network computes in ``32`` or ``bf16``."""
+    """Autocast context for ``32`` or ``bf16``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -65,40 +65,40 @@ def _fastest(kind: str) -> str:
 
 
 def _has_no_bf16(kind: str) -> bool:
-    """Whether a kind of device cannot compute in bfloat16 at all. On Apple's GPUs it was never tried here."""
+    """True if a device type does not support bfloat16 at all. Apple GPUs count as such: they were not tested."""
     return kind == "mps" or (kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _is_emulated(kind: str) -> bool:
-    """Whether the hardware says that it has no products of bfloat16. False where it cannot be asked."""
+    """True if the CPU reports no native bfloat16 products. False if its capabilities are unknown."""
     if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.11
         return False
-    known = platform.machine().lower() in ("x86_64", "amd64", "arm64", "aarch64")
+    known_machine = platform.machine().lower() in ("x86_64", "amd64", "arm64", "aarch64")
     capabilities = torch.cpu.get_capabilities()
-    return known and not any(capabilities.get(name, False) for name in NATIVE_ON_CPU)
+    return known_machine and not any(capabilities.get(name, False) for name in NATIVE_ON_CPU)
 
 
 @cache
 def _product_seconds(kind: str, dtype: torch.dtype) -> float:
-    """The least time that a product of two square matrices takes."""
+    """Minimum time in seconds of a product of two square matrices."""
     matrix = torch.ones(SIDES[kind], SIDES[kind], dtype=dtype, device=kind)
-    started = time.perf_counter()
+    first_start = time.perf_counter()
     seconds = float("inf")
-    while (begun := time.perf_counter()) - started < SECONDS:
+    while (start := time.perf_counter()) - first_start < SECONDS:
         product = matrix @ matrix
         if kind == "cuda":
             torch.cuda.synchronize()
-        seconds = min(seconds, time.perf_counter() - begun)
+        seconds = min(seconds, time.perf_counter() - start)
         del product
     return seconds
 
 
 class OwnPrecision:
-    """Mixin of models: the methods ``IN_PRECISION`` compute in ``precision``, where it is set."""
+    """Mixin for models: if ``precision`` is set, the methods ``IN_PRECISION`` compute in it."""
 
     IN_PRECISION: ClassVar[tuple[str, ...]] = ()
     precision: str | None = None
-    """32 or bf16; None, as in training, leaves it to the caller's autocast."""
+    """32 or bf16; None, as in training, uses the autocast context of the caller."""
 
     def __init_subclass__(cls, **keys: Any) -> None:
         super().__init_subclass__(**keys)
@@ -112,7 +112,7 @@ def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def run(self: Any, *arguments: Any, **keys: Any) -> Any:
         weights = None if self.precision is None else next(self.parameters(), None)
-        if weights is None:  # nobody asks, or a codec, which computes in float64
+        if weights is None:  # no precision set, or a codec, which computes in float64
             return method(self, *arguments, **keys)
         with autocast(self.precision, weights.device):
             return method(self, *arguments, **keys)
@@ -122,10 +122,10 @@ def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def running_in(model: Any, precision: str) -> Iterator[None]:
-    """A frozen model of ``OwnPrecision`` computes in ``precision`` here, at its full speed.
+    """Context in which a frozen model of ``OwnPrecision`` computes in ``precision``, without repeated casts.
 
-    Autocast casts weights that need no gradient again in every call, thousands of times while sampling. Here those of
-    linear layers are cast once, which gives the same bits.
+    Autocast casts weights without gradients again in every call, thousands of times during sampling. Here the weights
+    of linear layers are cast once, which gives the same bits.
     """
     before, originals = model.precision, []
     model.precision = precision
@@ -141,7 +141,7 @@ def running_in(model: Any, precision: str) -> Iterator[None]:
 
 
 def _weights_to_cast(model: nn.Module) -> list[Tensor]:
-    """Frozen float32 parameters that linear layers use, and nothing else: each once."""
+    """Frozen float32 parameters that only linear layers use, without duplicates."""
     linear: dict[int, Tensor] = {}
     elsewhere: set[int] = set()
     for module in model.modules():

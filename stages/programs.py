@@ -1,9 +1,7 @@
-"""Encoder and decoder as programs that need torch alone: pixels → ids and ids → pixels by ``torch.export``.
+"""Export encoder and decoder with ``torch.export``, as programs that need only torch: pixels → ids and ids → pixels.
 
-What is notable here:
-
-- the batch is dynamic, everything else has the size that the tokenizer has;
-- both are traced on the CPU and give what the tokenizer itself gives there, bit for bit: ``check_programs``.
+- The batch size is dynamic, all other sizes are fixed by the tokenizer.
+- Both programs are traced on the CPU and are bitwise equal to the tokenizer there; ``check_programs`` verifies this.
 """
 
 from __future__ import annotations
@@ -41,24 +39,24 @@ class _Decoder(nn.Module):
 
 
 def check_exportable(tokenizer: Tokenizer) -> None:
-    """Raise InputError for a codec: its streams are made by code that is no graph of tensors."""
+    """Raise InputError for a codec: its code is not a graph of tensor operations."""
     if not any(True for _ in tokenizer.parameters()):
         raise InputError(
-            f"a {type(tokenizer).__name__} has no network that could be exported as a program; allowed are learned "
-            "tokenizers: tokenizer.kind=sit, vit-vqgan or nested"
+            f"a {type(tokenizer).__name__} has no network that could be exported as a program; allowed: learned "
+            "tokenizers, which are tokenizer.kind=sit, vit-vqgan or nested"
         )
 
 
 @torch.no_grad()
 def export_programs(tokenizer: Tokenizer) -> dict[str, ExportedProgram]:
-    """``encoder``: pixels float32 [B, C, H, W] in [-1, 1] → ids int64 [B, L, F], and ``decoder``: ids → pixels.
+    """Export ``encoder``: pixels float32 [B, C, H, W] in [-1, 1] → ids int64 [B, L, F], and ``decoder``: ids → pixels.
 
-    Takes a tokenizer in eval mode on the CPU. Raises InputError for a codec.
+    The tokenizer must be in eval mode and on the CPU. Raises InputError for a codec.
     """
     check_exportable(tokenizer)
     batch = ({0: Dim("batch")},)
     pixels = _example(tokenizer, 2)
-    # both are run before they are traced: what a transform caches at its first call must not be a tensor of the tracer
+    # run both before tracing: tensors that transforms cache at their first call must not be tracer tensors
     ids = tokenizer.encode(pixels).ids
     tokenizer.decode(Tokens.fixed(ids))
     programs = {
@@ -66,12 +64,12 @@ def export_programs(tokenizer: Tokenizer) -> dict[str, ExportedProgram]:
         "decoder": torch.export.export(_Decoder(tokenizer), (ids,), dynamic_shapes=batch),
     }
     for program in programs.values():
-        _forget_places(program)
+        _remove_stack_traces(program)
     return programs
 
 
-def _forget_places(program: ExportedProgram) -> None:
-    """Remove stack traces: they name the folders of this machine."""
+def _remove_stack_traces(program: ExportedProgram) -> None:
+    """Remove stack traces, which contain paths of this machine."""
     for module in program.graph_module.modules():
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:
@@ -80,7 +78,7 @@ def _forget_places(program: ExportedProgram) -> None:
 
 @torch.no_grad()
 def check_programs(programs: Mapping[str, ExportedProgram], tokenizer: Tokenizer) -> None:
-    """Raise InputError unless the programs give the tokenizer's own ids and pixels for batches of several sizes."""
+    """Raise InputError unless the programs give the same ids and pixels as the tokenizer, for several batch sizes."""
     encode, decode = (programs[name].module() for name in ("encoder", "decoder"))
     for batch in CHECKED_BATCHES:
         pixels = _example(tokenizer, batch)
@@ -92,6 +90,6 @@ def check_programs(programs: Mapping[str, ExportedProgram], tokenizer: Tokenizer
 
 
 def _example(tokenizer: Tokenizer, batch: int) -> Tensor:
-    """Noise float32 [batch, C, H, W] in [-1, 1]."""
+    """Random pixels float32 [batch, C, H, W] in [-1, 1]."""
     shape = (batch, tokenizer.channels, *tokenizer.layout.image_size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(batch)) * 2 - 1

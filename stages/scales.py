@@ -1,4 +1,4 @@
-"""To which scale each element belongs, in layouts of fixed length, in streams and in lists."""
+"""The scale of each element, in layouts of fixed length, in streams and in lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.grammar import Grammar
 
 
 def scale_ids(tokens: Tokens, layout: TokenLayout, grammar: Grammar | None = None) -> Tensor:
-    """int64 [B, L]: the scale of each element that counts; in streams, found again where there are no notes."""
+    """int64 [B, L]: the scale of each element, undefined for padding. Streams without notes are annotated for this."""
     if layout.ends == "fixed":
         lengths = torch.tensor([scale.length for scale in layout.scales])
         scales = torch.arange(len(lengths)).repeat_interleave(lengths)[: tokens.ids.shape[1]]
@@ -24,7 +24,7 @@ def scale_ids(tokens: Tokens, layout: TokenLayout, grammar: Grammar | None = Non
 
 
 def keep_scales(tokens: Tokens, layout: TokenLayout, scales: Sequence[int], grammar: Grammar | None = None) -> Tokens:
-    """The elements of some scales, in their order; notes and remarks are dropped."""
+    """The elements of some scales, in unchanged order. Drops notes and remarks."""
     kept = (
         torch.isin(scale_ids(tokens, layout, grammar), torch.tensor(list(scales), device=tokens.ids.device))
         & tokens.counted
@@ -32,6 +32,6 @@ def keep_scales(tokens: Tokens, layout: TokenLayout, scales: Sequence[int], gram
     order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
     lengths = kept.sum(1)
     ids = tokens.ids.gather(1, order.unsqueeze(-1).expand_as(tokens.ids))
-    made = Tokens(ids[:, : int(lengths.max()) if len(tokens) else 0], lengths, tokens.header)
-    made.ids = made.ids.masked_fill(~made.counted.unsqueeze(-1), 0)
-    return made
+    result = Tokens(ids[:, : int(lengths.max()) if len(tokens) else 0], lengths, tokens.header)
+    result.ids = result.ids.masked_fill(~result.counted.unsqueeze(-1), 0)
+    return result

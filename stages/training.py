@@ -1,4 +1,4 @@
-"""What the two LightningModules share: schedule, average of weights, and the guard against bad losses."""
+"""Shared by the two LightningModules: learning rate schedule, weight averaging and the check for non-finite losses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from data.errors import OctavesError
 
 
 class NonFiniteLoss(OctavesError):
-    """A loss term became NaN or infinite; the message has step, term and samples. Nothing was updated with it."""
+    """A loss term is NaN or infinite. The message has step, term and samples. No update was made with it."""
 
 
 class RateConfig(Protocol):
-    """The keys of a training section that a schedule needs."""
+    """Keys of a training section that a schedule needs."""
 
     max_steps: int
     warmup_steps: int
@@ -28,9 +28,9 @@ class RateConfig(Protocol):
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: RateConfig) -> CosineLRScheduler:
-    """Linear warm-up, then cosine; set a step's rates with ``schedule.step_update(step)``, it keeps no state.
+    """Linear warm-up, then cosine decay. ``schedule.step_update(step)`` sets the rates; the schedule has no state.
 
-    Groups with an ``lr_scale`` have that many times the rate of the others.
+    The rate of groups with ``lr_scale`` is multiplied by it.
     """
     rate = optimizer.param_groups[0]["lr"]
     return CosineLRScheduler(
@@ -44,19 +44,19 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RateConfig) -> Cosi
 
 
 def build_average(module: nn.Module, decay: float) -> ModelEmaV3:
-    """The averaged copy of a network: what is validated, exported, cached and evaluated."""
+    """Exponential moving average of a network, used for validation, export, caching and evaluation."""
     average = ModelEmaV3(module, decay=decay, use_warmup=True)
-    average.requires_grad_(False)  # else DDP waits for gradients that never come
+    average.requires_grad_(False)  # otherwise DDP waits for its gradients
     return average
 
 
 def seed_batch(seed: int, rank: int, batches_seen: int) -> None:
-    """Seed torch for one micro-batch, so that a resumed run draws what an uninterrupted one would have drawn."""
+    """Seed torch for one micro-batch, so that a resumed run draws the same numbers as an uninterrupted one."""
     torch.manual_seed(int(np.random.SeedSequence([seed, rank, batches_seen]).generate_state(1)[0]))
 
 
 class NamesSamples(Protocol):
-    """Names of samples, asked for only when something is wrong with them."""
+    """Function from indices to names of samples, called only for error messages."""
 
     def __call__(self, indices: list[int]) -> list[str]: ...
 
@@ -68,10 +68,10 @@ def check_finite(
     names: NamesSamples,
     any_process: Callable[[bool], bool],
 ) -> None:
-    """Raise NonFiniteLoss for the first term that is NaN or infinite; ``indices`` [B] are the batch's samples.
+    """Raise NonFiniteLoss for the first term that is NaN or infinite. ``indices`` [B] are the samples of the batch.
 
-    ``any_process`` says whether something is true of any process of the run: one that stopped alone would leave the
-    others waiting for its gradients.
+    ``any_process`` is a logical or over all processes. If only one process stopped, the others would wait for its
+    gradients.
     """
     finite = bool(torch.isfinite(torch.stack(list(terms.values()))).all())
     if not any_process(not finite):
@@ -86,12 +86,12 @@ def check_finite(
 
 
 def gradient_norm(module: nn.Module) -> Tensor:
-    """Norm of all gradients of a network; where processes have shares of them, all of these must ask."""
+    """Norm of all gradients of a network. With sharded parameters, all processes must call this."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def trainer_steps(steps: int, num_optimizers: int) -> int:
-    """Lightning's ``global_step`` after ``steps`` updates: it counts every optimiser's step."""
+    """Lightning's ``global_step`` after ``steps`` updates. It counts the steps of every optimizer."""
     return steps * num_optimizers

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with the config, layout and history as JSON in the metadata. No pickle."""
+"""Model files: safetensors with config, layout and history as JSON in the metadata. No pickle."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from stages.factory import (
 
 FORMAT = "octaves/1"
 PARTS_WITH_KINDS = {"quantizer": quantizer_config, "head": head_config}
-"""Parts of a tokenizer's config whose dataclass their ``kind`` chooses."""
+"""Parts of a tokenizer config whose dataclass depends on their ``kind``."""
 
 
 MEND = "delete it and run the command that makes it again"
 
 
 class WeightsError(OctavesError, ValueError):
-    """A weights file that is missing, damaged or of another kind."""
+    """A weights file is missing, damaged or of another kind."""
 
 
 def save_weights(
     path: Path, module: nn.Module, metadata: dict[str, Any], state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the module's state and JSON metadata atomically, with a checksum of both.
+    """Write the state of a module and JSON metadata atomically, with a checksum of both.
 
-    ``state`` is the state where the module itself has but a share of it.
+    Pass ``state`` if the module itself holds only a shard of it.
     """
     state = module.state_dict() if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
@@ -56,7 +56,7 @@ def save_weights(
 
 
 def in_order(content: bytes) -> bytes:
-    """A safetensors file with its header in order: safetensors shuffles metadata, and equal weights are equal bytes."""
+    """Sort the header of a safetensors file, so that equal weights are equal bytes. safetensors shuffles metadata."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -64,7 +64,7 @@ def in_order(content: bytes) -> bytes:
 
 
 def checksum(metadata: str, tensors: dict[str, Tensor]) -> str:
-    """Hex sha256 of metadata and of names, types, shapes and bytes of tensors."""
+    """Hex sha256 of the metadata and of the names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256(metadata.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -73,25 +73,25 @@ def checksum(metadata: str, tensors: dict[str, Tensor]) -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metadata, tensors by name). Raises WeightsError for anything but a file that ``save_weights`` wrote."""
+    """(metadata, tensors by name). Raises WeightsError if the file is not a valid file of ``save_weights``."""
     with _opened(path) as (file, metadata):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         header = file.metadata()
-        # files from before there was one have none
-        if header.get("sha256", (found := checksum(header["octaves"], tensors))) != found:
+        # old files have no checksum
+        if header.get("sha256", (actual := checksum(header["octaves"], tensors))) != actual:
             raise WeightsError(f"{path}: damaged, its checksum is not the one that was written; {MEND}")
         return metadata, tensors
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone. Raises WeightsError for anything but a file that ``save_weights`` wrote."""
+    """Only the metadata. Raises WeightsError if the file is not a valid file of ``save_weights``."""
     with _opened(path) as (_, metadata):
         return metadata
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """(the open file, its metadata)."""
+    """Context with (open file, its metadata)."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
@@ -101,23 +101,23 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
                 raise WeightsError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
             metadata = json.loads(header["octaves"])
             if not isinstance(metadata, dict):
-                raise WeightsError(f"{path}: its metadata are no mapping")
+                raise WeightsError(f"{path}: its metadata are no JSON object")
             yield file, metadata
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise WeightsError(f"{path}: damaged or not a weights file ({error})") from error
 
 
 def load_state(path: Path, module: nn.Module, tensors: dict[str, Any]) -> None:
-    """Strict load; raises WeightsError that names the file."""
+    """Strict ``load_state_dict``. Raises WeightsError, which names the file."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())  # torch's is of several lines
+        reason = " ".join(str(error).split())  # torch's message has several lines
         raise WeightsError(f"{path}: weights do not fit their own config ({reason})") from error
 
 
 def save_tokenizer(path: Path, tokenizer: Tokenizer, config: Any, extra: dict[str, Any] | None = None) -> None:
-    """Write a tokenizer with all that ``load_tokenizer`` needs. ``config.path`` is the user's, not the model's."""
+    """Write a tokenizer for ``load_tokenizer``. ``config.path`` is left out: it is a setting of the user."""
     plain = {key: value for key, value in asdict(config).items() if key != "path"}
     metadata = {
         "part": "tokenizer",
@@ -145,16 +145,16 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
         tokenizer = build_tokenizer(config, (height, width), metadata["channels"])
         tokenizer.restore(metadata.get("statistics", {}))
         layout = TokenLayout.from_dict(metadata["layout"])
-    except Exception as error:  # whatever a model of foreign numbers breaks on
+    except Exception as error:  # invalid metadata can raise any exception
         raise WeightsError(f"{path}: metadata do not describe a tokenizer ({error})") from error
     load_state(path, tokenizer, tensors)
     if layout != tokenizer.layout:
-        raise WeightsError(f"{path}: the stored layout is not the one that its config gives")
+        raise WeightsError(f"{path}: the stored layout differs from the layout of its config")
     return tokenizer.eval().requires_grad_(False), metadata
 
 
 def tokens_sha256(path: str | Path) -> str:
-    """Whose tokens a tokenizer file makes: its own sha256, or that of the file whose tokens it took over.
+    """Identity of the tokens of a tokenizer file: its sha256, or that of the file it was started from (``take_over``).
 
     Raises WeightsError.
     """
@@ -163,22 +163,22 @@ def tokens_sha256(path: str | Path) -> str:
 
 
 def take_over(tokenizer: Tokenizer, config: Any, path: str | Path) -> dict[str, Any]:
-    """Weights and statistics of a finished tokenizer for a fresh one, frozen; its head alone is left to train.
+    """Copy weights and statistics of a finished tokenizer into a new one, and freeze all but its head.
 
-    Returns what the new file says of that. Raises WeightsError where more than the head differs.
+    Returns metadata for the new file. Raises WeightsError if the configs differ in more than the head.
     """
     finished, metadata = load_tokenizer(path)
     plain = asdict(from_plain(type(config), metadata["config"])) if metadata["kind"] == config.kind else {}
-    wanted = {"image_size": list(tokenizer.layout.image_size), "channels": tokenizer.channels, **asdict(config)}
-    found = {"image_size": metadata["image_size"], "channels": metadata["channels"], **plain, "kind": metadata["kind"]}
-    for key in ("kind", *wanted):
-        if key not in ("path", "head") and found.get(key) != wanted[key]:
+    expected = {"image_size": list(tokenizer.layout.image_size), "channels": tokenizer.channels, **asdict(config)}
+    stored = {"image_size": metadata["image_size"], "channels": metadata["channels"], **plain, "kind": metadata["kind"]}
+    for key in ("kind", *expected):
+        if key not in ("path", "head") and stored.get(key) != expected[key]:
             raise WeightsError(
-                f"tokenizer_training.start_from={path} is another tokenizer: its {key} is {found.get(key)}, here "
-                f"{wanted[key]}; only tokenizer.head may differ"
+                f"tokenizer_training.start_from={path} is another tokenizer: its {key} is {stored.get(key)}, here "
+                f"{expected[key]}; only tokenizer.head may differ"
             )
-    own = {name: tensor for name, tensor in finished.state_dict().items() if not name.startswith("head.")}
-    tokenizer.load_state_dict(own, strict=False)
+    copied = {name: tensor for name, tensor in finished.state_dict().items() if not name.startswith("head.")}
+    tokenizer.load_state_dict(copied, strict=False)
     tokenizer.restore(finished.statistics())
     for name, parameter in tokenizer.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
@@ -194,9 +194,9 @@ def save_prior(
     extra: dict[str, Any],
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a prior with all that ``load_prior`` needs; ``extra`` names the tokenizer that it belongs to.
+    """Write a prior for ``load_prior``. ``extra`` contains the sha256 of its tokenizer.
 
-    ``state`` as in ``save_weights``.
+    ``state`` is as in ``save_weights``.
     """
     metadata = {
         "part": "prior",
@@ -222,27 +222,27 @@ def load_prior(path: str | Path) -> tuple[Prior, dict[str, Any]]:
         condition = from_plain(condition_config(metadata["condition"]["kind"]), metadata["condition"])
         layout = TokenLayout.from_dict(metadata["layout"])
         prior = build_prior(config, condition, layout, metadata["class_names"], metadata.get("text"))
-    except Exception as error:  # whatever a model of foreign numbers breaks on
+    except Exception as error:  # invalid metadata can raise any exception
         raise WeightsError(f"{path}: metadata do not describe a prior ({error})") from error
     load_state(path, prior, tensors)
     return prior.eval().requires_grad_(False), metadata
 
 
 def check_pair(prior: dict[str, Any], prior_path: str | Path, tokenizer_path: str | Path) -> None:
-    """Raise WeightsError unless the prior (its metadata) was trained on tokens of exactly this tokenizer file."""
-    found = tokens_sha256(tokenizer_path)
-    if prior.get("tokenizer_sha256") != found:
+    """Raise WeightsError unless the prior was trained on tokens of this tokenizer. ``prior`` is its metadata."""
+    tokenizer_sha256 = tokens_sha256(tokenizer_path)
+    if prior.get("tokenizer_sha256") != tokenizer_sha256:
         raise WeightsError(
             f"{prior_path} was trained on tokens of another tokenizer than {tokenizer_path} "
-            f"({str(prior.get('tokenizer_sha256'))[:12]}, not {found[:12]}); run `make cache-tokens train-prior` again "
-            "in a new RUN=, or point tokenizer.path to the right one"
+            f"({str(prior.get('tokenizer_sha256'))[:12]}, not {tokenizer_sha256[:12]}); run "
+            "`make cache-tokens train-prior` again in a new RUN=, or set tokenizer.path to the right one"
         )
 
 
 def from_plain(config_class: type[Any], plain: dict[str, Any]) -> Any:
-    """A config dataclass from plain data, nested ones too.
+    """Build a config dataclass from plain data, including nested dataclasses.
 
-    Raises TypeError or ValueError for keys that the dataclass does not have.
+    Raises TypeError or ValueError for unknown keys.
     """
     values = dict(plain)
     hints = get_type_hints(config_class)

@@ -1,7 +1,7 @@
-"""Captions of images in a folder: a text file beside each image, or one listing of all.
+"""Captions of images in a folder: a text file beside each image, or one listing for all.
 
-What is notable here: a listing must describe exactly the images of its folder. One that is out of step has most likely
-moved on from them, and a caption that stands beside the wrong image is never noticed later.
+A listing must describe exactly the images of its folder. A mismatch usually means that listing and images are of
+different versions, and captions of wrong images would go unnoticed later.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from data.images.source import CorruptImage, ImagesError
 
 TEXT_ENDING = ".txt"
 LISTINGS = ("metadata.jsonl", "metadata.csv")
-"""Names of the listing, as in Hugging Face's imagefolder layout."""
+"""File names of a listing, as in the imagefolder format of Hugging Face."""
 CAPTION_KEYS = ("text", "caption")
 
 
 def clean(text: str) -> str:
-    """A caption without white space around it and without halves of surrogate pairs, which no UTF-8 file can hold."""
+    """A caption without surrounding white space and without lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def caption_of(record: dict[str, Any]) -> str:
-    """The caption in a record, under ``text`` or ``caption``; empty for none. Raises ValueError for a list of some."""
-    found = record.get("text") or record.get("caption") or ""
-    if isinstance(found, list | dict):
-        raise ValueError(f"a caption that is a JSON {'list' if isinstance(found, list) else 'object'}; give it as text")
-    return clean(str(found))
+    """The caption of a record, under ``text`` or ``caption``; empty for none. Raises ValueError for a list or dict."""
+    text = record.get("text") or record.get("caption") or ""
+    if isinstance(text, list | dict):
+        raise ValueError(f"a caption that is a JSON {'list' if isinstance(text, list) else 'object'}; give it as text")
+    return clean(str(text))
 
 
 def caption_path(key: str) -> str:
-    """The text file that would lie beside the image ``key``."""
+    """Path of the caption file for the image ``key``; the file may not exist."""
     return posixpath.splitext(key)[0] + TEXT_ENDING
 
 
 def read_caption(root: Path, key: str) -> str:
-    """The caption beside the image ``key``. Raises CorruptImage that names both when it is no UTF-8 text."""
+    """The caption in the text file of the image ``key``. Raises CorruptImage, naming both, if it is not UTF-8 text."""
     name = caption_path(key)
     try:
         return clean((root / name).read_bytes().decode("utf-8-sig"))
@@ -49,11 +49,11 @@ def read_caption(root: Path, key: str) -> str:
 
 
 def read_listing(root: Path, keys: Sequence[str]) -> list[str] | None:
-    """The captions of the images ``keys`` from the listing in ``root``; None without one, or where it has no captions.
+    """The captions of the images ``keys`` from the listing in ``root``; None without a listing or without captions.
 
     Each entry has ``file_name``, relative to ``root``, and ``text`` or ``caption``.
 
-    Raises ImagesError for a listing that cannot be read, or that does not name exactly these images, each once.
+    Raises ImagesError if the listing cannot be read or does not name each of these images exactly once.
     """
     paths = [root / name for name in LISTINGS if (root / name).is_file()]
     if not paths:
@@ -62,9 +62,9 @@ def read_listing(root: Path, keys: Sequence[str]) -> list[str] | None:
         raise ImagesError(f"{root} has {' and '.join(LISTINGS)}; keep one of them")
     path = paths[0]
     captions: dict[str, str] = {}
-    captioned = False
+    has_captions = False
     for line, entry in read_entries(path):
-        captioned |= any(name in entry for name in CAPTION_KEYS)
+        has_captions |= any(name in entry for name in CAPTION_KEYS)
         try:
             caption = caption_of(entry)
         except ValueError as error:
@@ -75,21 +75,21 @@ def read_listing(root: Path, keys: Sequence[str]) -> list[str] | None:
                 raise ImagesError(f"{path}, line {line}: a caption without file_name; each entry needs one")
             continue
         if name in captions:
-            raise ImagesError(f"{path}, line {line}: {name} for the second time; give each image one entry")
+            raise ImagesError(f"{path}, line {line}: {name} is listed twice; give each image one entry")
         captions[name] = caption
-    if not captioned:
+    if not has_captions:
         return None
     present = set(keys)
     foreign = [name for name in captions if name not in present]
     missing = [key for key in keys if key not in captions]
     if foreign or missing:
-        what = (
+        mismatch = (
             f"{len(foreign)} of them name no image there, such as {foreign[0]}"
             if foreign
             else f"{len(missing)} images have none, such as {missing[0]}"
         )
         raise ImagesError(
-            f"{path} has {len(captions)} entries for {len(keys)} images: {what}; give each image one entry"
+            f"{path} has {len(captions)} entries for {len(keys)} images: {mismatch}; give each image one entry"
         )
     return [captions[key] for key in keys]
 

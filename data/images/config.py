@@ -1,4 +1,4 @@
-"""Where images come from and how they are cut: one config section, ``images``."""
+"""Config section ``images``: where images come from and how they are cropped."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ImagesConfig:
-    """The images of a run. Pixels leave as [channels, size, size]."""
+    """Images of a run, with pixels [channels, size, size]."""
 
     kind: str = "folder"
     """folder (class = subfolder), webdataset, fashion, demo, or photos."""
     path: str | None = None
-    """Folder of images; folder, brace pattern or URLs of shards. Has train and val below it, or is split by val_share.
-    None: the place where `make` puts the set."""
+    """Folder of images; or folder, brace pattern or URLs of shards. It contains train and val, or is split by
+    val_share. None: the default folder of the dataset, where `make` puts it."""
     val_path: str | None = None
-    """Held-out images; None: a folder `val` beside `train`, else a seeded split."""
+    """Validation images; None: a folder `val` beside `train` if there is one, otherwise a seeded split."""
     size: int = 32
     """Side in pixels."""
     channels: int = 3
-    """3 for RGB, 1 for grey."""
+    """3 for RGB, 1 for gray."""
     train_view: str = "center"
-    """center (shorter side resized, middle cut), random_resized_crop, random_crop (no resize), or pad (black border,
+    """center (shorter side resized, center crop), random_resized_crop, random_crop (no resize), or pad (black border,
     no resize)."""
     eval_view: str = "center"
-    """center or pad: the view that is cached, evaluated and held out."""
+    """center or pad: the view for caching, evaluation and validation."""
     flip: bool = False
     """Mirror half of the training images; cached as a second view."""
     crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])
-    """Range of the share of the largest square's area that random_resized_crop keeps."""
+    """Area of a random_resized_crop as a range of fractions of the area of the largest square."""
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     """RGB (0-255) behind transparent pixels."""
     val_share: float = 0.1
-    """Share held out by a seeded split where the source has no split of its own."""
+    """Fraction of images for validation, for sources without their own split."""
     split_seed: int = 0
-    """Seed of that split; a part of the data, not of the training."""
+    """Seed of that split. It belongs to the data, not to the training."""
     max_corrupt_share: float = 0.01
-    """Training skips unreadable images up to this share of those tried, then fails."""
+    """Training skips unreadable images up to this fraction of the images read, then fails."""
     skip_corrupt: bool = False
     """Caching and evaluation skip unreadable images instead of failing; the manifest counts them."""
     skin_tones: bool = False
-    """Demo set only: also the variants of an icon with skin tones."""
+    """Only for the demo dataset: include icon variants with skin tones."""

@@ -1,7 +1,7 @@
-"""The demo set: Twemoji icons with category and caption, out of two ordinary packages.
+"""The demo dataset: Twemoji icons with category and caption, from two pip packages.
 
-What is notable here: the split. Some icons are drawn twice (a shrug and its gendered twin, flags of islands and of
-their countries), so an icon, its skin tones and everything that looks the same at 32 x 32 stay on one side.
+Some icons exist twice (a shrug and its gendered variant, flags of islands and of their countries). So an icon, its
+skin tones and all icons that look the same at 32 x 32 stay in one split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data.images.views import view_pixels
 
 TWIN_SIZE = 32
 TWIN_MSE = 0.002
-"""Mean squared difference, of pixels in [0, 1], up to which two icons count as the same picture."""
+"""Icons up to this mean squared error, for pixels in [0, 1], count as the same picture."""
 SKIN_TONES = {
     "1F3FB": "light skin tone",
     "1F3FC": "medium-light skin tone",
@@ -33,10 +33,10 @@ SKIN_TONES = {
 
 @dataclass(frozen=True)
 class Icon:
-    """One picture of the set."""
+    """One picture of the dataset."""
 
     name: str
-    """File name without ending."""
+    """File name without extension."""
     category: str
     text: str
     base: str
@@ -44,9 +44,9 @@ class Icon:
 
 
 class DemoSource(ImageSource):
-    """One side of the icons: 72 x 72 PNG in nine categories, captioned as ``caption`` says.
+    """One split of the icons: 72 x 72 PNG in nine categories, with captions from ``caption``.
 
-    Raises ImagesError that names the extra to install.
+    Raises ImagesError, which names the missing package.
     """
 
     small = True
@@ -88,9 +88,9 @@ def package_folder(package: str) -> Path:
 
 
 def read_icons(listing: Path, folder: Path, skin_tones: bool) -> list[Icon]:
-    """The icons of ``emoji.json`` that have a picture, in the listing's order.
+    """The icons of ``emoji.json`` that have a picture, in the order of the file.
 
-    The category Component is left out: its five pictures are bare swatches of skin tones.
+    The category Component is left out: its five pictures are plain color patches of skin tones.
     """
     icons = []
     for entry in json.loads(listing.read_text(encoding="utf-8")):
@@ -101,21 +101,21 @@ def read_icons(listing: Path, folder: Path, skin_tones: bool) -> list[Icon]:
         for tones, variant in entry.get("skin_variations", {}).items() if skin_tones else ():
             tone_name = file_name(variant["unified"], folder)
             if tone_name is not None:
-                described = " and ".join(dict.fromkeys(SKIN_TONES[tone] for tone in tones.split("-")))
-                icons.append(Icon(tone_name, entry["category"], caption(entry, described), name))
+                skin_tone = " and ".join(dict.fromkeys(SKIN_TONES[tone] for tone in tones.split("-")))
+                icons.append(Icon(tone_name, entry["category"], caption(entry, skin_tone), name))
     return icons
 
 
 def caption(entry: dict[str, Any], skin_tone: str = "") -> str:
     """The caption of an entry of ``emoji.json``, such as "red apple, apple, fruit, food & drink".
 
-    The most specific part comes first, since long captions are cut: name, other names, skin tone, subcategory without
-    the words of its category ("food-fruit" of "Food & Drink" is "fruit"), category.
+    Long captions are cut, so specific parts come first: name, other names, skin tone, subcategory without the words of
+    its category ("food-fruit" of "Food & Drink" becomes "fruit"), category.
     """
     parts = [(entry["name"] or entry["short_name"]).lower()]
     parts += [short.replace("_", " ").replace("-", " ") for short in entry["short_names"]]
     category = entry["category"].lower()
-    # "animal-bug" of "Animals & Nature" repeats its category too, but for the plural.
+    # "animal-bug" also repeats its category "Animals & Nature", except for the plural.
     repeated = {word.rstrip("s") for word in category.split()}
     subcategory = [word for word in entry["subcategory"].lower().split("-") if word.rstrip("s") not in repeated]
     parts += [skin_tone, " ".join(subcategory), category]
@@ -123,7 +123,7 @@ def caption(entry: dict[str, Any], skin_tone: str = "") -> str:
 
 
 def file_name(unified: str, folder: Path) -> str | None:
-    """Twemoji's file name (without ending) of a sequence of code points, or None where it has no picture."""
+    """Twemoji's file name (without extension) for a sequence of code points; None if there is no picture."""
     points = [point.lstrip("0") for point in unified.lower().split("-")]
     plain = [point for point in points if point != "fe0f"]
     for candidate in ("-".join(points if "200d" in points else plain), "-".join(plain)):
@@ -133,31 +133,31 @@ def file_name(unified: str, folder: Path) -> str | None:
 
 
 def held_out_icons(icons: list[Icon], folder: Path, config: ImagesConfig) -> np.ndarray:
-    """bool [n]: which icons are held out. Whole groups of look-alikes are, up to ``val_share`` of the icons."""
+    """bool [n]: True for icons of the val split: whole groups of look-alikes, up to ``val_share`` of the icons."""
     groups = look_alikes(tuple(icons), folder, tuple(config.background))
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(int(group), []).append(index)
     firsts = list(members)
     held_out = np.zeros(len(icons), dtype=bool)
-    room = max(1, round(config.val_share * len(icons)))
+    remaining = max(1, round(config.val_share * len(icons)))
     for position in hashed_order((icons[first].name for first in firsts), config.split_seed):
         group_members = members[firsts[position]]
-        if len(group_members) <= room:
+        if len(group_members) <= remaining:
             held_out[group_members] = True
-            room -= len(group_members)
+            remaining -= len(group_members)
     return held_out
 
 
-@functools.cache  # every command opens both sides, and each looks at all icons for it
+@functools.cache  # every command opens both splits, and each split needs the groups of all icons
 def look_alikes(icons: tuple[Icon, ...], folder: Path, background: tuple[int, ...]) -> np.ndarray:
-    """int64 [n]: for each icon the first index of its group: same base icon, or as good as the same picture.
+    """int64 [n]: for each icon the first index of its group. A group shares a base icon or nearly the same picture.
 
-    Pictures are compared in colour on the run's own background.
+    Pictures are compared in color on the background of the run.
     """
-    seen = ImagesConfig(size=TWIN_SIZE, channels=3, background=list(background))
+    config = ImagesConfig(size=TWIN_SIZE, channels=3, background=list(background))
     images = (decode(folder / f"{icon.name}.png", icon.name) for icon in icons)
-    pixels = np.stack([view_pixels(image, seen, "center").numpy() for image in images]).astype(np.float32) / 255
+    pixels = np.stack([view_pixels(image, config, "center").numpy() for image in images]).astype(np.float32) / 255
     parent = np.arange(len(icons))
 
     def root(index: int) -> int:
@@ -172,7 +172,7 @@ def look_alikes(icons: tuple[Icon, ...], folder: Path, background: tuple[int, ..
     by_name = {icon.name: index for index, icon in enumerate(icons)}
     for index, icon in enumerate(icons):
         join(by_name[icon.base], index)
-    # The mean over 4 x 4 pixels never increases the squared difference, so small pictures rule out most pairs.
+    # Averaging 4 x 4 pixels never increases the squared error, so the coarse pictures rule out most pairs.
     coarse = pixels.reshape(len(icons), 3, 8, 4, 8, 4).mean((3, 5)).reshape(len(icons), -1)
     norms = (coarse**2).sum(1)
     distance = norms[:, None] + norms[None] - 2 * coarse @ coarse.T

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its four idx files, wherever they were installed."""
+"""Fashion-MNIST from its four idx files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PREFIXES = {"train": "train", "val": "t10k"}
 
 
 class FashionSource(ImageSource):
-    """60,000 training and 10,000 held-out grey images, uint8 [28, 28], in 10 classes; the caption is the class name.
+    """60,000 training and 10,000 validation images in gray, uint8 [28, 28], in 10 classes. Captions are class names.
 
-    Raises ImagesError that says how to get the files, or which file is damaged.
+    Raises ImagesError, which says how to get the files or which file is damaged.
     """
 
     class_names = CLASS_NAMES
@@ -61,7 +61,7 @@ class FashionSource(ImageSource):
 
 
 def find_folder(config: ImagesConfig) -> Path:
-    """The folder with the idx files. Raises ImagesError that lists where it looked and how to get them."""
+    """The folder with the idx files. Raises ImagesError, which lists the folders searched and how to get the files."""
     roots = [Path(config.path).expanduser()] if config.path else [data_home()]
     candidates = [root / below for root in roots for below in (".", "fashion-mnist", "FashionMNIST/raw")]
     if not config.path:
@@ -77,12 +77,12 @@ def find_folder(config: ImagesConfig) -> Path:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The idx file ``name`` in ``folder``, compressed or not, or None."""
+    """Path of the idx file ``name`` in ``folder``, compressed or not; None if missing."""
     return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
 
 
 def read_idx(folder: Path, name: str, num_dimensions: int) -> np.ndarray:
-    """A uint8 array of an idx file. Raises ImagesError when it is missing or damaged."""
+    """The uint8 array of an idx file. Raises ImagesError if it is missing or damaged."""
     path = find_file(folder, name)
     if path is None:
         raise ImagesError(f"{folder / name}.gz is missing beside the other Fashion-MNIST files")
@@ -92,7 +92,7 @@ def read_idx(folder: Path, name: str, num_dimensions: int) -> np.ndarray:
         raise ImagesError(f"{path} is damaged ({error}); fetch it again") from error
     start = 4 + 4 * num_dimensions
     shape = tuple(np.frombuffer(data[4:start], dtype=">u4").tolist())
-    # Bytes 0-2 of an idx file say "unsigned bytes", byte 3 the number of dimensions.
+    # Bytes 0-2 of an idx file mean "unsigned bytes", byte 3 is the number of dimensions.
     if data[:4] != bytes([0, 0, 8, num_dimensions]) or len(data) - start != int(np.prod(shape)):
-        raise ImagesError(f"{path} is no idx file of {num_dimensions} dimensions, or cut short; fetch it again")
+        raise ImagesError(f"{path} is damaged: not a complete idx file of {num_dimensions} dimensions; fetch it again")
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)

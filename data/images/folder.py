@@ -1,4 +1,4 @@
-"""Images in folders: the subfolder is the class, a text file or a listing gives the captions."""
+"""Images in folders: the subfolder is the class; captions come from text files or from a listing."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".
 
 
 class FolderSource(ImageSource):
-    """All images below a folder, in the order of their names.
+    """All images in a folder and its subfolders, sorted by path.
 
-    The first folder below the root is the class; images that lie in the root itself have none. A folder without images
-    is no class. The walk opens no file and asks for no file's size, so a million files take seconds. Folders and files
-    whose names begin with a dot are left out.
+    The first subfolder is the class; images in the root have none. A folder without images is no class. The scan opens
+    no file and reads no file size, so a million files take seconds. Folders and files whose names begin with a dot are
+    ignored.
 
-    The caption of `name.jpg` is the content of `name.txt` beside it, or stands in a listing `metadata.jsonl` or
+    The caption of `name.jpg` is the content of `name.txt` beside it, or comes from a listing `metadata.jsonl` or
     `metadata.csv` in the root (see ``read_listing``).
 
-    ``class_names`` fixes the classes of a second folder (the held-out one) by those of the first.
+    ``class_names`` are the classes of the training folder, given for the validation folder.
 
-    Raises ImagesError for a missing folder, one without images, a class that is not in ``class_names``, a listing that
-    does not fit the images, or captions of both kinds.
+    Raises ImagesError for a missing folder, a folder without images, a class that is not in ``class_names``, a listing
+    that does not match the images, or captions of both kinds.
     """
 
     def __init__(self, root: Path, class_names: tuple[str, ...] | None = None) -> None:
         if not root.is_dir():
-            raise ImagesError(f"{root}: no such folder; images.path names a folder of images")
+            raise ImagesError(f"{root}: no such folder; set images.path to a folder of images")
         files = sorted(walk(root))
         keys = [file for file in files if not file.endswith(TEXT_ENDING)]
         if not keys:
             raise ImagesError(f"{root} holds no images; accepted endings: {', '.join(ENDINGS)}")
         classes = [key.split("/", 1)[0] if "/" in key else None for key in keys]
-        found = tuple(sorted({name for name in classes if name is not None}))
-        foreign = set(found).difference(found if class_names is None else class_names)
+        folder_classes = tuple(sorted({name for name in classes if name is not None}))
+        foreign = set(folder_classes).difference(folder_classes if class_names is None else class_names)
         if foreign:
             raise ImagesError(f"{root}: the classes {', '.join(sorted(foreign))} are not among the training images")
-        self.class_names = found if class_names is None else class_names
+        self.class_names = folder_classes if class_names is None else class_names
         numbers = {name: number for number, name in enumerate(self.class_names)}
         self.root = root
         self.keys = PackedStrings(keys)
         self.labels = np.array([-1 if name is None else numbers[name] for name in classes], dtype=np.int32)
-        listed = read_listing(root, keys)
-        self.listed = None if listed is None else PackedStrings(listed)
+        captions = read_listing(root, keys)
+        self.listed = None if captions is None else PackedStrings(captions)
         text_files = {file for file in files if file.endswith(TEXT_ENDING)}
-        # bool [n]: which images have a text file beside them. What else is text, a licence say, is no caption.
+        # bool [n]: True for images with a text file beside them. Other text files, such as a license, are ignored.
         self.beside = np.array([bool(text_files) and caption_path(key) in text_files for key in keys])
         if self.listed is not None and self.beside.any():
             example = caption_path(keys[int(self.beside.argmax())])
@@ -78,20 +78,20 @@ class FolderSource(ImageSource):
         return read_caption(self.root, self.key(index)) if self.beside[index] else ""
 
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and captions. This is the one place that asks the disk for sizes."""
+        """sha256 over names, sizes and captions. Only this method reads file sizes."""
         sizes = np.array([os.stat(self.root / key).st_size for key in self.keys], dtype=np.int64)
         parts = [*(part.tobytes() for part in self.keys.arrays), sizes.tobytes()]
         if self.listed is not None:
             parts += [part.tobytes() for part in self.listed.arrays]
         elif self.beside.any():
-            # A caption's content counts, not its size: one word may take another's place.
+            # The content of captions is hashed, not their size, which may stay the same when a word changes.
             contents = ((self.root / caption_path(self.key(int(i)))).read_bytes() for i in np.flatnonzero(self.beside))
             return sha256_of(chain(parts, [self.beside.tobytes()], contents))
         return sha256_of(parts)
 
 
 def walk(root: Path, below: str = "") -> Iterator[str]:
-    """Paths of images and text files relative to ``root``, with forward slashes, in no order."""
+    """Paths of images and text files relative to ``root``, with forward slashes, unsorted."""
     with os.scandir(root / below) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -105,9 +105,10 @@ def walk(root: Path, below: str = "") -> Iterator[str]:
 
 
 def split_roots(path: Path, val_path: str | None) -> tuple[Path, Path | None]:
-    """Roots of the training and of the held-out images; None where the training images are to be split.
+    """Folders of the training and the validation images; None for the latter if the training images are to be split.
 
-    Held out is ``val_path``, or a folder `val` beside `train`, below ``path`` or with ``path`` itself being `train`.
+    The validation folder is ``val_path``, or a folder `val` beside `train`. ``path`` either contains `train` or is the
+    folder `train`.
     """
     train, val = path, None
     if (path / "train").is_dir() and (path / "val").is_dir():
@@ -118,7 +119,7 @@ def split_roots(path: Path, val_path: str | None) -> tuple[Path, Path | None]:
 
 
 def open_folder(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """One side of the images under ``config.path``. Raises ImagesError without a path, and like ``FolderSource``."""
+    """One split of the images in ``config.path``. Raises ImagesError without a path, and errors of ``FolderSource``."""
     if not config.path:
         raise ImagesError("images.kind=folder needs images.path=<folder of images>")
     train_root, val_root = split_roots(Path(config.path).expanduser(), config.val_path)

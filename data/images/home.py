@@ -1,4 +1,4 @@
-"""Where data sets lie on this machine."""
+"""Location of datasets on this machine."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def data_home() -> Path:
-    """The folder of data sets: ``$OCTAVES_DATA``, by default ``~/.cache/octaves``. It need not exist yet."""
+    """The folder of datasets: ``$OCTAVES_DATA``, by default ``~/.cache/octaves``. It may not exist yet."""
     return Path(os.environ.get("OCTAVES_DATA") or "~/.cache/octaves").expanduser()

@@ -1,12 +1,12 @@
 """Images for stage 1: a LightningDataModule over any source.
 
-What is notable here:
+Notes:
 
-- the trainer must be built with ``use_distributed_sampler=False``: ranks share one ``IndexStream``, whose rank and
-  world size are handed over here, in the main process;
-- the loaders draw their workers' seeds from a generator of their own, so reading data leaves torch's global random
-  numbers alone, and with them the exactness of a resumed run;
-- pixels travel as uint8 and become floats on the device.
+- The trainer needs ``use_distributed_sampler=False``. All ranks share one ``IndexStream``, which gets rank and world
+  size here, in the main process.
+- The loaders draw the seeds of their workers from their own generator. So reading data does not change torch's global
+  random state, and a resumed run stays exact.
+- Loaders return uint8 pixels, which are converted to floats on the device.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Batch = dict[str, Tensor]
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Endless training batches and a fixed set of held-out images.
+    """Endless training batches and a fixed set of validation images.
 
-    Training: ``{"pixels": [B, C, H, W], "label": int64 [B], "index": int64 [B]}``, uint8 from the loader and float32 in
-    [-1, 1] in the model's steps. The loader has no length, so give the trainer ``max_steps`` and an integer
-    ``val_check_interval`` with ``check_val_every_n_epoch=None``. It starts at the batch number
-    ``lightning_module.batches_seen`` (0 where there is none), which a module restores from its checkpoint.
+    Training batches: ``{"pixels": [B, C, H, W], "label": int64 [B], "index": int64 [B]}``. Pixels are uint8 from the
+    loader and float32 in [-1, 1] in the steps of the model. The loader has no length, so give the trainer ``max_steps``
+    and an integer ``val_check_interval`` with ``check_val_every_n_epoch=None``. It starts at batch number
+    ``lightning_module.batches_seen`` (0 if missing), which a module restores from its checkpoint.
 
-    Validation: the same, and ``"weight": float32 [B]``, which is 0 for rows that only pad (all ranks take the same
-    number of batches) or stand for a corrupt image under ``skip_corrupt``. The images are the first
-    ``validation_images`` of a fixed permutation of the held-out side, so that they show every class.
+    Validation batches have the same keys and ``"weight": float32 [B]``. The weight is 0 for padding (all ranks take the
+    same number of batches) and for corrupt images skipped by ``skip_corrupt``. The images are the first
+    ``validation_images`` of a fixed permutation of the validation split, so they cover all classes.
 
-    ``oversampling`` is the multiple of ``config.size`` at which training images are read.
+    Training images are read at ``oversampling`` times ``config.size``.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class ImageDataModule(L.LightningDataModule):
         self._sources: dict[str, ImageSource] = {}
 
     def source(self, split: str) -> ImageSource:
-        """The ``train`` or ``val`` source, opened once. Raises like ``open_source``."""
+        """The ``train`` or ``val`` source, opened once. Raises the errors of ``open_source``."""
         if split not in self._sources:
             self._sources[split] = open_source(self.config, split)  # type: ignore[arg-type]
         return self._sources[split]
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; empty for a set without labels."""
+        """Names of the classes; empty for a dataset without labels."""
         return self.source("train").class_names
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -101,12 +101,12 @@ class ImageDataModule(L.LightningDataModule):
         return batch
 
     def _place(self) -> tuple[int, int]:
-        """(rank, world size); a module without trainer is alone."""
+        """(rank, world size); (0, 1) without a trainer."""
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def _fits_in_memory(self, source: ImageSource) -> bool:
-        """True where all training views can be made once: a small source and a view without chance but for the flip."""
+        """True if all training views can be preloaded: a small source with a view that is random only in its flips."""
         num_bytes = len(source) * self.config.channels * self.train_config.size**2
         return source.small and self.config.train_view in DETERMINISTIC_VIEWS and num_bytes <= MAX_PRELOADED_BYTES
 
@@ -124,7 +124,7 @@ class ImageDataModule(L.LightningDataModule):
 
 
 class PaddedBatches(Sampler[list[tuple[int, float]]]):
-    """One rank's batches of (position, weight) over ``length`` rows; all ranks get equally many full batches.
+    """Batches of (position, weight) for one rank over ``length`` rows. All ranks get the same number of full batches.
 
     Rows past the end repeat position 0 with weight 0.
     """
@@ -145,9 +145,9 @@ class PaddedBatches(Sampler[list[tuple[int, float]]]):
 
 
 class ValidationDataset(Dataset[Batch]):
-    """Weighted eval views, read a batch at a time by lists of (position, weight); ``keep`` holds on to what was read.
+    """Weighted eval views, indexed with lists of (position, weight), one list per batch. ``keep`` caches the views.
 
-    Raises CorruptImage unless ``config.skip_corrupt``; then the row has weight 0.
+    Raises CorruptImage, unless ``config.skip_corrupt`` is set: then the row has weight 0.
     """
 
     def __init__(self, source: ImageSource, config: ImagesConfig, indices: list[int], keep: bool = False) -> None:

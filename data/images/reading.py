@@ -1,7 +1,7 @@
-"""Views of a source's images, one by one: for training with corrupt images replaced, for all else by name.
+"""Datasets of image views for training, caching and evaluation.
 
-What is notable here: a training set of millions has a few broken files, and no run should die of one after a day; but
-a broken file in what is cached or evaluated changes a result, so there it is an error unless the config says otherwise.
+A training set of millions has a few broken files, and these should not stop a run after a day, so training replaces
+corrupt images. In caching and evaluation a broken file changes results, so there it is an error by default.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from data.images.source import CorruptImage, ImagesError, ImageSource
 from data.images.views import flips, train_pixels, view_pixels
 
 MIN_TRIED = 100
-"""Images tried before the share of corrupt ones counts: one in three says nothing."""
+"""The share of corrupt images is checked only after this many images, since the first few say little."""
 
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Put the image's name before the message of an ImagesError: a view does not know what it looks at."""
+    """Prefix the message of an ImagesError with the name of the image, which a view does not know."""
     try:
         yield
     except ImagesError as error:
@@ -38,11 +38,11 @@ class TooManyCorrupt(ImagesError):
 
 
 class CorruptTally:
-    """Counts of images tried and found corrupt, shared by the loader workers of one process."""
+    """Counts of images tried and images found corrupt, shared by the loader workers of one process."""
 
     def __init__(self, num_images: int, max_share: float, num_workers: int = 0) -> None:
         self.max_share = max_share
-        # A row for each worker and one for the main process: nobody adds to another's counter, so no lock is needed.
+        # One row for each worker and one for the main process. Each process writes only its row, so no lock is needed.
         self.counts = torch.zeros(num_workers + 1, 2, dtype=torch.int64).share_memory_()
         self.named = torch.zeros(num_images, dtype=torch.bool).share_memory_()
 
@@ -53,11 +53,11 @@ class CorruptTally:
 
     @property
     def corrupt(self) -> int:
-        """How many of them could not be read; an image that comes again counts again."""
+        """Unreadable images so far. An image that is tried again counts again."""
         return int(self.counts[:, 1].sum())
 
     def add(self, index: int, error: CorruptImage | None) -> None:
-        """Count one try; name a corrupt image the first time it is met. Raises TooManyCorrupt past the share."""
+        """Count one try, and warn once per corrupt image. Raises TooManyCorrupt above ``max_share``."""
         worker = get_worker_info()
         row = self.counts[-1 if worker is None else worker.id]
         row[0] += 1
@@ -76,10 +76,11 @@ class CorruptTally:
 
 
 class TrainDataset(Dataset[dict[str, Tensor]]):
-    """Training views, read a batch at a time by lists of (epoch, index) as ``IndexStream`` yields them.
+    """Training views, indexed with lists of (epoch, index) from ``IndexStream``, one list per batch.
 
-    A batch is ``{"pixels": uint8 [B, C, H, W], "label": int64 [B], "index": int64 [B]}``. A corrupt image is replaced
-    by the next readable one, whose index then stands in the batch. Raises TooManyCorrupt past ``max_corrupt_share``.
+    A batch is ``{"pixels": uint8 [B, C, H, W], "label": int64 [B], "index": int64 [B]}``. The next readable image
+    replaces a corrupt one, and ``index`` is then that of the replacement. Raises TooManyCorrupt above
+    ``max_corrupt_share``.
     """
 
     def __init__(self, source: ImageSource, config: ImagesConfig, seed: int, num_workers: int = 0) -> None:
@@ -100,7 +101,7 @@ class TrainDataset(Dataset[dict[str, Tensor]]):
         return {"pixels": torch.stack(pixels), "label": torch.tensor(labels), "index": torch.tensor(indices)}
 
     def read(self, epoch: int, index: int) -> tuple[Tensor, int, int]:
-        """(pixels, label, index) of ``index``, or of the next readable image."""
+        """(pixels, label, index) of the image at ``index``, or of the next readable image."""
         error = None
         for step in range(len(self.source)):
             candidate = (index + step) % len(self.source)
@@ -117,10 +118,10 @@ class TrainDataset(Dataset[dict[str, Tensor]]):
 
 
 class PreloadedDataset(Dataset[dict[str, Tensor]]):
-    """Training views of a small source with a deterministic view, held as one array; batches as in ``TrainDataset``.
+    """Training views of a small source with a deterministic view, in one array; batches as in ``TrainDataset``.
 
-    Gives the same pixels as ``TrainDataset``, without decoding in the loop. Such sets come whole from a package, so an
-    unreadable image means a damaged installation and raises CorruptImage at once.
+    The pixels equal those of ``TrainDataset``, without decoding in the loop. Such datasets are installed as packages,
+    so an unreadable image means a damaged installation and raises CorruptImage immediately.
     """
 
     def __init__(self, source: ImageSource, config: ImagesConfig, seed: int) -> None:
@@ -151,10 +152,10 @@ class PreloadedDataset(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class EvalView:
-    """One image as it is cached or evaluated."""
+    """One image for caching or evaluation."""
 
     pixels: Tensor
-    """uint8 [C, size, size]; zeros when not readable."""
+    """uint8 [C, size, size]; zeros if not readable."""
     label: int
     """-1 for none."""
     text: str
@@ -163,20 +164,21 @@ class EvalView:
     index: int
     """Index into the source."""
     readable: bool
-    """False for a corrupt image that ``skip_corrupt`` lets pass."""
+    """False for a corrupt image that ``skip_corrupt`` skips."""
 
 
 def validation_indices(length: int, count: int, seed: int) -> list[int]:
-    """The first ``count`` indices (or all) of a fixed permutation of a held-out side of ``length`` images."""
+    """The first ``count`` indices (at most all) of a fixed permutation of a validation split of ``length`` images."""
     return np.random.default_rng([seed, length]).permutation(length)[:count].tolist()
 
 
 def read_eval(
     source: ImageSource, index: int, config: ImagesConfig, view: str = "eval", flip: bool = False
 ) -> EvalView:
-    """A deterministic view; ``eval`` stands for ``config.eval_view``.
+    """A deterministic view; ``eval`` means ``config.eval_view``.
 
-    Raises CorruptImage unless ``config.skip_corrupt``, and ImagesError that names an image which does not fit the view.
+    Raises CorruptImage unless ``config.skip_corrupt`` is set. Raises ImagesError, naming the image, if it does not fit
+    the view.
     """
     try:
         sample = source[index]
@@ -193,9 +195,9 @@ def read_eval(
 def pixels_of(
     source: ImageSource, indices: Sequence[int], config: ImagesConfig, view: str = "eval", flip: bool = False
 ) -> Tensor:
-    """Deterministic views, uint8 [n, C, size, size]; corrupt images are left out with ``skip_corrupt``.
+    """Deterministic views, uint8 [n, C, size, size]. ``skip_corrupt`` leaves out corrupt images.
 
-    Raises like ``read_eval``.
+    Raises the errors of ``read_eval``.
     """
     views = (read_eval(source, int(index), config, view, flip) for index in indices)
     rows = [view.pixels for view in views if view.readable]

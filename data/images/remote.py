@@ -1,7 +1,7 @@
-"""Shards at a URL or behind a pipe (``data/remote.py``), copied here once.
+"""Local copies of shards at a URL or behind a pipe (``data/remote.py``).
 
-The copies lie in ``$OCTAVES_DATA/shards`` under a hash of the URL, so each machine fetches a shard once, whichever of
-its processes asks first. Who changed a shard deletes its copy.
+The copies are in ``$OCTAVES_DATA/shards``, named by a hash of the URL. Each machine downloads a shard once, for all its
+processes. If a shard changes at its URL, delete the copy.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from data.remote import RemoteError, parts_of
 
 
 def local_copy(url: str) -> Path:
-    """The shard at ``url`` on this machine, fetched where it is not there yet. Raises ImagesError."""
+    """The local copy of the shard at ``url``, downloaded if missing. Raises ImagesError."""
     folder = data_home() / "shards"
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be fetching it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be downloading it
         if not path.is_file():
-            for stale in folder.glob(f"{path.name}.tmp-*"):  # of a process that was killed
+            for stale in folder.glob(f"{path.name}.tmp-*"):  # left by a killed process
                 stale.unlink()
             fetch(url, path)
     return path
 
 
 def fetch(url: str, path: Path) -> None:
-    """Copy what is at ``url`` to ``path``, which is a whole tar or not there.
+    """Download ``url`` to ``path``. On failure ``path`` does not exist.
 
-    Raises ImagesError for what does not come or is no tar, OSError where the local disk is at fault.
+    Raises ImagesError if the download fails or is no complete tar, OSError for errors of the local disk.
     """
     temporary = temporary_name(path)
     try:
@@ -52,6 +52,6 @@ def fetch(url: str, path: Path) -> None:
     except RemoteError as error:
         raise ImagesError(str(error)) from error
     except tarfile.TarError as error:
-        raise ImagesError(f"{url}: what came is no complete, uncompressed tar ({error})") from error
+        raise ImagesError(f"{url}: the download is no complete, uncompressed tar ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,10 +1,11 @@
-"""Images in webdataset shards, read by index.
+"""Random access to images in webdataset shards.
 
-What is notable here:
+Notes:
 
-- the headers of each tar are scanned once and the places of its members kept in ``$OCTAVES_DATA/indexes``, so a sample
-  is one ``pread`` away: any order, exact resume, and no question of how uneven shards fall to ranks and workers;
-- nothing is ever unpickled: of a record only the image, ``cls``, ``txt`` and ``json`` are read.
+- The headers of each tar are scanned once, and the offsets of its members are cached in ``$OCTAVES_DATA/indexes``. So
+  reading a sample is one ``pread``: this allows any order and exact resume, and shards need not be split evenly between
+  ranks and workers.
+- Nothing is unpickled: only the image, ``cls``, ``txt`` and ``json`` of a record are read.
 """
 
 from __future__ import annotations
@@ -47,13 +48,12 @@ MAX_OPEN_SHARDS = 64
 
 
 class ShardSource(ImageSource):
-    """The records of tar shards that hold an image, in the order of shards and members.
+    """Records with an image from tar shards, in the order of shards and members.
 
-    ``cls`` (or ``label`` in ``json``) gives the class, ``txt`` (or ``text`` or ``caption`` in ``json``) the caption.
-    ``classes.txt`` beside the shards, one name a line, names the classes; else they are called by number.
+    ``cls`` (or ``label`` in ``json``) is the class, ``txt`` (or ``text`` or ``caption`` in ``json``) the caption. Class
+    names come from ``classes.txt`` beside the shards, one name per line; without it they are numbers.
 
-    Raises ImagesError for a shard that is no complete tar or has a class that is no number, and when no record holds an
-    image.
+    Raises ImagesError if a shard is no complete tar, a class is no number or has no name, or no record has an image.
     """
 
     def __init__(self, shards: list[Path], class_names: tuple[str, ...] | None = None) -> None:
@@ -70,14 +70,15 @@ class ShardSource(ImageSource):
                 f"accepted endings: {', '.join(IMAGE_ENDINGS)}"
             )
         self.shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index["label"]) for index in indexes])
-        # Columns: offset and size of the image, offset and size of the text, 1 where the text is JSON.
+        # Columns: offset and size of the image, offset and size of the text, 1 if the text is JSON.
         self.places = np.concatenate([index["places"] for index in indexes])
         self.labels = np.concatenate([index["label"] for index in indexes])
         num_classes = int(self.labels.max()) + 1
         self.class_names = read_class_names(shards[0].parent, num_classes) if class_names is None else class_names
         if num_classes > len(self.class_names):
             raise ImagesError(
-                f"{shards[0].parent}: class {num_classes - 1} is beyond the {len(self.class_names)} known ones"
+                f"{shards[0].parent}: class {num_classes - 1} is beyond the {len(self.class_names)} known classes; "
+                "list all classes in classes.txt beside the training shards"
             )
         self._open: dict[int, int] = {}
 
@@ -108,7 +109,7 @@ class ShardSource(ImageSource):
         return sha256_of([*parts, self.places.tobytes(), self.labels.tobytes()])
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
-        """Bytes of a member. ``pread`` has no position of its own, so forked workers may share a file."""
+        """Bytes of a member. ``pread`` does not move the file position, so forked workers can share a file."""
         shard = int(self.shard_of[index])
         try:
             if shard not in self._open:
@@ -128,7 +129,7 @@ class ShardSource(ImageSource):
 
 
 def read_class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
-    """The lines of ``classes.txt``, or the numbers of the classes."""
+    """The lines of ``classes.txt``, or the class numbers as names."""
     listing = folder / "classes.txt"
     if listing.is_file():
         lines = listing.read_text(encoding="utf-8").splitlines()
@@ -137,20 +138,20 @@ def read_class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
 
 
 def parse_json(text: str, key: str) -> dict[str, Any]:
-    """The object of a ``json`` member. Raises CorruptImage when it is none: the record as a whole is damaged."""
+    """The object in a ``json`` member. Raises CorruptImage if it is not a JSON object: the record is damaged."""
     try:
         record = json.loads(text)
     except ValueError as error:
         raise CorruptImage(key, f"its json: {error}") from error
     if not isinstance(record, dict):
-        raise CorruptImage(key, "its json is no object")
+        raise CorruptImage(key, "its json is no JSON object")
     return record
 
 
 def shard_index(shard: Path) -> dict[str, np.ndarray]:
-    """Names, places and labels of a shard's records, from the kept index or by a scan.
+    """Keys, offsets and labels of the records of a shard, from the cached index or by a scan.
 
-    The kept index belongs to (path, size, time of change). Raises ImagesError, and like ``scan_shard``.
+    The cached index is valid for one (path, size, modification time). Raises the errors of ``scan_shard``.
     """
     stat = shard.stat()
     identity = f"{INDEX_VERSION} {shard.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -165,12 +166,12 @@ def shard_index(shard: Path) -> dict[str, np.ndarray]:
         np.savez(temporary, allow_pickle=False, **index)
         temporary.replace(path)
     except OSError as error:
-        warnings.warn(f"the index of {shard} is not kept, so it is scanned each time: {error}", stacklevel=2)
+        warnings.warn(f"the index of {shard} cannot be cached, so it is scanned each time: {error}", stacklevel=2)
     return index
 
 
 def scan_shard(shard: Path) -> dict[str, np.ndarray]:
-    """The index of a shard by a walk over its headers: ``key_bytes``, ``key_borders``, ``places``, ``label``.
+    """Build the index of a shard from its headers: ``key_bytes``, ``key_borders``, ``places``, ``label``.
 
     Raises ImagesError for a damaged or compressed tar and for a class that is no number.
     """
@@ -207,8 +208,11 @@ def scan_shard(shard: Path) -> dict[str, np.ndarray]:
 
 
 def records(tar: tarfile.TarFile) -> Iterable[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """(key, members by ending) of each record: neighbours whose names agree up to the first dot, as in webdataset."""
-    last = ""
+    """(key, members by extension) of each record.
+
+    A record is a run of members with the same name up to the first dot, as in webdataset.
+    """
+    current_key = ""
     members: dict[str, tarfile.TarInfo] = {}
     for member in tar:
         folder, _, name = member.name.rpartition("/")
@@ -216,17 +220,17 @@ def records(tar: tarfile.TarFile) -> Iterable[tuple[str, dict[str, tarfile.TarIn
         if not member.isfile() or not stem or not dot:
             continue
         key = f"{folder}/{stem}" if folder else stem
-        if key != last and members:
-            yield last, members
+        if key != current_key and members:
+            yield current_key, members
             members = {}
-        last = key
+        current_key = key
         members[ending.lower()] = member
     if members:
-        yield last, members
+        yield current_key, members
 
 
 def label_of(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], key: str) -> int:
-    """The class of a record, -1 for none. Raises ImagesError for one that is no number."""
+    """The class of a record, -1 for none. Raises ImagesError if it is no number."""
     ending = next((name for name in ("cls", "json") if name in members), None)
     if ending is None:
         return -1
@@ -245,7 +249,7 @@ def label_of(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], key: str
 def find_shards(pattern: str | Path) -> list[Path]:
     """Shards of a folder (every .tar in it), of a pattern with braces, ``*`` or ``?``, or of URLs with braces.
 
-    Those at URLs are fetched. Raises ImagesError that names what is missing.
+    Shards at URLs are downloaded. Raises ImagesError, which names a missing shard.
     """
     if is_remote(str(pattern)):
         return [local_copy(url) for url in braceexpand(str(pattern))]
@@ -257,24 +261,24 @@ def find_shards(pattern: str | Path) -> list[Path]:
         shards = [Path(name) for name in names]
     missing = [shard for shard in shards if not shard.is_file()]
     if missing or not shards:
-        what = (
+        missing_names = (
             f"{missing[0]} (and {len(missing) - 1} more)" if len(missing) > 1 else str(missing[0] if missing else path)
         )
         raise ImagesError(
-            f"no shards at {what}; give a folder of .tar files or a pattern such as shard-{{000..009}}.tar"
+            f"no shards at {missing_names}; give a folder of .tar files or a pattern such as shard-{{000..009}}.tar"
         )
     return shards
 
 
 def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """One side of the shards at ``config.path``. Raises ImagesError without a path, and like ``ShardSource``."""
+    """One split of the shards at ``config.path``. Raises ImagesError without a path, and errors of ``ShardSource``."""
     if not config.path:
         raise ImagesError("images.kind=webdataset needs images.path=<folder or pattern of .tar shards>")
     train_root: str | Path = config.path
     val_root: str | Path | None = config.val_path
     if not is_remote(config.path):
-        train_root, below = split_roots(Path(config.path).expanduser(), None)
-        val_root = val_root or below
+        train_root, sibling_val = split_roots(Path(config.path).expanduser(), None)
+        val_root = val_root or sibling_val
     train = ShardSource(find_shards(train_root))
     if val_root is None:
         return seeded_split(train, split, config.val_share, config.split_seed)
@@ -282,21 +286,21 @@ def open_shards(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSo
 
 
 def open_photos(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """One side of the crops that `make photos` gathered; ``path`` may be a folder, or a name below $OCTAVES_DATA.
+    """One split of the crops from `make photos`. ``path`` is a folder, or a name inside $OCTAVES_DATA.
 
-    Raises ImagesError that says what to do when there are none.
+    Raises ImagesError, which says what to do, if there are no crops.
     """
     folder = photos_folder(config)
     if not (folder / "index.json").is_file():
         size = re.fullmatch(r"photos(\d+)", folder.name)
         raise ImagesError(
-            f"no photo crops at {folder} yet; gather them with `octaves photos size={size[1] if size else config.size}`"
+            f"no photo crops at {folder}; create them with `octaves photos size={size[1] if size else config.size}`"
         )
     return ShardSource(find_shards(folder / split))
 
 
 def photos_folder(config: ImagesConfig) -> Path:
-    """Where the crops lie, or would lie, of which ``index.json`` says from which pictures they are."""
+    """The folder of the crops, which may not exist yet. Its ``index.json`` lists the source picture of each crop."""
     name = config.path or f"photos{config.size}"
-    given = Path(name).expanduser()
-    return given if config.path and (given / "index.json").is_file() else data_home() / name
+    folder = Path(name).expanduser()
+    return folder if config.path and (folder / "index.json").is_file() else data_home() / name

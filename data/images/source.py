@@ -1,4 +1,4 @@
-"""What every source of images offers, and the helpers that sources share."""
+"""Base class of image sources, and helpers that sources share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from data.errors import OctavesError
 
 
 class ImagesError(OctavesError):
-    """Images that are missing, damaged or do not fit what was asked; the message says what to do."""
+    """Missing, damaged or unsuitable images; the message says what to do."""
 
 
 class CorruptImage(ImagesError):
-    """An image that cannot be read: ``key`` names it, ``reason`` says why."""
+    """An unreadable image: ``key`` is its name, ``reason`` the cause."""
 
     def __init__(self, key: str, reason: str = "") -> None:
-        # A loader worker's exception is raised again from its message alone, so the reason must be optional.
+        # PyTorch re-raises a worker's exception with its message as the only argument, so the reason is optional.
         super().__init__(f"{key}: {reason}" if reason else key)
         self.key = key
         self.reason = reason
@@ -31,7 +31,7 @@ class CorruptImage(ImagesError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it was stored, before any view."""
+    """One image as stored, before any view."""
 
     image: Image.Image | np.ndarray
     """A loaded PIL image of any mode, or uint8 [H, W] or [H, W, 3]."""
@@ -44,11 +44,11 @@ class Sample:
 
 
 class ImageSource(ABC):
-    """A set of images with random access. Instances travel to loader workers, so they hold data compactly."""
+    """Dataset of images with random access. Instances are copied to loader workers, so they store data compactly."""
 
     class_names: tuple[str, ...] = ()
     small: bool = False
-    """True where all images fit in memory and decoding them once at the start is quick."""
+    """True if all images fit in memory and are decoded quickly at the start."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -56,23 +56,23 @@ class ImageSource(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """The image at ``index``. Raises CorruptImage when it cannot be read."""
+        """The image at ``index``. Raises CorruptImage if it cannot be read."""
 
     @abstractmethod
     def key(self, index: int) -> str:
         """The name of the image at ``index``, without reading it."""
 
     def text(self, index: int) -> str:
-        """The caption at ``index``, empty for none. Raises CorruptImage when it cannot be read."""
+        """The caption at ``index``, empty for none. Raises CorruptImage if it cannot be read."""
         return self[index].text
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and captions: equal for equal sets, and cheap, since no pixel is decoded."""
+        """sha256 over names, sizes and captions. Equal datasets have equal fingerprints; no pixel is decoded."""
 
 
 class Subset(ImageSource):
-    """Some images of a source, in the order of ``indices`` (int64 [n])."""
+    """The images ``indices`` (int64 [n]) of a source, in that order."""
 
     def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
         self.source = source
@@ -97,10 +97,10 @@ class Subset(ImageSource):
 
 
 class PackedStrings(Sequence[str]):
-    """Many strings in one buffer: a million names as a list would cost 100 MB in every loader worker."""
+    """Many strings in one buffer. A list of a million names would take 100 MB in every loader worker."""
 
     def __init__(self, strings: Iterable[str] = (), *, packed: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """Pack ``strings``, or take over a pair (uint8 [bytes], int64 [n + 1] borders) as stored by ``arrays``."""
+        """Pack ``strings``, or use a pair (uint8 [bytes], int64 [n + 1] borders) from ``arrays``."""
         if packed is None:
             encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
             borders = np.zeros(len(encoded) + 1, dtype=np.int64)
@@ -121,7 +121,7 @@ class PackedStrings(Sequence[str]):
 
 
 def sha256_of(parts: Iterable[bytes]) -> str:
-    """Hex sha256 of parts, each preceded by its length so that borders between parts count."""
+    """Hex sha256 of parts. Each part is preceded by its length, so the borders between parts are hashed too."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -130,17 +130,17 @@ def sha256_of(parts: Iterable[bytes]) -> str:
 
 
 def decode(data: bytes | Path, key: str) -> Image.Image:
-    """A loaded PIL image from bytes or a file. Raises CorruptImage, whatever the decoder stumbled over."""
+    """A loaded PIL image from bytes or a file. Raises CorruptImage for every error of the decoder."""
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             image.load()
             return image
-    except Exception as error:  # foreign bytes make decoders raise nearly anything
+    except Exception as error:  # decoders raise almost any exception for invalid bytes
         raise CorruptImage(key, f"{type(error).__name__}: {error}") from error
 
 
 def hashed_order(keys: Iterable[str], seed: int) -> np.ndarray:
-    """A permutation int64 [n] by the hash of (seed, key): new images hardly move the old ones."""
+    """A permutation int64 [n], sorted by the hash of (seed, key). New images hardly change the order of old ones."""
     salt = f"{seed}/".encode()
     hashes = [
         int.from_bytes(hashlib.blake2b(salt + key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
@@ -150,14 +150,14 @@ def hashed_order(keys: Iterable[str], seed: int) -> np.ndarray:
 
 
 def seeded_split(source: ImageSource, split: str, val_share: float, seed: int) -> Subset:
-    """The train or val side of a source without a split of its own.
+    """The train or val split of a source without its own split.
 
-    Raises ImagesError when there are fewer than two images, since each side needs one.
+    Raises ImagesError for fewer than two images, since each split needs one.
     """
     if len(source) < 2:
         raise ImagesError(f"{len(source)} image(s) cannot be split into train and val; give images.val_path")
     order = hashed_order((source.key(index) for index in range(len(source))), seed)
     num_val = min(max(1, round(val_share * len(source))), len(source) - 1)
-    # Training shuffles anyway, so its side keeps the order of the disk; the held-out side stays shuffled, because
-    # its first few hundred images are looked at during training and should show every class.
+    # Training shuffles anyway, so its split keeps the order on disk. The val split stays shuffled, because training
+    # validates on its first few hundred images, which should cover all classes.
     return Subset(source, order[:num_val] if split == "val" else np.sort(order[num_val:]))

@@ -1,4 +1,4 @@
-"""``images.kind`` picks the source: one line a kind."""
+"""Registry of image sources by ``images.kind``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SOURCES = {
 
 
 def lies_in_memory(kind: str) -> bool:
-    """Whether the images of a kind lie in memory once they are open: then nothing is gained by loading them ahead."""
+    """True if the source of this kind keeps its images in memory, so loader workers bring no speed."""
     return bool(getattr(SOURCES.get(kind), "small", False))
 
 
 def open_source(config: ImagesConfig, split: Literal["train", "val"]) -> ImageSource:
-    """The training or held-out images of a config.
+    """The training or validation images of a config.
 
-    Raises ImagesError for an unknown kind, and what the source itself raises when its files are missing: the message
-    says where it looked and what to do.
+    Raises ImagesError for an unknown kind, and the errors of the source, e.g. for missing files; the message says where
+    it looked and what to do.
     """
     if config.kind not in SOURCES:
         raise ImagesError(f"images.kind={config.kind!r}; allowed: {', '.join(SOURCES)}")

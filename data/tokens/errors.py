@@ -1,4 +1,4 @@
-"""What can be wrong with a token cache."""
+"""Errors of token caches."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from data.errors import OctavesError
 
 
 class CacheError(OctavesError):
-    """A token cache that is missing, damaged, or does not belong; the message says what to do."""
+    """A token cache is missing, damaged, or of another tokenizer; the message says what to do."""

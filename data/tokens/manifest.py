@@ -1,6 +1,6 @@
-"""The manifest of a token cache: what it holds, and which tokenizer and images it came from.
+"""The manifest of a token cache: its content, and the tokenizer and images it was made from.
 
-It is written last. A folder without a manifest is a cache in the making; one with a manifest is whole.
+It is written last, so a folder with a manifest is a complete cache.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class SplitInfo:
     """One split of the cache."""
 
     count: int
-    """Samples stored."""
+    """Number of stored samples."""
     captions: int
-    """Samples that have a text."""
+    """Number of samples with a caption."""
     skipped: int
-    """Images that could not be read; the sidecars name them."""
+    """Number of unreadable images; the sidecars list their keys."""
     block_size: int
     """Samples in a full block."""
     source_fingerprint: str
-    """Identity of the images, as their source gives it."""
+    """``ImageSource.fingerprint`` of the images."""
     shards: tuple[ShardInfo, ...]
     captions_cut: int = 0
-    """Captions that were too long for the text encoder."""
+    """Number of captions that were too long for the text encoder."""
     remarks: dict[str, int] = field(default_factory=dict)
-    """What the tokenizer remarked of the samples, by name: values clipped, images of lower quality."""
+    """Sums of ``Tokens.remarks`` by name, e.g. clipped values or images of lower quality."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -49,7 +49,7 @@ class SplitInfo:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SplitInfo:
-        """The inverse of ``to_dict``. Raises TypeError or KeyError on foreign data."""
+        """The inverse of ``to_dict``. Raises TypeError or KeyError for invalid data."""
         return cls(**{**data, "shards": tuple(ShardInfo.from_dict(shard) for shard in data["shards"])})
 
 
@@ -58,7 +58,7 @@ class Manifest:
     """Identity and content of a token cache."""
 
     tokenizer_sha256: str
-    """Of the tokenizer file's bytes."""
+    """sha256 of the tokenizer file."""
     tokenizer_kind: str
     tokenizer_config: dict[str, Any]
     layout: TokenLayout
@@ -66,18 +66,18 @@ class Manifest:
     """(height, width) in pixels."""
     channels: int
     views: tuple[str, ...]
-    """Names along the views axis: identity, and flip where mirrored images are stored."""
+    """Names along the views axis: identity, and flip if mirrored images are stored."""
     permutation_seed: int
     encode_batch_size: int
     precision: str
     class_names: tuple[str, ...]
-    """Names in the order of the labels; empty where the images have no classes."""
+    """Names in the order of the labels; empty for images without classes."""
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     """train and val."""
     pixel_range: tuple[int, int] = (-1, 1)
-    """Range of the pixels that the tokenizer saw."""
+    """Range of the pixels given to the tokenizer."""
     text: dict[str, Any] | None = None
-    """Spec of the text encoder whose states stand beside the tokens (``TextEncoder.spec``); None without."""
+    """Spec of the text encoder of the stored captions (``TextEncoder.spec``); None without encoded captions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with format and schema version."""
@@ -99,13 +99,13 @@ class Manifest:
     def load(cls, place: str | Path) -> Manifest:
         """The manifest of a cache in a folder or at a URL.
 
-        Raises CacheError where there is none, or not one that this version reads.
+        Raises CacheError if it is missing, or if this version cannot read it.
         """
         return cls.parse(read_manifest(place), place)
 
     @classmethod
     def parse(cls, content: bytes, place: str | Path) -> Manifest:
-        """The manifest in ``content``, read at ``place``. Raises CacheError for one that this version does not read."""
+        """The manifest from its bytes ``content``, read at ``place``. Raises CacheError if they are not valid."""
         path = f"{place}/{FILE}"
         try:
             data = json.loads(content)
@@ -117,9 +117,9 @@ class Manifest:
             raise CacheError(
                 f"{path} has schema {data.get('schema')}, this version reads {SCHEMA}; delete the folder and {MEND}"
             )
-        # manifests from before there was a checksum have none
-        written = data.pop("sha256", None)
-        if written is not None and written != checksum(data):
+        # old manifests have no checksum
+        stored_checksum = data.pop("sha256", None)
+        if stored_checksum is not None and stored_checksum != checksum(data):
             raise CacheError(f"{path} is damaged: its checksum is not the one that was written; delete it and {MEND}")
         values = {key: value for key, value in data.items() if key not in ("format", "schema")}
         try:
@@ -134,14 +134,14 @@ class Manifest:
             ) from error
 
     def split(self, name: str) -> SplitInfo:
-        """A split by name. Raises CacheError that lists the splits."""
+        """A split by name. Raises CacheError, which lists the splits, for an unknown name."""
         if name not in self.splits:
             raise CacheError(f"the cache has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
 
 
 def has_manifest(place: str | Path) -> bool:
-    """Whether a cache can be read: in a folder it can where there is a manifest, at a URL somebody says so."""
+    """True if a folder has a manifest. Always True for a URL, which is not checked."""
     return is_remote(str(place)) or (Path(place) / FILE).is_file()
 
 
@@ -154,17 +154,17 @@ def read_manifest(place: str | Path) -> bytes:
             raise CacheError(f"no token cache: {error}") from error
     path = Path(place) / FILE
     if not path.is_file():
-        raise CacheError(f"{path} is missing: no whole token cache here yet; {MEND}")
+        raise CacheError(f"{path} is missing: no complete token cache here; {MEND}")
     return path.read_bytes()
 
 
 def checksum(data: dict[str, Any]) -> str:
-    """Hex sha256 of a manifest's entries, however they are laid out as JSON."""
+    """Hex sha256 of the entries of a manifest, independent of JSON formatting and key order."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def check_belongs(manifest: Manifest, path: str | Path, found: str) -> None:
-    """Raise CacheError where the tokens are not those of the tokenizer at ``path``, whose sha256 was ``found``."""
+    """Raise CacheError if the tokens are not from the tokenizer at ``path``, whose sha256 is ``found``."""
     if found != manifest.tokenizer_sha256:
         raise CacheError(
             f"the token cache was made by another tokenizer ({manifest.tokenizer_sha256[:12]}) than {path} "

@@ -1,8 +1,8 @@
 """Tokens for the prior: a LightningDataModule over a finished cache.
 
-A batch costs one vectorised gather; ids travel in the small type on disk and become int64 on the device. Use it with
-``Trainer(use_distributed_sampler=False)``: the batches are split by rank here, in the main process, because a loader
-process cannot know its rank.
+Reading a batch is one vectorized gather. Loaders return ids in the small type on disk, which are converted to int64 on
+the device. Use it with ``Trainer(use_distributed_sampler=False)``: this module splits batches by rank in the main
+process, because a loader process does not know its rank.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from data.tokens.streamed import GIGABYTE, StreamedReader, open_tokens
 
 Batch = dict[str, Tensor]
 MOST_AHEAD = 1024
-"""Batches whose shards are announced before their turn, at most."""
+"""Maximum number of batches for which shards are downloaded ahead."""
 
 
 @dataclass(frozen=True)
 class CutAndNote:
-    """Cuts the streams of a batch and adds the notes of a grammar to it, in the loader's process."""
+    """Cuts the streams of a batch and adds the notes of a grammar, in the loader process."""
 
     max_length: int
     annotate: Callable[[Tokens], Tensor]
@@ -47,12 +47,12 @@ class CutAndNote:
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> Batch:
-    """NumPy arrays to tensors, without a copy."""
+    """Convert NumPy arrays to tensors without copying."""
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def widened(batch: Batch) -> Batch:
-    """Ids as int64, captions as float32 states or int64 word ids: what models take, from the small types on disk."""
+    """Convert the small types on disk to model types: ids to int64, captions to float32 states or int64 word ids."""
     batch = {**batch, "ids": batch["ids"].long()}
     if "text" in batch:
         batch["text"] = batch["text"].float() if batch["text"].is_floating_point() else batch["text"].long()
@@ -60,7 +60,7 @@ def widened(batch: Batch) -> Batch:
 
 
 class TrainingTokens(Dataset[Batch]):
-    """Whole batches of the train split, asked for by lists of (epoch, position)."""
+    """Batches of the train split, indexed with lists of (epoch, position)."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class TrainingTokens(Dataset[Batch]):
         return len(self.reader)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        """ids [B, L, F] in the type on disk, label and index int64 [B]; the view is drawn by (seed, epoch, index)."""
+        """ids [B, L, F] in the type on disk, label and index int64 [B]. (seed, epoch, position) determines the view."""
         epochs, positions = np.asarray(items, dtype=np.int64).T
         views = random_bits(self.seed, epochs, positions) % np.uint64(len(self.reader.manifest.views))
         batch = to_tensors(self.reader.read(positions, views.astype(np.int64), self.with_text))
@@ -83,9 +83,9 @@ class TrainingTokens(Dataset[Batch]):
 
 
 class ValidationTokens(Dataset[Batch]):
-    """Batch by batch the first samples of a split, view 0, with as many batches on every rank.
+    """Batches of the first ``samples`` of a split, view 0, with the same number of batches on every rank.
 
-    Places behind the last sample repeat sample 0 with ``weight`` 0.
+    Positions past the last sample repeat sample 0 with ``weight`` 0.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ValidationTokens(Dataset[Batch]):
         return len(self.places)
 
     def __getitem__(self, number: int) -> Batch:
-        """ids [B, L, F], label and index int64 [B], weight float32 [B]. Raises IndexError behind the last batch."""
+        """ids [B, L, F], label and index int64 [B], weight float32 [B]. Raises IndexError past the last batch."""
         places = self.places[number]
         real = places < self.samples
         batch = to_tensors(self.reader.read(np.where(real, places, 0), with_text=self.with_text))
@@ -119,18 +119,19 @@ class ValidationTokens(Dataset[Batch]):
 class TokenDataModule(L.LightningDataModule):
     """Batches of cached tokens: ids int64 [B, L, F], label int64 [B], index (position in the cache) int64 [B].
 
-    With ``with_text``, where the cache has encoded captions, also text (states float32 [B, T, W] or word ids int64
-    [B, T, 1], padded with 0) and text_length int64 [B], 0 for no caption.
+    ``with_text`` adds text (states float32 [B, T, W] or word ids int64 [B, T, 1], padded with 0) and text_length int64
+    [B], 0 for no caption, if the cache has encoded captions.
 
-    Layouts of variable length add length int64 [B], with side information header int64 [B, S]; after ``cut_and_note``
-    also notes int32 [B, L, P]. Their training batches hold samples of about one length.
+    Layouts of variable length add length int64 [B]; layouts with side information add header int64 [B, S]. After
+    ``cut_and_note`` there are also notes int32 [B, L, P]. With ``bucket_batches`` above 1, samples of a training batch
+    have similar length.
 
-    Validation batches also have weight float32 [B]. A trained module that counts its batches as ``batches_seen``
+    Validation batches also have weight float32 [B]. A LightningModule that counts its batches as ``batches_seen``
     resumes in the middle of an epoch.
 
-    ``shuffle_shards`` says how many shards are mixed at a time, 0 for all; for a cache at a URL,
-    ``$OCTAVES_DATA/tokens`` holds at most ``local_gigabytes``. Raises CacheError when the cache is missing or damaged,
-    and where it cannot be streamed like this.
+    ``shuffle_shards`` is the number of shards to shuffle together, 0 for all. For a cache at a URL,
+    ``$OCTAVES_DATA/tokens`` holds at most ``local_gigabytes``. Raises CacheError if the cache is missing or damaged, or
+    cannot be streamed with these settings.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class TokenDataModule(L.LightningDataModule):
         self.tokens_path, self.local_gigabytes, self.shuffle_shards = str(tokens_path), local_gigabytes, shuffle_shards
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.validation_samples = validation_samples
-        content = read_manifest(tokens_path)  # once: at a URL there may be another one, or none, when training ends
+        content = read_manifest(tokens_path)  # read once: at a URL it may change or vanish during training
         self.manifest = Manifest.parse(content, tokens_path)
         self.manifest_sha256 = hashlib.sha256(content).hexdigest()
         self.with_text = with_text and self.manifest.text is not None
@@ -159,46 +160,46 @@ class TokenDataModule(L.LightningDataModule):
             self._check_streaming()
 
     def reader(self, split: str) -> TokenReader | StreamedReader:
-        """The cache's samples by position. Raises CacheError."""
+        """Reader of one split of the cache. Raises CacheError."""
         return open_tokens(self.tokens_path, split, self.local_gigabytes, self.manifest)
 
     def _check_streaming(self) -> None:
-        """Raise CacheError where shards would be fetched again and again, or lengths must be known before they come."""
+        """Raise CacheError if shards would be downloaded repeatedly, or if all lengths are needed in advance."""
         if self.manifest.layout.ends != "fixed" and self.bucket_batches > 1:
             raise CacheError(
-                f"{self.tokens_path}: these tokens vary in length, and batches of about one length "
-                f"(prior_training.bucket_batches={self.bucket_batches}) need all lengths at once; copy the cache to "
+                f"{self.tokens_path}: these tokens vary in length, and batches of similar length "
+                f"(prior_training.bucket_batches={self.bucket_batches}) need all lengths in advance; copy the cache to "
                 "this machine, or set prior_training.bucket_batches=1"
             )
         sizes = sorted(shard.bytes for shard in self.manifest.split("train").shards)
         window = self.shuffle_shards or len(sizes)
-        # of three windows at most: the one that is read, a short last one of an epoch, and those that are announced
+        # at most three windows: the current one, a short last one of an epoch, and the one downloaded ahead
         needed = sum(sizes[-3 * window :]) + max(shard.bytes for shard in self.manifest.split("val").shards)
         if needed > self.local_gigabytes * GIGABYTE:
-            mixed = f"{window} shards" if self.shuffle_shards else "all shards"
+            shuffled = f"{window} shards" if self.shuffle_shards else "all shards"
             raise CacheError(
-                f"tokens.local_gigabytes={self.local_gigabytes:g}, but samples are drawn from {mixed} at a time "
+                f"tokens.local_gigabytes={self.local_gigabytes:g}, but samples are drawn from {shuffled} at a time "
                 f"(prior_training.shuffle_shards={self.shuffle_shards}), which takes {needed / GIGABYTE:.3g} GB; set "
                 f"prior_training.shuffle_shards to 1 or a few, or tokens.local_gigabytes to that"
             )
 
     def cut_and_note(self, max_length: int, annotate: Callable[[Tokens], Tensor]) -> None:
-        """Cut streams to ``max_length`` elements, and add the notes of a grammar to each batch, in the loader."""
+        """Make loaders cut streams to ``max_length`` elements and add the notes of a grammar to each batch."""
         self._finish = CutAndNote(max_length, annotate)
 
     def lengths_report(self) -> str:
-        """How long the training streams are, and how many of them are cut."""
+        """Statistics of the lengths of training streams, and how many are cut, as text."""
         reader = self.reader("train")
         if isinstance(reader, StreamedReader):
-            return f"{self.tokens_path}: streamed, so lengths are not known before they come"
+            return f"{self.tokens_path}: streamed, so lengths are not known in advance"
         lengths = reader.lengths
         report = f"{self.tokens_path}: {lengths.mean():.1f} elements on average, {lengths.max(initial=0)} at most"
         if self._finish is None:
             return report
-        most = self._finish.max_length
-        cut = int((lengths > most).sum())
+        max_length = self._finish.max_length
+        cut = int((lengths > max_length).sum())
         share = cut / max(1, len(lengths))
-        return f"{report}; {cut} of {len(lengths)} ({share:.2%}) are longer than prior.max_length={most} and cut"
+        return f"{report}; {cut} of {len(lengths)} ({share:.2%}) are longer than prior.max_length={max_length} and cut"
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """An endless loader: the trainer counts steps."""
@@ -220,7 +221,7 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(TrainingTokens(reader, self.seed, self.with_text, self._finish), batch_sampler=stream)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The first ``validation_samples`` of the val split, as many batches on every rank."""
+        """The first ``validation_samples`` of the val split, with the same number of batches on every rank."""
         reader = self.reader("val")
         rank, world_size = self._place()
         tokens = ValidationTokens(
@@ -229,7 +230,7 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(tokens, batch_size=None)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Embeddings want int64 and projections float32; the copy to the device does with less."""
+        """Convert ids and captions to the types of models on the device; small types make the transfer faster."""
         return widened(batch)
 
     def _place(self) -> tuple[int, int]:
@@ -243,7 +244,7 @@ class TokenDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             collate_fn=as_it_is,
             worker_init_fn=heed_parent_only,
-            # Workers' seeds from a generator of its own: reading must not move torch's random numbers (exact resume).
+            # Own generator for the seeds of workers: reading must not change torch's random state (exact resume).
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
         )

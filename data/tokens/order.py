@@ -1,7 +1,7 @@
-"""The fixed order in which a source is stored, and random numbers keyed by what they are for.
+"""The fixed order in which images are stored in a cache, and random numbers as a function of seed and keys.
 
-Own arithmetic (splitmix64) instead of a library's generator: neither NumPy nor torch promises the same permutation
-in its next version, and a cache that is continued must see the old one.
+This uses its own splitmix64 instead of the generator of a library: NumPy and torch do not guarantee the same
+permutation in their next version, but a resumed cache needs the same one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def source_order(count: int, seed: int) -> np.ndarray:
 
 
 def block_size(count: int) -> int:
-    """Samples in one block of a split of ``count``: small sets still have blocks for ranks times workers."""
+    """Samples per block for a split of ``count`` samples. Small datasets still get blocks for all ranks and workers."""
     return min(max(count // BLOCKS_WANTED, MIN_BLOCK_SIZE), MAX_BLOCK_SIZE)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """One splitmix64 step (Steele, Lea, Flood 2014) of uint64 values; unsigned arithmetic wraps on purpose."""
+    """One splitmix64 step (Steele, Lea, Flood 2014) on uint64 values. Integer overflow is intended."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

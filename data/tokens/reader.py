@@ -1,8 +1,8 @@
-"""Reading token shards by position: memory maps, one gather a block, nothing unpickled.
+"""Random access to token shards by memory maps. Nothing is unpickled.
 
-Tar members are plain bytes at known offsets, so a shard is mapped once and its arrays are views into the map: the
-page cache is the only copy, shared by all loader processes. Random access costs no decoding; a batch costs one
-vectorised gather for each block that it touches.
+Tar members are plain bytes at known offsets. So a shard is mapped once and its arrays are views of the map: the page
+cache holds the only copy, shared by all loader processes. Random access needs no decoding; a batch needs one
+vectorized gather for each block it contains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data.tokens.errors import CacheError
 from data.tokens.manifest import MEND, Manifest
 from data.tokens.shards import ShardInfo
 
-_NPY_HEADER_BYTES = 4096  # more than any header of ours needs
+_NPY_HEADER_BYTES = 4096  # longer than any header that octaves writes
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -41,9 +41,9 @@ class _StoredBlock:
 
 
 class ShardsReader:
-    """Random access to shards of a cache that lie on this machine. Positions run over them in the order given.
+    """Random access to local shards of a cache. Positions count through the shards in the given order.
 
-    Raises CacheError when a shard is missing, has another size than the manifest says, or holds foreign records.
+    Raises CacheError if a shard is missing, its size differs from the manifest, or a record is invalid.
     """
 
     def __init__(self, manifest: Manifest, shards: Sequence[tuple[Path, ShardInfo]]) -> None:
@@ -59,9 +59,9 @@ class ShardsReader:
                 labels.append(label)
                 indices.append(index)
         self.labels: np.ndarray = np.concatenate([np.empty(0, np.int64), *labels])
-        """int64 [N]; -1 where an image has no label."""
+        """int64 [N]; -1 for images without a label."""
         self.source_indices: np.ndarray = np.concatenate([np.empty(0, np.int64), *indices])
-        """int64 [N]: index of each position in the image source."""
+        """int64 [N]: index of each sample in the image source."""
         self._starts = np.cumsum([0, *(len(label) for label in labels)])[:-1]
 
     def __len__(self) -> int:
@@ -72,11 +72,11 @@ class ShardsReader:
     ) -> dict[str, np.ndarray]:
         """Samples at ``positions`` [B] in the given views: ids [B, L, F] in the type on disk, label and index [B].
 
-        ``index`` is the position. Layouts of variable length also give ``length`` [B], with ids padded by 0 to the
-        longest of the batch; layouts with side information give ``header`` [B, S]. ``with_text`` adds encoded captions:
-        text [B, T, W] in the type on disk, padded with 0 to the longest of the batch, and text_length [B], 0 for none.
+        ``index`` is the position. Layouts of variable length add ``length`` [B], with ids padded with 0 to the longest
+        of the batch; layouts with side information add ``header`` [B, S]. ``with_text`` adds encoded captions: text
+        [B, T, W] in the type on disk, padded with 0 to the longest of the batch, and text_length [B], 0 for none.
 
-        Raises IndexError out of range, CacheError for the text of a cache without encoded captions.
+        Raises IndexError for positions out of range, CacheError if captions are requested but were not encoded.
         """
         positions = np.asarray(positions, dtype=np.int64)
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
@@ -104,13 +104,13 @@ class ShardsReader:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [N]: elements of each sample in view 0, in layouts of variable length."""
+        """int64 [N]: number of elements of each sample in view 0, for layouts of variable length."""
         num_views = len(self.manifest.views)
         parts = [np.diff(block.offsets)[::num_views] for block in self._blocks if block.offsets is not None]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def empty_caption(self) -> np.ndarray:
-        """What the text encoder gives for the empty caption: [t, W] in the type on disk.
+        """The encoded empty caption: [t, W] in the type on disk.
 
         Raises CacheError for a cache without encoded captions.
         """
@@ -118,7 +118,7 @@ class ShardsReader:
         return captions[: offsets[1]]
 
     def keys(self, positions: np.ndarray) -> list[str]:
-        """Names of the samples in their source."""
+        """Names of the samples in the image source."""
         return [self._json_entry(position, "keys") for position in positions]
 
     def texts(self, positions: np.ndarray) -> list[str]:
@@ -126,7 +126,7 @@ class ShardsReader:
         return [self._json_entry(position, "texts") for position in positions]
 
     def _groups(self, positions: np.ndarray) -> list[tuple[_StoredBlock, np.ndarray, np.ndarray]]:
-        """(block, places in the batch, rows in the block) for every block that the batch touches."""
+        """(block, rows in the batch, rows in the block) for every block of the batch."""
         numbers = np.searchsorted(self._starts, positions, side="right") - 1
         order = np.argsort(numbers, kind="stable")
         ordered = numbers[order]
@@ -189,9 +189,9 @@ class ShardsReader:
         except (KeyError, CacheError) as error:
             raise CacheError(f"{path}: a record is foreign or damaged ({error}); delete it and {MEND}") from error
         fields = () if self.layout.num_fields == 1 else (self.layout.num_fields,)
-        wanted = (len(label), len(self.manifest.views), self.layout.length, *fields)
-        if self.layout.ends == "fixed" and tokens.shape != wanted:
-            raise CacheError(f"{path}: a block has tokens {tokens.shape}, expected {wanted}; delete it and {MEND}")
+        expected = (len(label), len(self.manifest.views), self.layout.length, *fields)
+        if self.layout.ends == "fixed" and tokens.shape != expected:
+            raise CacheError(f"{path}: a block has tokens {tokens.shape}, expected {expected}; delete it and {MEND}")
         return block, label, index
 
     def _open_captions(self, members: dict[str, memoryview], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,10 +212,10 @@ class ShardsReader:
 
 
 class TokenReader(ShardsReader):
-    """Random access to one split of a cache in a folder. Positions run over the stored order, 0 … len - 1.
+    """Random access to one split of a cache in a folder. Positions 0 … len - 1 count in the stored order.
 
-    ``manifest`` is the folder's, where it has been read. Raises CacheError like ``ShardsReader``, and where the
-    manifest counts other samples.
+    Pass ``manifest`` if it is already loaded. Raises the errors of ``ShardsReader``, and CacheError if the number of
+    samples differs from the manifest.
     """
 
     def __init__(self, folder: str | Path, split: str, manifest: Manifest | None = None) -> None:
@@ -227,15 +227,15 @@ class TokenReader(ShardsReader):
             raise CacheError(f"{self.folder / split} holds {len(self)} samples, its manifest says {info.count}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Maps cannot be pickled; a spawned loader process opens its own.
+        # Memory maps cannot be pickled; a spawned loader process opens its own.
         return type(self), (self.folder, self.split, self.manifest)
 
     def verify(self) -> None:
-        """Compare every shard's hash with the manifest: reads the whole split. Raises CacheError."""
+        """Compare the hash of every shard with the manifest; this reads the whole split. Raises CacheError."""
         for shard in self.manifest.split(self.split).shards:
             path = self.folder / self.split / shard.file
             if file_sha256(path) != shard.sha256:
-                raise CacheError(f"{path} is damaged: its sha256 is not the manifest's; delete it and {MEND}")
+                raise CacheError(f"{path} is damaged: its sha256 differs from the manifest; delete it and {MEND}")
 
 
 def _captions_of(block: _StoredBlock) -> tuple[np.ndarray, np.ndarray]:
@@ -245,12 +245,12 @@ def _captions_of(block: _StoredBlock) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_npy(buffer: memoryview) -> np.ndarray:
-    """The array of an .npy member, as a read-only view of ``buffer``. Raises CacheError; never unpickles."""
+    """The array of an .npy member as a read-only view of ``buffer``. Raises CacheError. Never unpickles."""
     head = io.BytesIO(buffer[:_NPY_HEADER_BYTES])
     try:
         shape, fortran, dtype = _READERS[np.lib.format.read_magic(head)](head)
         if dtype.hasobject or fortran:
-            raise CacheError("an array of objects or in column order; octaves writes neither, and unpickles nothing")
+            raise CacheError("an array of objects or in column order; octaves writes and reads neither")
         count = int(np.prod(shape, dtype=np.int64))
         if head.tell() + count * dtype.itemsize != len(buffer):
             raise CacheError("an array with fewer or more bytes than its header says")
@@ -262,7 +262,7 @@ def read_npy(buffer: memoryview) -> np.ndarray:
 
 
 def _index_shard(path: Path, info: ShardInfo) -> list[dict[str, memoryview]]:
-    """The members of each record of a shard, by extension, as views of its memory map."""
+    """The members of each record of a shard, by extension, as views of the memory map."""
     if not path.is_file():
         raise CacheError(f"{path} is missing; {MEND}")
     size = path.stat().st_size

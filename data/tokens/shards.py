@@ -1,10 +1,10 @@
-"""Writing token shards: plain webdataset tars whose records are blocks of samples.
+"""Writer of token shards: plain webdataset tars whose records are blocks of samples.
 
-What is notable here:
+Notes:
 
-- a record's key is its zero-padded block number: a key made of a file name would break at the first dot;
-- the bytes depend on the blocks alone (``mtime=0``, no user, no process), so two runs can be compared with a hash;
-- a shard appears under its name only when it is whole and synced; its sidecar ``000000.json`` appears after it.
+- The key of a record is its zero-padded block number. File names as keys would break at the first dot.
+- The bytes depend only on the blocks (``mtime=0``, no user, no process id), so runs can be compared by hash.
+- A shard gets its final name when it is complete and synced. Its sidecar ``000000.json`` is written after that.
 """
 
 from __future__ import annotations
@@ -31,52 +31,52 @@ NO_LABEL = -1
 
 @dataclass
 class Block:
-    """Consecutive samples of the stored order: n samples, V views, L elements, F fields, S header fields."""
+    """Consecutive samples in stored order: n samples, V views, L elements, F fields, S header fields."""
 
     number: int
     ids: np.ndarray
     """integers [n, V, L, F]"""
     lengths: np.ndarray
-    """integers [n, V]: how many of the L elements count."""
+    """integers [n, V]: number of valid elements; the rest is padding."""
     header: np.ndarray
     """integers [n, V, S]"""
     labels: np.ndarray
-    """integers [n]; NO_LABEL where there is none."""
+    """integers [n]; NO_LABEL for none."""
     indices: np.ndarray
-    """integers [n]: indices in the source."""
+    """integers [n]: indices in the image source."""
     keys: list[str] = field(default_factory=list)
-    """Names of the samples in the source."""
+    """Names of the samples in the image source."""
     texts: list[str] = field(default_factory=list)
     """Captions; empty for none."""
     captions: list[np.ndarray] = field(default_factory=list)
-    """What a text encoder gives for the empty caption and then for each sample: [t, W], t = 0 for no caption. Empty
-    list: captions are not encoded."""
+    """Encoded captions [t, W]: first the empty caption, then each sample, with t = 0 for no caption. Empty list:
+    captions are not encoded."""
     captions_cut: int = 0
-    """How many captions were too long for the text encoder."""
+    """Number of captions that were too long for the text encoder."""
     remarks: dict[str, int] = field(default_factory=dict)
-    """What the tokenizer remarked of these samples (``Tokens.remarks``) in their first view, summed up."""
+    """Sums of ``Tokens.remarks`` over these samples, in their first view."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the sidecar and the manifest say of one shard."""
+    """Entry of one shard in its sidecar and in the manifest."""
 
     file: str
-    """Name of the tar in the split's folder."""
+    """Name of the tar in the folder of the split."""
     count: int
-    """Samples."""
+    """Number of samples."""
     blocks: int
-    """Records."""
+    """Number of records."""
     bytes: int
     sha256: str
     captions: int
-    """Samples that have a caption."""
+    """Number of samples with a caption."""
     skipped: tuple[str, ...] = ()
-    """Keys of images that could not be read."""
+    """Keys of unreadable images."""
     captions_cut: int = 0
-    """Captions that were too long for the text encoder."""
+    """Number of captions that were too long for the text encoder."""
     remarks: dict[str, int] = field(default_factory=dict)
-    """What the tokenizer remarked, by name."""
+    """Sums of ``Tokens.remarks`` by name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -84,12 +84,12 @@ class ShardInfo:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ShardInfo:
-        """The inverse of ``to_dict``. Raises TypeError or KeyError on foreign data."""
+        """The inverse of ``to_dict``. Raises TypeError or KeyError for invalid data."""
         return cls(**{**data, "skipped": tuple(data["skipped"])})
 
 
 def total_remarks(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums of remarks by name; a sum of 0 is a remark, too."""
+    """Sums of remarks by name. Names with a sum of 0 are kept."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(part)
@@ -110,7 +110,7 @@ def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """One shard in the making. Use as a context: what is not committed leaves no file behind."""
+    """Writes one shard. Use it as a context manager: without ``commit``, no file is left."""
 
     def __init__(self, folder: Path, number: int, layout: TokenLayout) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ class ShardWriter:
         self.abort()
 
     def write(self, block: Block) -> None:
-        """Append a block. Raises CacheError for ids that the layout does not allow."""
+        """Append a block. Raises CacheError for ids or lengths that the layout does not allow."""
         self._tar.write({"__key__": f"{block.number:08d}", **self._members(block)})
         self._count += len(block.labels)
         self._blocks += 1
@@ -139,10 +139,10 @@ class ShardWriter:
         self._remarks.update(block.remarks)
 
     def commit(self, skipped: list[str]) -> ShardInfo:
-        """Give the shard its name, then write its sidecar."""
+        """Rename the shard to its final name, then write its sidecar. ``skipped`` are keys of unreadable images."""
         self._tar.close()
         self._file.flush()
-        # fsync before the rename: the name must never stand for bytes that are not on disk yet.
+        # fsync before the rename: the final name must never refer to bytes that are not on disk yet.
         os.fsync(self._file.fileno())
         self._file.close()
         info = ShardInfo(
@@ -161,10 +161,10 @@ class ShardWriter:
         return info
 
     def abort(self) -> None:
-        """Drop what was written; nothing happens after a commit."""
+        """Delete the unfinished shard. Does nothing after a commit."""
         try:
             if not self._file.closed:
-                # a full disk takes the end of the tar no more than the rest
+                # on a full disk, closing the tar fails too
                 with suppress(OSError):
                     self._tar.close()
                 with suppress(OSError):
@@ -180,7 +180,7 @@ class ShardWriter:
             sample, view, element = (int(i) for i in np.argwhere(wrong)[0])
             raise CacheError(
                 f"block {block.number}: ids {ids[sample, view, element].tolist()} of element {element} of image "
-                f"{block.keys[sample]} lie outside the vocabulary; the tokenizer contradicts its own layout"
+                f"{block.keys[sample]} are outside the vocabulary; the tokenizer contradicts its own layout"
             )
         ids = ids.astype(token_dtype(self._layout.max_vocabulary_size))
         members: dict[str, bytes] = {}
@@ -207,18 +207,18 @@ class ShardWriter:
 
 
 def finished_shard(folder: Path, number: int) -> ShardInfo | None:
-    """What the sidecar says of a whole shard, or None where the shard is to be written, again where it is damaged."""
+    """Entry of a finished shard from its sidecar; None if the shard is missing or damaged and must be written."""
     path = folder / shard_name(number)
     try:
         info = ShardInfo.from_dict(json.loads(path.with_suffix(".json").read_bytes()))
-        whole = path.stat().st_size == info.bytes and file_sha256(path) == info.sha256
-        return info if whole else None
+        intact = path.stat().st_size == info.bytes and file_sha256(path) == info.sha256
+        return info if intact else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def to_npy(array: np.ndarray) -> bytes:
-    """The bytes of an .npy file. Raises ValueError for objects, which would have to be pickled."""
+    """The bytes of an .npy file. Raises ValueError for arrays of objects, which need pickle."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -230,7 +230,7 @@ def to_json(data: Any) -> bytes:
 
 
 def _limits(layout: TokenLayout) -> np.ndarray:
-    """Vocabulary size of each field at each element: int64 [L, F], or [1, F] where elements have no fixed scale."""
+    """Vocabulary size of each field at each element: int64 [L, F], or [1, F] if elements have no fixed scale."""
     if layout.ends != "fixed":
         sizes = [[part.vocabulary_size for part in scale.fields] for scale in layout.scales]
         return np.max(np.asarray(sizes, dtype=np.int64), axis=0, keepdims=True)

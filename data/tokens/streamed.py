@@ -1,14 +1,15 @@
-"""Reading a token cache at a URL while training, through a bounded number of bytes on this machine.
+"""Stream a token cache from a URL during training, through a local folder of bounded size.
 
-What is notable here:
+Notes:
 
-- a shard's copy is named by the sha256 that the manifest gives it, so it is the right one or not there, whoever fetched
-  it for which run; it is checked while it comes, and published whole; every process hashes a copy that it finds before
-  it reads it, and a damaged one comes again;
-- one process of a machine fetches a shard, the others wait for it; the copies that were opened longest ago make room;
-- a copy that is open is mapped: it may be removed under a reader, and its bytes stay on the disk, beside the limit,
-  until the reader lets go of it at the next shard it opens;
-- shards that are announced come in a thread, before anybody waits for them.
+- The local copy of a shard is named by its sha256 from the manifest, so runs can share copies. The download is hashed
+  and renamed when complete. Every process hashes an existing copy before it reads it; a damaged copy is downloaded
+  again.
+- One process of a machine downloads a shard, the others wait for it. The copies that were opened longest ago are
+  deleted first.
+- Open copies are memory maps. If one is deleted while a reader has it open, its bytes stay on disk, in addition to the
+  limit, until the reader opens its next shard.
+- A thread downloads announced shards ahead of time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _WAIT_SECONDS = 0.1
 
 
 class ShardStore:
-    """Copies of shards in ``$OCTAVES_DATA/tokens``: that folder holds at most ``limit`` bytes, whichever runs fetch."""
+    """Local copies of shards in ``$OCTAVES_DATA/tokens``, which holds at most ``limit`` bytes over all runs."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -49,28 +50,28 @@ class ShardStore:
         self._sound: set[str] = set()
 
     def path(self, info: ShardInfo) -> Path:
-        """Where a shard's copy lies, or would lie."""
+        """Path of the local copy of a shard, which may not exist."""
         return self.folder / f"{info.sha256}.tar"
 
     @contextmanager
     def holding(self, url: str, info: ShardInfo) -> Iterator[Path]:
-        """The shard at ``url`` on this machine, fetched where it is not there or damaged; inside, nobody removes it.
+        """Context with the local copy of the shard at ``url``, downloaded if missing or damaged.
 
-        Raises CacheError where it does not come, or is not the one that the manifest names.
+        The copy is not deleted inside. Raises CacheError if the download fails or is not the shard of the manifest.
         """
         path = self.path(info)
         self.folder.mkdir(parents=True, exist_ok=True)
         if info.sha256 not in self._sound:
             self._drop_if_damaged(info)
-        with _locked(path) as free:
-            assert free
+        with _locked(path) as acquired:
+            assert acquired
             if path.is_file():
                 os.utime(path)
             else:
                 try:
                     attempt(lambda: self._fetch(url, info))
                 except RemoteError as error:
-                    raise CacheError(f"a shard does not come: {error}") from error
+                    raise CacheError(f"a shard cannot be downloaded: {error}") from error
             self._sound.add(info.sha256)
             yield path
 
@@ -83,18 +84,18 @@ class ShardStore:
             except FileNotFoundError:
                 return False
 
-        if damaged():  # without the lock: the processes of a machine hash a sound copy side by side
+        if damaged():  # without the lock, so processes can hash an intact copy in parallel
             with _locked(path):
-                if damaged():  # nobody has put a sound one there meanwhile
+                if damaged():  # unless another process has replaced it meanwhile
                     path.unlink()
 
     def _fetch(self, url: str, info: ShardInfo) -> None:
         path = self.path(info)
-        for stale in self.folder.glob(f"{path.name}.tmp-*"):  # of a process that was killed
+        for stale in self.folder.glob(f"{path.name}.tmp-*"):  # left by a killed process
             stale.unlink(missing_ok=True)
         temporary = temporary_name(path)
         while not self._reserve(temporary, info.bytes):
-            time.sleep(_WAIT_SECONDS)  # for other processes that are fetching
+            time.sleep(_WAIT_SECONDS)  # wait for downloads of other processes
         digest, size = hashlib.sha256(), 0
         try:
             with temporary.open("r+b") as file:
@@ -107,30 +108,30 @@ class ShardStore:
                 file.flush()
                 os.fsync(file.fileno())
             if size < info.bytes:
-                raise RemoteError(f"{url}: only {size} of {info.bytes} bytes came")
+                raise RemoteError(f"{url}: the download has only {size} of {info.bytes} bytes")
             if digest.hexdigest() != info.sha256:
-                raise RemoteError(f"{url}: what came is not the shard that the manifest names (sha256); copy it again")
+                raise RemoteError(f"{url}: the download is not the shard of the manifest (sha256); upload it again")
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _reserve(self, temporary: Path, size: int) -> bool:
-        """Make a file of ``size`` bytes where the limit allows that, after older copies have made room."""
-        with _locked(self.folder / "room") as free:
-            assert free
-            kept: list[tuple[float, int, Path]] = []
+        """Create a file of ``size`` bytes, after deleting the oldest copies. False if it still exceeds the limit."""
+        with _locked(self.folder / "room") as acquired:
+            assert acquired
+            copies: list[tuple[float, int, Path]] = []
             for path in (*self.folder.glob("*.tar"), *self.folder.glob("*.tar.tmp-*")):
-                with suppress(FileNotFoundError):  # published in this moment
+                with suppress(FileNotFoundError):  # renamed or deleted since the glob
                     stat = path.stat()
-                    kept.append((stat.st_mtime, stat.st_size, path))
-            total = sum(size for _, size, _ in kept)
-            for _, freed, path in sorted(kept):
+                    copies.append((stat.st_mtime, stat.st_size, path))
+            total = sum(size for _, size, _ in copies)
+            for _, copy_size, path in sorted(copies):
                 if total + size <= self.limit:
                     break
-                with _locked(path.with_name(path.name.partition(".tmp-")[0]), wait=False) as free:
-                    if free:
+                with _locked(path.with_name(path.name.partition(".tmp-")[0]), wait=False) as acquired:
+                    if acquired:
                         path.unlink(missing_ok=True)
-                        total -= freed
+                        total -= copy_size
             if total + size > self.limit:
                 return False
             with temporary.open("wb") as file:
@@ -140,7 +141,7 @@ class ShardStore:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of ``path``; False inside where another process has it and nobody waits."""
+    """Hold the lock of ``path``. Yields False if another process holds it and ``wait`` is False."""
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -150,14 +151,14 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
         try:
             yield True
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a loader process that was forked meanwhile has this file open, too
+            fcntl.flock(lock, fcntl.LOCK_UN)  # explicitly: a loader process forked meanwhile also has this file open
 
 
 class StreamedReader:
-    """Random access to one split of a cache at a URL: what ``TokenReader`` gives, shard by shard as they are asked for.
+    """Random access to one split of a cache at a URL, like ``TokenReader``. Shards are downloaded on first access.
 
-    ``manifest`` is the one at the URL, where it has been read; otherwise it comes at once. Raises CacheError where it
-    or a shard does not come.
+    Pass ``manifest`` if it is already loaded; otherwise it is downloaded immediately. Raises CacheError if the manifest
+    or a shard cannot be downloaded, or if a shard is larger than ``limit`` bytes.
     """
 
     def __init__(self, url: str, split: str, limit: int, manifest: Manifest | None = None) -> None:
@@ -205,7 +206,7 @@ class StreamedReader:
         return self._shard(0).empty_caption()
 
     def keys(self, positions: np.ndarray) -> list[str]:
-        """Names of the samples in their source."""
+        """Names of the samples in the image source."""
         numbers = self._numbers(positions)
         return [
             self._shard(number).keys(np.asarray([position - self._starts[number]]))[0]
@@ -213,7 +214,7 @@ class StreamedReader:
         ]
 
     def announce(self, positions: np.ndarray) -> None:
-        """Let the shards of these positions come in a thread, for they will be read soon."""
+        """Download the shards of these positions in a background thread, since they will be read soon."""
         if self._announced is None:
             self._announced = SimpleQueue()
             threading.Thread(target=self._fetch_announced, args=(self._announced,), daemon=True).start()
@@ -226,7 +227,7 @@ class StreamedReader:
         while True:
             number = announced.get()
             info = self.shards[number]
-            # whoever reads it says why it does not come
+            # errors are raised when the shard is read
             with suppress(OctavesError, OSError), self.store.holding(self._url_of(info), info):
                 pass
             self._coming.discard(number)
@@ -239,8 +240,8 @@ class StreamedReader:
 
     def _shard(self, number: int) -> ShardsReader:
         if number not in self._open:
-            gone = [other for other, (inode, _) in self._open.items() if inode != self._inode(other)]
-            for other in gone:  # also one that has come again: its name is there, its old bytes still take room
+            stale = [other for other, (inode, _) in self._open.items() if inode != self._inode(other)]
+            for other in stale:  # also copies downloaded again, whose old bytes still take disk space
                 del self._open[other]
             info = self.shards[number]
             with self.store.holding(self._url_of(info), info) as path:
@@ -248,7 +249,7 @@ class StreamedReader:
         return self._open[number][1]
 
     def _inode(self, number: int) -> int | None:
-        """Of the copy that lies here; None where there is none."""
+        """Inode of the local copy; None if there is none."""
         try:
             return self.store.path(self.shards[number]).stat().st_ino
         except FileNotFoundError:
@@ -256,12 +257,12 @@ class StreamedReader:
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """One array of rows that come in parts (their places, values), padded with 0 to the largest."""
-    count = sum(len(where) for where, _ in parts)
+    """Join parts (row indices, values) into one array, padded with 0 to the largest shape."""
+    count = sum(len(rows) for rows, _ in parts)
     shape = np.max([part.shape[1:] for _, part in parts], axis=0).astype(int)
     joined = np.zeros((count, *shape), parts[0][1].dtype)
-    for where, part in parts:
-        index: tuple[Any, ...] = (where, *(slice(size) for size in part.shape[1:]))
+    for rows, part in parts:
+        index: tuple[Any, ...] = (rows, *(slice(size) for size in part.shape[1:]))
         joined[index] = part
     return joined
 
@@ -269,9 +270,9 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 def open_tokens(
     path: str, split: str, local_gigabytes: float, manifest: Manifest | None = None
 ) -> TokenReader | StreamedReader:
-    """One split of the cache in a folder, or at a URL through at most ``local_gigabytes`` in ``$OCTAVES_DATA/tokens``.
+    """Open one split of a cache in a folder, or at a URL with at most ``local_gigabytes`` in ``$OCTAVES_DATA/tokens``.
 
-    ``manifest`` is the cache's, where it has been read. Raises CacheError.
+    Pass ``manifest`` if it is already loaded. Raises CacheError.
     """
     if is_remote(path):
         return StreamedReader(path, split, int(local_gigabytes * GIGABYTE), manifest)

@@ -1,14 +1,14 @@
 """Bit-planes of wavelet coefficients as tokens: a tokenizer that needs no training.
 
-After *Wavelets Are All You Need for Autoregressive Image Generation* (Mattar et al., arXiv 2406.19997).
-What is notable here:
+After *Wavelets Are All You Need for Autoregressive Image Generation* (Mattar et al., arXiv 2406.19997). Notes:
 
-- each plane says of every coefficient whether it reaches the threshold T, its sign once it does, and from the next
-  plane on which half of its interval it lies in; then T is halved. Every prefix of a stream decodes;
-- a coefficient that was found errs by at most half of the final threshold, one that was not by less than all of it.
-  The paper's text refines in the plane of discovery too; its own printed example and lengths do not, nor does this;
-- colour is coded as Y, Cb and Cr, block by block in turn, so every prefix is an image in colour;
-- all is exact: 8-bit integers first, float64 after, and halves of powers of two.
+- Each plane encodes for every coefficient whether it reaches the threshold T, its sign when it first does, and in later
+  planes which half of its interval it is in. Then T is halved. Every prefix of a stream can be decoded.
+- The error of a significant coefficient is at most half of the final threshold; that of an insignificant one is less
+  than the final threshold. According to the paper's text, coefficients are also refined in the plane in which they
+  become significant. The printed example and lengths in the paper do not do this, and neither does this code.
+- Color is encoded as Y, Cb and Cr, alternating block by block, so every prefix is an image in color.
+- All computations are exact: 8-bit integers, then float64 and halves of powers of two.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from stages.spectral.colour import to_rgb, to_ycbcr
 from stages.spectral.nested import largest_coefficient, levels_of, nested_dwt, nested_idwt
 
 SCALING = 4
-"""Scaling coefficients of a colour plane."""
+"""Number of scaling coefficients of a color plane."""
 WAVELETS = ("haar", "bior4.4")
 
 
 class BitplaneCodec(Tokenizer):
-    """Images with a side that is a power of two, in gray or RGB.
+    """Codec for square gray or RGB images with a power of two as the side.
 
-    Raises ValueError for another side, number of channels, wavelet or variant, and for thresholds that are no powers
-    of two.
+    Raises ValueError for another side, number of channels, wavelet or variant, and for thresholds that are not powers
+    of two in the allowed range.
     """
 
     def __init__(self, config: BitplaneConfig, image_size: tuple[int, int], channels: int) -> None:
@@ -54,21 +54,23 @@ class BitplaneCodec(Tokenizer):
             levels_of(side)
         except ValueError as error:
             raise InputError(f"images.size: {error} (images.eval_view=pad frames smaller ones)") from error
-        for name, value, known in (
+        for name, value, allowed in (
             ("wavelet", config.wavelet, WAVELETS),
             ("variant", config.variant, tuple(NAMES)),
         ):
-            if value not in known:
-                raise InputError(f"tokenizer.{name}={value!r}; allowed: {', '.join(known)}")
+            if value not in allowed:
+                raise InputError(f"tokenizer.{name}={value!r}; allowed: {', '.join(allowed)}")
         final, start = config.final_threshold, config.start_threshold
         largest = largest_coefficient(side, config.wavelet) * (1 - 1e-9)
-        most = 2.0 ** (math.ceil(math.log2(largest)) - 1)
+        largest_threshold = 2.0 ** (math.ceil(math.log2(largest)) - 1)
         for name, threshold in (("final_threshold", final), ("start_threshold", start or final)):
-            if math.frexp(threshold)[0] != 0.5 or not 2**-20 <= threshold <= most:
-                raise InputError(f"tokenizer.{name}={threshold}; allowed: powers of two from 2^-20 to {most:g}")
+            if math.frexp(threshold)[0] != 0.5 or not 2**-20 <= threshold <= largest_threshold:
+                raise InputError(
+                    f"tokenizer.{name}={threshold}; allowed: powers of two from 2^-20 to {largest_threshold:g}"
+                )
         if start and start < final:
-            raise InputError(f"tokenizer.start_threshold={start} is below tokenizer.final_threshold={final}")
-        self.planes = 1 + round(math.log2((start or most) / final))
+            raise InputError(f"tokenizer.start_threshold={start}; allowed: tokenizer.final_threshold={final} or more")
+        self.planes = 1 + round(math.log2((start or largest_threshold) / final))
         variant: Variant = "zerotree" if config.variant == "zerotree" else "blocks"
         grammar = {"side": side, "channels": channels, "planes": self.planes, "final": final, "variant": variant}
         self.grammar = BitplaneGrammar(side, channels, self.planes, final, variant)
@@ -91,16 +93,16 @@ class BitplaneCodec(Tokenizer):
     # ------------------------------------------------------------------ pixels and coefficients
 
     def to_coefficients(self, pixels: Tensor) -> np.ndarray:
-        """Coefficients float64 [B, n] in scan order of pixels in [-1, 1]. Raises ValueError for another size."""
-        wanted = (self.channels, *self.layout.image_size)
-        if pixels.shape[1:] != wanted:
-            raise InputError(f"images {tuple(pixels.shape[1:])}; allowed: {wanted}")
-        whole = np.round(127.5 * (pixels.detach().cpu().double().numpy() + 1)).clip(0, 255) / 255
-        matrix = nested_dwt(to_ycbcr(whole) if self.channels == 3 else whole, self.config.wavelet)
+        """Coefficients float64 [B, n] in scan order from pixels in [-1, 1]. Raises ValueError for another size."""
+        expected = (self.channels, *self.layout.image_size)
+        if pixels.shape[1:] != expected:
+            raise InputError(f"images {tuple(pixels.shape[1:])}; allowed: {expected}")
+        rounded = np.round(127.5 * (pixels.detach().cpu().double().numpy() + 1)).clip(0, 255) / 255
+        matrix = nested_dwt(to_ycbcr(rounded) if self.channels == 3 else rounded, self.config.wavelet)
         return np.ascontiguousarray(matrix.reshape(len(matrix), -1)[:, self.scan.order])
 
     def to_pixels(self, values: np.ndarray) -> Tensor:
-        """Pixels float32 in [-1, 1], clamped, of coefficients [B, n] in scan order."""
+        """Pixels float32, clamped to [-1, 1], from coefficients [B, n] in scan order."""
         matrix = np.empty_like(values)
         matrix[:, self.scan.order] = values
         planes = nested_idwt(matrix.reshape(len(values), self.channels, *self.layout.image_size), self.config.wavelet)
@@ -114,24 +116,24 @@ class BitplaneCodec(Tokenizer):
         return self.encode_coefficients(values, self.planes_of(values)).to(pixels.device)
 
     def planes_of(self, values: np.ndarray) -> np.ndarray:
-        """Planes int64 [B] of coefficients [B, n]. Raises ValueError for one that a fixed start does not reach."""
+        """Numbers of planes int64 [B] for coefficients [B, n]. Raises ValueError if ``start_threshold`` is too low."""
         largest = np.abs(values).max(axis=1, initial=0)
         if self.config.start_threshold:
-            wrong = np.flatnonzero(largest > 2 * self.config.start_threshold)
-            if len(wrong):
-                least = 2.0 ** (math.ceil(math.log2(largest[wrong[0]])) - 1)
+            too_large = np.flatnonzero(largest > 2 * self.config.start_threshold)
+            if len(too_large):
+                minimum = 2.0 ** (math.ceil(math.log2(largest[too_large[0]])) - 1)
                 raise InputError(
-                    f"image {wrong[0]} of the batch has a coefficient of {largest[wrong[0]]:g}: "
-                    f"tokenizer.start_threshold={self.config.start_threshold:g} reaches twice as far only; "
-                    f"use {least:g} or more, or 0 for each image's own"
+                    f"image {too_large[0]} of the batch has a coefficient of {largest[too_large[0]]:g}: "
+                    f"tokenizer.start_threshold={self.config.start_threshold:g} allows at most twice its value; "
+                    f"use {minimum:g} or more, or 0 for each image's own"
                 )
             return np.full(len(values), self.planes)
-        # the paper's: a largest coefficient that is itself a power of two begins one plane lower and still errs no more
+        # as in the paper: if the largest coefficient is a power of two, start one plane lower, with no larger error
         exponent = np.ceil(np.log2(np.maximum(largest, 2.0**-40))).astype(np.int64) - 1
         return np.clip(exponent - round(math.log2(self.config.final_threshold)) + 1, 0, self.planes)
 
     def encode_coefficients(self, values: np.ndarray, planes: np.ndarray) -> Tokens:
-        """Streams of coefficients float64 [B, n] that have ``planes`` [B]."""
+        """Encode coefficients float64 [B, n] with ``planes`` [B] into streams."""
         ids = np.zeros((len(values), values.shape[1] * int(planes.max(initial=0))), np.uint8)
         scan, final = self.scan, self.config.final_threshold
         lengths = kernels.encode(values, planes, final, scan.child, self.grammar.zerotree, ids)
@@ -142,31 +144,31 @@ class BitplaneCodec(Tokenizer):
         return self.to_pixels(self.decode_coefficients(tokens)).to(tokens.ids.device)
 
     def decode_coefficients(self, tokens: Tokens) -> np.ndarray:
-        """Coefficients float64 [B, n] of streams or beginnings of them.
+        """Decode streams, or prefixes of them, to coefficients float64 [B, n].
 
-        Raises ValueError that names the first illegal token, or for a header that cannot be.
+        Raises ValueError, which names the first invalid token, and for an invalid header.
         """
         ids, lengths = tokens.ids[..., 0].cpu().numpy(), tokens.lengths.cpu().numpy()
         if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= ids.shape[1]:
             raise InputError(f"lengths from {lengths.min()} to {lengths.max()} of streams with {ids.shape[1]} tokens")
         planes, scan = self.grammar.check_header(tokens.header), self.scan
         values = np.zeros((len(ids), len(scan.order)))
-        wrong = kernels.decode(
+        invalid = kernels.decode(
             ids, lengths, planes, self.config.final_threshold, scan.parent, scan.child, self.grammar.zerotree, values
         )
-        self.grammar.check(ids, *wrong)
+        self.grammar.check(ids, *invalid)
         return values
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
-        return pixels  # every plane decodes to a likeness of the whole image
+        return pixels  # every prefix of planes approximates the full image
 
     def first_scales(self, tokens: Tokens, num_scales: int) -> Tokens:
         return keep_scales(tokens, self.layout, range(num_scales), self.grammar)
 
-    # ------------------------------------------------------------------ how new images begin
+    # ------------------------------------------------------------------ start of new images
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Measure how many planes images have and how their scaling coefficients vary, for each class and for all."""
+        """Measure the number of planes and the distribution of scaling coefficients, per class and for all images."""
         parts = []
         for pixels, labels in batches:
             values = self.to_coefficients(pixels)
@@ -175,7 +177,7 @@ class BitplaneCodec(Tokenizer):
         self._starts = _Starts.measure(planes, self._scaling(firsts), classes, self.planes)
 
     def _scaling(self, firsts: np.ndarray) -> np.ndarray:
-        """Scaling coefficients [B, 4 C]: the first group of the first block of each colour plane."""
+        """Scaling coefficients [B, 4 C]: the first group of the first block of each color plane."""
         return firsts.reshape(len(firsts), self.channels, 16)[:, :, :SCALING].reshape(len(firsts), -1)
 
     def statistics(self) -> dict[str, Any]:
@@ -185,7 +187,7 @@ class BitplaneCodec(Tokenizer):
         self._starts = _Starts.from_dict(statistics)
 
     def start_prefix(self, labels: Tensor, seeds: Sequence[int]) -> Tokens:
-        """Planes from the class's histogram, and tokens of the scaling coefficients (of Y) from its Gaussian."""
+        """Draw the number of planes from the histogram of the class, scaling coefficients (of Y) from its Gaussian."""
         base = self.grammar.names.index("Insignificant")
         planes, ids = np.zeros(len(seeds), np.int64), np.zeros((len(seeds), SCALING), np.int64)
         lengths = np.zeros(len(seeds), np.int64)
@@ -193,9 +195,9 @@ class BitplaneCodec(Tokenizer):
             planes[row], scaling = self._starts.draw(label, np.random.default_rng([seed % 2**64, 1]))
             threshold = self.config.final_threshold * 2.0 ** (planes[row] - 1)
             first = scaling[:SCALING]
-            found = np.where(first > 0, kernels.POSITIVE, kernels.NEGATIVE)
-            ids[row] = base + np.where(np.abs(first) >= threshold, found, kernels.INSIGNIFICANT)
-            # where the group is empty, the prior decides what else the block holds
+            sign = np.where(first > 0, kernels.POSITIVE, kernels.NEGATIVE)
+            ids[row] = base + np.where(np.abs(first) >= threshold, sign, kernels.INSIGNIFICANT)
+            # if the group is empty, the prior samples the whole block
             lengths[row] = SCALING if planes[row] and (np.abs(first) >= threshold).any() else 0
         header = torch.from_numpy(planes[:, None])
         return Tokens(torch.from_numpy(ids[..., None]), torch.from_numpy(lengths), header)
@@ -206,18 +208,18 @@ class BitplaneCodec(Tokenizer):
 
 @dataclass
 class _Starts:
-    """How images begin; row k is class k, the last row is all images together."""
+    """Statistics of the start of images; row k is class k, the last row is all images together."""
 
     counts: np.ndarray
-    """float64 [K + 1, P + 1]: images by number of planes."""
+    """float64 [K + 1, P + 1]: number of images by number of planes."""
     means: np.ndarray
-    """float64 [K + 1, 4 C]"""
+    """float64 [K + 1, 4 C]: mean scaling coefficients."""
     factors: np.ndarray
-    """float64 [K + 1, 4 C, 4 C]: covariance = factor · factorᵀ"""
+    """float64 [K + 1, 4 C, 4 C]: their covariance = factor · factorᵀ."""
 
     @classmethod
     def of_nothing(cls, planes: int, channels: int) -> _Starts:
-        """Before anything was measured: all numbers of planes are as likely, and nothing is known of coefficients."""
+        """Initial statistics before ``fit``: all numbers of planes are equally likely, and coefficients are 0."""
         width = SCALING * channels
         return cls(np.ones((1, planes + 1)), np.zeros((1, width)), np.zeros((1, width, width)))
 
@@ -225,11 +227,13 @@ class _Starts:
     def measure(cls, planes: np.ndarray, scaling: np.ndarray, labels: np.ndarray, most: int) -> _Starts:
         counts, means, factors = [], [], []
         for label in [*range(int(labels.max(initial=-1)) + 1), None]:
-            mine = np.ones(len(labels), bool) if label is None or not (labels == label).any() else labels == label
-            counts.append(np.bincount(planes[mine], minlength=most + 1).astype(float))
-            means.append(scaling[mine].mean(axis=0))
-            spread = np.atleast_2d(np.cov(scaling[mine], rowvar=False)) if mine.sum() > 1 else np.zeros((1, 1))
-            values, vectors = np.linalg.eigh(np.broadcast_to(spread, (scaling.shape[1],) * 2))
+            in_class = np.ones(len(labels), bool) if label is None or not (labels == label).any() else labels == label
+            counts.append(np.bincount(planes[in_class], minlength=most + 1).astype(float))
+            means.append(scaling[in_class].mean(axis=0))
+            covariance = (
+                np.atleast_2d(np.cov(scaling[in_class], rowvar=False)) if in_class.sum() > 1 else np.zeros((1, 1))
+            )
+            values, vectors = np.linalg.eigh(np.broadcast_to(covariance, (scaling.shape[1],) * 2))
             factors.append(vectors * np.sqrt(values.clip(min=0)))
         return cls(np.stack(counts), np.stack(means), np.stack(factors))
 
@@ -249,6 +253,6 @@ class _Starts:
         return number, self.means[row] + self.factors[row] @ generator.standard_normal(self.means.shape[1])
 
     def bits(self, planes: np.ndarray, labels: np.ndarray) -> Tensor:
-        smooth = self.counts + 0.5  # a number that was never seen can be sent, too
+        smooth = self.counts + 0.5  # so that unseen numbers of planes can be encoded too
         shares = smooth / smooth.sum(axis=1, keepdims=True)
         return torch.from_numpy(-np.log2([shares[self.row(label), n] for label, n in zip(labels, planes, strict=True)]))

@@ -1,9 +1,9 @@
-"""The grammar of bit-plane streams: the walk of ``stages/codecs/kernels.py`` for many streams at once.
+"""Grammar of bit-plane streams: the state machine of ``stages/codecs/kernels.py`` for batches of streams.
 
-Beyond the paper's own rules (which token fits a coefficient's state) it knows what these make impossible: in a group
-that was opened in this plane, after three Insignificant the fourth coefficient is significant; in a block that was
-opened, after three Group2x2 the fourth group opens; below a coefficient that is Insignificant where its tree is not,
-after three empty trees the fourth is not empty.
+The paper's rules say which tokens are valid for the state of a coefficient. This grammar also applies their
+consequences. In a group opened in this plane, the fourth coefficient is significant after three Insignificant. In an
+opened block, the fourth group is opened after three Group2x2. Below an Insignificant coefficient whose tree is not
+empty, the fourth tree is not empty after three empty ones.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ NAMES: dict[str, tuple[str, ...]] = {
     "blocks": ("Group4x4", "Group2x2", "Insignificant", "Positive", "Negative", "Lower", "Upper"),
     "zerotree": ("ZeroTree", "Insignificant", "Positive", "Negative", "Lower", "Upper"),
 }
-"""The tokens of each variant. Lower and Upper refine a coefficient: the paper's NextAccuracy0 and NextAccuracy1."""
+"""Tokens of each variant. Lower and Upper refine a coefficient; in the paper: NextAccuracy0 and NextAccuracy1."""
 FREQUENCIES = (1, 2, 4, 8)
-"""Half waves across the image by which a place is told, beside the place itself."""
+"""Frequencies of the positional features, in half waves across the image."""
 
 
 class BitplaneGrammar(PlacedGrammar):
-    """Streams of images [channels, side, side] with up to ``planes`` bit-planes, the last of threshold ``final``.
+    """Streams of images [channels, side, side] with up to ``planes`` bit-planes; the last has threshold ``final``.
 
-    A stream's header is the number of its planes. Notes are [place in the scan, plane counted from the coarsest, bits
-    of the ids that may come, the same and those that are only impossible, and for each neighbour in ``NEIGHBOURS`` its
-    sign times the number of planes by which it is above the threshold, 0 while it is insignificant].
+    The header of a stream is its number of planes. Notes are [index in the scan, plane counted from the coarsest, bit
+    mask of allowed ids, the same with ids ruled out only by earlier tokens, and one number for each of ``NEIGHBOURS``:
+    its sign times the number of planes since it became significant, counting from 1, or 0 while it is insignificant].
     """
 
     features: Tensor
@@ -50,7 +50,7 @@ class BitplaneGrammar(PlacedGrammar):
         self.names = NAMES[variant]
         self.zerotree = variant == "zerotree"
         scan = self.scan
-        # what the kernels need to know of the code
+        # arguments of the kernels
         self._code = (planes, final, scan.parent, scan.child, scan.neighbours, self.zerotree)
         self.num_notes = 4 + len(NEIGHBOURS)
         tables = [
@@ -86,7 +86,7 @@ class BitplaneGrammar(PlacedGrammar):
 
     def _advance(self, state: GrammarState, tokens: np.ndarray) -> None:
         inner: dict[str, Any] = state.inner
-        wrong = kernels.advance(
+        invalid_row = kernels.advance(
             tokens,
             state.going.numpy(),
             inner["registers"],
@@ -96,8 +96,8 @@ class BitplaneGrammar(PlacedGrammar):
             *self._code,
             state.notes.numpy(),
         )
-        if wrong >= 0:
-            raise InputError(f"stream {wrong}: {self._name(int(tokens[wrong]))} cannot come next")
+        if invalid_row >= 0:
+            raise InputError(f"stream {invalid_row}: {self._name(int(tokens[invalid_row]))} cannot come next")
 
     def annotate(self, tokens: Tokens) -> Tensor:
         ids, planes = tokens.ids[..., 0].cpu().numpy().astype(np.int64), self.check_header(tokens.header)
@@ -106,13 +106,13 @@ class BitplaneGrammar(PlacedGrammar):
         return torch.from_numpy(notes)
 
     def check(self, ids: np.ndarray, row: int, position: int) -> None:
-        """Raise InputError where a kernel found an illegal token at ``row`` and ``position``, -1 for none."""
+        """Raise InputError for an invalid token at ``row`` and ``position``, as returned by a kernel; -1 for none."""
         if row >= 0:
             name = self._name(int(ids[row, position]))
             raise InputError(f"stream {row}: token {position} ({name}) cannot stand there")
 
     def check_header(self, header: Tensor) -> np.ndarray:
-        """Numbers of planes int64 [B] of headers [B, 1]. Raises InputError for one outside 0 … ``planes``."""
+        """Numbers of planes int64 [B] of headers [B, 1]. Raises InputError for numbers outside 0 … ``planes``."""
         planes = header[:, 0].cpu().numpy().astype(np.int64)
         if len(planes) and not 0 <= planes.min() <= planes.max() <= self.planes:
             wrong = planes.max() if planes.max() > self.planes else planes.min()
@@ -120,9 +120,9 @@ class BitplaneGrammar(PlacedGrammar):
         return planes
 
     def allowed(self, notes: Tensor, partial: Tensor, strict: bool = True) -> Tensor:
-        return self._may_come(notes, 2 if strict else 3)
+        return self._allowed_ids(notes, 2 if strict else 3)
 
-    def _may_come(self, notes: Tensor, column: int) -> Tensor:
+    def _allowed_ids(self, notes: Tensor, column: int) -> Tensor:
         bits = notes[..., column, None]
         which = torch.arange(len(self.names), device=notes.device)
         return ((bits >> which) & 1).bool() | (bits == 0)
@@ -135,9 +135,9 @@ class BitplaneGrammar(PlacedGrammar):
         return torch.cat([self.features[notes[..., 0].long()], plane], dim=-1)
 
     def known(self, notes: Tensor) -> Tensor:
-        around = notes[..., 4:].float()
-        seen = (around.sign(), around.abs().clamp(max=8) / 4, (around != 0).float())
-        return torch.cat([self._may_come(notes, 2).float(), *seen], dim=-1)
+        neighbors = notes[..., 4:].float()
+        features = (neighbors.sign(), neighbors.abs().clamp(max=8) / 4, (neighbors != 0).float())
+        return torch.cat([self._allowed_ids(notes, 2).float(), *features], dim=-1)
 
     def _name(self, token: int) -> str:
         return self.names[token] if 0 <= token < len(self.names) else f"id {token}"

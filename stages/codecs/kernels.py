@@ -1,13 +1,13 @@
-"""The state machine of bit-plane streams, compiled by numba where it is installed and plain Python where it is not.
+"""State machine of bit-plane streams, compiled by numba if it is installed, otherwise plain Python.
 
-The encoder knows every coefficient and writes its stream straight down. Who reads a stream, decoder or prior, walks it
-token by token; ``arrive``, ``allowed`` and ``consume`` are that walk, and this is what it remembers of one stream:
+The encoder knows all coefficients and writes the stream directly. Decoder and prior read a stream token by token with
+``arrive``, ``allowed`` and ``consume``. The state of one stream is
 
-- registers int64 [6]: place of the next coefficient, plane (0 is the stream's first), and what is known of the group
-  and the block in which that coefficient lies;
+- registers int64 [6]: index of the next coefficient, plane (0 is the first of the stream), and the state of the group
+  and the block of that coefficient;
 - approximation float64 [n]: 0 while a coefficient is insignificant;
-- marks int16 [3, n] (zero-trees): the plane, counted from 1, in which a coefficient was last skipped; in which it was
-  last Insignificant above nothing significant; and 1 where a descendant is significant.
+- marks int16 [3, n] (zero-trees): the plane, counted from 1, in which a coefficient was last skipped; the plane in
+  which it was last Insignificant without significant descendants; and 1 if a descendant is significant.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ except ImportError:
     COMPILED = False
 
     def njit(**_: Any) -> Callable[[Any], Any]:  # type: ignore[no-redef]
-        """Without numba: the function as it is."""
+        """Replacement without numba: returns the function unchanged."""
         return lambda function: function
 
 
 def warn_if_slow() -> None:
-    """Say once what is missing where the walk is not compiled."""
+    """Warn if numba is missing, so the code is not compiled."""
     if not COMPILED:
         warnings.warn(
             "numba is not installed: bit-planes are coded about twenty times slower; pip install 'octaves[codecs]'",
@@ -44,15 +44,15 @@ PLACE, PLANE, GROUP_OPEN, GROUP_ZEROS, BLOCK_OPEN, BLOCK_ZEROS = range(6)
 REGISTERS = 6
 SKIPPED, OPENED, ABOVE = range(3)
 GROUP4, GROUP2 = 0, 1
-"""Tokens of the variant with blocks; zero-trees have ZEROTREE instead, and all others one lower."""
+"""Tokens of the variant blocks. The variant zerotree has ZEROTREE instead, and its other tokens are one lower."""
 ZEROTREE = 0
-# behind them, in both variants
+# the following tokens, in both variants
 INSIGNIFICANT, POSITIVE, NEGATIVE, LOWER, UPPER = range(5)
 
 
 @njit(cache=True, nogil=True)
 def arrive(registers, approximation, marks, parent, child, zerotree, planes):  # type: ignore[no-untyped-def]
-    """Settle on the next coefficient that has a token, and on what is known there. False at the stream's end."""
+    """Advance to the next coefficient that has a token and update the registers. False at the end of the stream."""
     size = len(approximation)
     while True:
         place, plane = registers[PLACE], registers[PLANE]
@@ -87,7 +87,7 @@ def arrive(registers, approximation, marks, parent, child, zerotree, planes):  #
 
 @njit(cache=True, nogil=True)
 def allowed(registers, approximation, marks, child, zerotree, strict):  # type: ignore[no-untyped-def]
-    """Bits of the tokens that may come; without ``strict`` also those that the tokens before make impossible."""
+    """Bit mask of allowed tokens; without ``strict``, tokens ruled out only by earlier tokens are also allowed."""
     place = registers[PLACE]
     base = 1 if zerotree else 2
     if approximation[place] != 0:
@@ -113,14 +113,14 @@ def allowed(registers, approximation, marks, child, zerotree, strict):  # type: 
 
 @njit(cache=True, nogil=True)
 def consume(registers, approximation, marks, parent, child, zerotree, threshold, token):  # type: ignore[no-untyped-def]
-    """Follow an allowed token. ``threshold`` is that of its plane."""
+    """Update the state with an allowed token. ``threshold`` is that of its plane."""
     place = registers[PLACE]
     base = 1 if zerotree else 2
     step = 1
     if token >= base + LOWER:
         value = approximation[place]
-        outwards = (token == base + UPPER) == (value > 0)
-        approximation[place] = value + (threshold / 2 if outwards else -threshold / 2)
+        increase = (token == base + UPPER) == (value > 0)
+        approximation[place] = value + (threshold / 2 if increase else -threshold / 2)
     elif token > base + INSIGNIFICANT:
         approximation[place] = 1.5 * threshold if token == base + POSITIVE else -1.5 * threshold
         if zerotree:
@@ -147,21 +147,21 @@ def consume(registers, approximation, marks, parent, child, zerotree, threshold,
 
 @njit(cache=True, nogil=True)
 def encode(values, planes, final, child, zerotree, ids):  # type: ignore[no-untyped-def]
-    """Streams of coefficients float64 [N, n] with ``planes`` [N] into ids uint8 [N, L]; returns lengths int64 [N]."""
+    """Encode coefficients float64 [N, n] with ``planes`` [N] into ids uint8 [N, L]; returns lengths int64 [N]."""
     count, size = values.shape
     lengths = np.zeros(count, np.int64)
-    # of a coefficient and its descendants, of a group, of a block
+    # largest absolute value of a coefficient and its descendants, of a group, of a block
     trees, groups, blocks = np.empty(size), np.empty(size // 4), np.empty(size // 16)
     for row in range(count):
         groups[:], blocks[:] = 0, 0
         for place in range(size - 1, -1, -1):
-            here = abs(values[row, place])
-            groups[place // 4] = max(groups[place // 4], here)
-            blocks[place // 16] = max(blocks[place // 16], here)
+            largest = abs(values[row, place])
+            groups[place // 4] = max(groups[place // 4], largest)
+            blocks[place // 16] = max(blocks[place // 16], largest)
             if child[place] >= 0:
-                for under in range(child[place], child[place] + 4):
-                    here = max(here, trees[under])
-            trees[place] = here
+                for descendant in range(child[place], child[place] + 4):
+                    largest = max(largest, trees[descendant])
+            trees[place] = largest
         approximation = np.zeros(size)
         skipped = np.zeros(size, np.int16)
         length = 0
@@ -171,12 +171,12 @@ def encode(values, planes, final, child, zerotree, ids):  # type: ignore[no-unty
             while place < size:
                 if zerotree:
                     step = 1
-                    gone = skipped[place] == plane + 1
-                    empty = child[place] >= 0 and trees[place] < threshold
-                    if gone or empty:
+                    is_skipped = skipped[place] == plane + 1
+                    is_zero_tree = child[place] >= 0 and trees[place] < threshold
+                    if is_skipped or is_zero_tree:
                         if child[place] >= 0:
                             skipped[child[place] : child[place] + 4] = plane + 1
-                        if not gone:
+                        if not is_skipped:
                             ids[row, length] = ZEROTREE
                             length += 1
                     else:
@@ -198,12 +198,12 @@ def encode(values, planes, final, child, zerotree, ids):  # type: ignore[no-unty
 
 @njit(cache=True, nogil=True)
 def refine(value, approximation, place, threshold, base):  # type: ignore[no-untyped-def]
-    """The token of a coefficient that stands for itself; its approximation follows."""
-    now = approximation[place]
-    if now != 0:
-        up = abs(value) > abs(now)
-        approximation[place] += threshold / 2 if up == (now > 0) else -threshold / 2
-        return base + (UPPER if up else LOWER)
+    """The token of a single coefficient. Updates its approximation."""
+    current = approximation[place]
+    if current != 0:
+        upper = abs(value) > abs(current)
+        approximation[place] += threshold / 2 if upper == (current > 0) else -threshold / 2
+        return base + (UPPER if upper else LOWER)
     if abs(value) < threshold:
         return base + INSIGNIFICANT
     approximation[place] = 1.5 * threshold if value > 0 else -1.5 * threshold
@@ -212,7 +212,10 @@ def refine(value, approximation, place, threshold, base):  # type: ignore[no-unt
 
 @njit(cache=True, nogil=True)
 def decode(ids, lengths, planes, final, parent, child, zerotree, values):  # type: ignore[no-untyped-def]
-    """Coefficients of streams into float64 [N, n]; returns (row, position) of the first illegal token, or (-1, -1)."""
+    """Decode streams into coefficients ``values`` float64 [N, n].
+
+    Returns (row, position) of the first invalid token, or (-1, -1).
+    """
     count, size = values.shape
     for row in range(count):
         registers = np.zeros(REGISTERS, np.int64)
@@ -233,25 +236,25 @@ def decode(ids, lengths, planes, final, parent, child, zerotree, values):  # typ
 
 @njit(cache=True, nogil=True)
 def note(registers, approximation, marks, child, zerotree, neighbours, threshold, first_plane, out):  # type: ignore[no-untyped-def]
-    """What is known before the next token, into int32 [4 + Q]; see ``BitplaneGrammar``."""
+    """Write the notes before the next token into ``out`` int32 [4 + Q]; see ``BitplaneGrammar``."""
     place = registers[PLACE]
     out[0] = place
     out[1] = first_plane + registers[PLANE]
     out[2] = allowed(registers, approximation, marks, child, zerotree, True)
     out[3] = allowed(registers, approximation, marks, child, zerotree, False)
     for index in range(neighbours.shape[1]):
-        where = neighbours[place, index]
+        neighbor = neighbours[place, index]
         code = 0
-        if where >= 0 and approximation[where] != 0:
-            code = 1 + int(math.floor(math.log2(abs(approximation[where]) / threshold)))
-            if approximation[where] < 0:
+        if neighbor >= 0 and approximation[neighbor] != 0:
+            code = 1 + int(math.floor(math.log2(abs(approximation[neighbor]) / threshold)))
+            if approximation[neighbor] < 0:
                 code = -code
         out[4 + index] = code
 
 
 @njit(cache=True, nogil=True)
 def annotate(ids, lengths, planes, total, final, parent, child, neighbours, zerotree, notes):  # type: ignore[no-untyped-def]
-    """Notes int32 [N, L, 4 + Q] of streams; returns (row, position) of the first illegal token, or (-1, -1)."""
+    """Write notes int32 [N, L, 4 + Q] of streams; returns (row, position) of the first invalid token, or (-1, -1)."""
     size = len(parent)
     for row in range(ids.shape[0]):
         registers = np.zeros(REGISTERS, np.int64)
@@ -275,9 +278,9 @@ def annotate(ids, lengths, planes, total, final, parent, child, neighbours, zero
 def advance(  # type: ignore[no-untyped-def]
     tokens, going, registers, approximation, marks, planes, total, final, parent, child, neighbours, zerotree, notes
 ):
-    """Feed one token [N] to each stream that is still ``going`` [N] (token -1: none yet), then note what is known.
+    """Append one token [N] to each stream that is ``going`` [N] (token -1: none, at the start), then write its notes.
 
-    Returns the first row whose token is illegal, or -1.
+    Returns the first row with an invalid token, or -1.
     """
     for row in range(len(tokens)):
         if not going[row]:

@@ -1,9 +1,10 @@
-"""The order in which wavelet coefficients are scanned, and who is whose neighbour: tables made once for an image size.
+"""Scan order of wavelet coefficients and their neighbors, as tables that are computed once per image size.
 
-The nested matrix of coefficients is cut into blocks of 4x4, these into groups of 2x2. Coarse levels come first, in
-each the bands high along y, high along x, high along both; the four 2x2 bands of the coarsest level share one block.
-The blocks of the colour planes at one place follow one another. So sixteen consecutive coefficients are a block, four a
-group, and the four children of a coefficient (the same place one level finer) are a group, too.
+The nested matrix of coefficients is divided into blocks of 4x4, and these into groups of 2x2. Coarse levels come first.
+In each level the bands are in the order high along y, high along x, high along both; the four 2x2 bands of the coarsest
+level share one block. Blocks of the color planes at the same place follow one another. So 16 consecutive coefficients
+form a block and 4 form a group, and the four children of a coefficient (the same place one level finer) are also a
+group.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ import numpy as np
 from stages.spectral.nested import levels_of
 
 NEIGHBOURS = ("self", "left", "right", "up", "down", "parent", "next band", "last band", "next plane", "last plane")
-"""Columns of ``Scan.neighbours``; bands and colour planes in a circle."""
+"""Columns of ``Scan.neighbours``. Bands and color planes are cyclic."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Tables over the n = channels · side² coefficients in scan order; -1 where there is none."""
+    """Tables for the n = channels · side² coefficients in scan order; -1 for none."""
 
     order: np.ndarray
-    """int64 [n]: place in the flattened matrices [channels, side, side]."""
+    """int64 [n]: index into the flattened matrices [channels, side, side]."""
     parent: np.ndarray
-    """int32 [n]"""
+    """int32 [n]: index of the parent."""
     child: np.ndarray
-    """int32 [n]: the first of four children; -1 for scaling coefficients, too."""
+    """int32 [n]: index of the first of four children; -1 also for scaling coefficients."""
     neighbours: np.ndarray
-    """int32 [n, 10], as ``NEIGHBOURS`` names them."""
+    """int32 [n, 10]: indices of the neighbors ``NEIGHBOURS``."""
     level: np.ndarray
-    """int64 [n]: 0 for the scaling coefficients, then from coarse to fine."""
+    """int64 [n]: 0 for scaling coefficients, then from coarse to fine."""
     band: np.ndarray
     """int64 [n]: 0 scaling, 1 high along y, 2 high along x, 3 both."""
     channel: np.ndarray
-    """int64 [n]"""
+    """int64 [n]: color plane."""
     place: np.ndarray
-    """float32 [n, 2]: middle of the coefficient's area, (row, column) as shares of the image."""
+    """float32 [n, 2]: center of the area of the coefficient, (row, column) as fractions of the image."""
 
 
 @lru_cache(maxsize=8)
@@ -51,7 +52,7 @@ def scan_of(side: int, channels: int) -> Scan:
         for which, (rows, columns) in enumerate(((1, 0), (0, 1), (1, 1)), 1):
             part = slice(rows * half, (rows + 1) * half), slice(columns * half, (columns + 1) * half)
             level[part], band[part] = number, which
-    # the 2x2 bands of the coarsest level and the scaling block are one block of 4x4
+    # the 2x2 bands of the coarsest level and the scaling block form one block of 4x4
     y, x = np.mgrid[:side, :side]
     corner = (level <= 1).astype(np.int64)
     matrix = np.lexsort(
@@ -79,9 +80,9 @@ def scan_of(side: int, channels: int) -> Scan:
     width = np.where(level > 0, 2**level, 2)
     top, left = (band % 2) * width, (band // 2) * width
 
-    def find(plane: np.ndarray, y: np.ndarray, x: np.ndarray, there: np.ndarray) -> np.ndarray:
-        place = plane * side * side + np.where(there, y, 0) * side + np.where(there, x, 0)
-        return np.where(there, rank[place], -1).astype(np.int32)
+    def find(plane: np.ndarray, y: np.ndarray, x: np.ndarray, exists: np.ndarray) -> np.ndarray:
+        index = plane * side * side + np.where(exists, y, 0) * side + np.where(exists, x, 0)
+        return np.where(exists, rank[index], -1).astype(np.int32)
 
     def beside(down: int, right: int) -> np.ndarray:
         y, x = row - top + down, column - left + right
@@ -93,8 +94,8 @@ def scan_of(side: int, channels: int) -> Scan:
         return find(channel, y, x, level > 0)
 
     def other_plane(step: int) -> np.ndarray:
-        there = np.full(len(order), abs(step) < channels and not (step < 0 and channels == 2))
-        return find((channel + step) % channels, row, column, there)
+        exists = np.full(len(order), abs(step) < channels and not (step < 0 and channels == 2))
+        return find((channel + step) % channels, row, column, exists)
 
     parent = find(channel, row // 2, column // 2, level > 1)
     child = find(channel, row * 2, column * 2, (level > 0) & (level < levels))

@@ -1,4 +1,4 @@
-"""What a prior is told: one config section, ``condition``."""
+"""Config section ``condition``: the conditioning of the prior."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class ConditionConfig:
     """Conditioning of the prior."""
 
     kind: str = "class"
-    """none, class, text or class-text; the kinds with text need tokens.text_encoder."""
+    """none, class, text or class-text; text and class-text need tokens.text_encoder."""
     dropout: float = 0.1
-    """Share of training samples whose condition is dropped, for classifier-free guidance."""
+    """Fraction of training samples whose condition is dropped, for classifier-free guidance."""
 
 
 @dataclass
@@ -36,11 +36,11 @@ class TextConditionConfig(ConditionConfig):
 
     kind: str = "text"
     attend: str = "prefix"
-    """How the prior reads the caption: prefix (before the tokens) or cross (cross-attention in every layer)."""
+    """prefix (caption states before the tokens) or cross (cross-attention in every layer)."""
 
 
 @dataclass
 class ClassTextConditionConfig(TextConditionConfig):
-    """A class and a caption; each is also dropped alone, so that either may be given without the other."""
+    """A class and a caption. Each is also dropped alone in training, so that either can be given without the other."""
 
     kind: str = "class-text"

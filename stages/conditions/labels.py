@@ -1,4 +1,4 @@
-"""Class labels as a condition, and none at all."""
+"""Class labels as a condition, and no condition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.contract import Condition, ConditionStates, Prompts
 
 
 class ClassCondition(Condition):
-    """One learned state for each class, and one for no class. Raises ValueError without classes."""
+    """One learned state per class, and one for no class. Raises ValueError without classes."""
 
     num_states = 1
     uses_labels = True
@@ -36,7 +36,7 @@ class ClassCondition(Condition):
         return ConditionStates(self.states(prompts.labels))
 
     def states(self, labels: Tensor) -> Tensor:
-        """[B, 1, width] of class ids int64 [B]; -1 is no class. Raises ValueError out of range."""
+        """States [B, 1, width] of class ids int64 [B]; -1 for no class. Raises ValueError for ids out of range."""
         if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             wrong = int(labels.max()) if int(labels.max()) >= self.num_classes else int(labels.min())
             raise InputError(f"class id {wrong}; allowed: 0 to {self.num_classes - 1}, or -1 for none")
@@ -44,7 +44,7 @@ class ClassCondition(Condition):
 
 
 class NoCondition(Condition):
-    """One learned start state, whatever the label."""
+    """One learned start state, independent of the label."""
 
     num_states = 1
     uses_labels = False

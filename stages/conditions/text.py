@@ -1,13 +1,11 @@
-"""Captions as a condition, alone or beside a class.
+"""Captions as a condition, alone or with a class.
 
-What is notable here:
-
-- states come from a frozen text encoder by way of the token cache; only their projection is learned. Word ids have a
-  learned table instead;
-- the prior reads them as a prefix before its tokens, or by cross-attention. Either way a learned state stands first,
-  so that there is always something to look at; slots behind a caption's end hold a learned state (prefix) or are
-  masked (cross-attention), so a sample's result does not depend on the longest caption of its batch;
-- no text is the empty caption, whose states are stored with the weights: guidance needs no encoder.
+- Caption states come from a frozen text encoder through the token cache; only their projection is learned. Word ids
+  have a learned embedding instead.
+- The prior reads them as a prefix before its tokens, or by cross-attention. In both cases a learned state comes first,
+  so that there is always a state to attend to. Padding after a caption is a learned state (prefix) or masked
+  (cross-attention), so the result for a sample does not depend on the longest caption in its batch.
+- No text means the empty caption, whose states are stored with the weights. So guidance needs no text encoder.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from stages.contract import Condition, ConditionStates, Prompts
 
 
 class TextCondition(Condition):
-    """States of a caption. ``text`` is the spec of the encoder that the cache was made with.
+    """Condition on a caption. ``text`` is the spec of the text encoder of the token cache.
 
     Raises ValueError without a text encoder, or for an unknown ``attend``.
     """
@@ -62,47 +60,48 @@ class TextCondition(Condition):
         self.position = nn.Parameter(torch.randn(1, self.max_tokens, width) * 0.02)
 
     def set_empty(self, states: np.ndarray) -> None:
-        """Store the empty caption's states [t, W], as the cache has them. Raises ValueError for another shape."""
-        given = torch.from_numpy(np.array(states)).to(self.empty.dtype)
-        if given.shape != self.empty.shape:
+        """Store the states [t, W] of the empty caption from the cache. Raises ValueError for another shape."""
+        tensor = torch.from_numpy(np.array(states)).to(self.empty.dtype)
+        if tensor.shape != self.empty.shape:
             raise InputError(
-                f"the empty caption has {tuple(given.shape)} states, the text encoder says {tuple(self.empty.shape)}"
+                f"the empty caption has states of shape {tuple(tensor.shape)}; expected from the text encoder: "
+                f"{tuple(self.empty.shape)}"
             )
-        self.empty.copy_(given)
+        self.empty.copy_(tensor)
 
     def first(self, prompts: Prompts) -> Tensor:
-        """The state [B, 1, width] that always stands first."""
+        """The first state [B, 1, width], which is always present."""
         return self.start.expand(len(prompts), 1, -1)
 
     def forward(self, prompts: Prompts) -> ConditionStates:
         text, lengths = self._filled(prompts)
-        there = torch.arange(self.max_tokens, device=lengths.device) < lengths[:, None]
+        valid = torch.arange(self.max_tokens, device=lengths.device) < lengths[:, None]
         states = self.project(text if self.text_width else text[..., 0]) + self.position
         first = self.first(prompts)
         if not self.cross:
-            return ConditionStates(torch.cat([first, torch.where(there.unsqueeze(-1), states, self.padding)], dim=1))
-        mask = torch.cat([there.new_ones(len(prompts), 1), there], dim=1)
+            return ConditionStates(torch.cat([first, torch.where(valid.unsqueeze(-1), states, self.padding)], dim=1))
+        mask = torch.cat([valid.new_ones(len(prompts), 1), valid], dim=1)
         return ConditionStates(first, torch.cat([self.padding.expand_as(first), states], dim=1), mask)
 
     def _filled(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """(text [B, max_tokens, W], lengths [B]) with the empty caption where there is no text."""
+        """(text [B, max_tokens, W], lengths [B]), with the empty caption for samples without text."""
         text, lengths = prompts.text, prompts.text_lengths
         if text.shape[1] > self.max_tokens or (text.shape[1] and text.shape[2] != self.empty.shape[1]):
             raise InputError(
                 f"captions of up to {text.shape[1]} states of width {text.shape[2]} given to a prior that was trained "
                 f"with {self.encoder}: {self.max_tokens} states of width {self.empty.shape[1]}"
             )
-        full = self.empty.new_zeros(len(prompts), self.max_tokens, self.empty.shape[1])
-        full[:, : text.shape[1]] = text.to(full.dtype)
-        padded = self.empty.new_zeros(self.max_tokens, self.empty.shape[1])
-        padded[: len(self.empty)] = self.empty
-        without = lengths == 0
-        full = torch.where(without[:, None, None], padded, full)
-        return full, torch.where(without, len(self.empty), lengths)
+        padded_text = self.empty.new_zeros(len(prompts), self.max_tokens, self.empty.shape[1])
+        padded_text[:, : text.shape[1]] = text.to(padded_text.dtype)
+        padded_empty = self.empty.new_zeros(self.max_tokens, self.empty.shape[1])
+        padded_empty[: len(self.empty)] = self.empty
+        no_text = lengths == 0
+        padded_text = torch.where(no_text[:, None, None], padded_empty, padded_text)
+        return padded_text, torch.where(no_text, len(self.empty), lengths)
 
 
 class ClassTextCondition(TextCondition):
-    """A class and a caption: the state that stands first holds the class."""
+    """Condition on a class and a caption. The class embedding is added to the first state."""
 
     uses_labels = True
 

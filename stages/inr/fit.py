@@ -1,4 +1,4 @@
-"""Fitting a coordinate network to one image: Adam on the squared error of its pixels, a plain loop."""
+"""Fit a coordinate network to one image with Adam on the squared error of its pixels."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from stages.inr.variants import VARIANTS
 from stages.measures.distortion import psnr
 
 BATCH = 256 * 256
-"""Pixels of a step; of a larger image, so many random ones."""
+"""Maximum number of pixels per step; for larger images they are drawn at random."""
 DECAY = 0.1
-"""Factor by which the learning rate falls over the run, exponentially (WIRE)."""
+"""Factor of the exponential decay of the learning rate over the whole run (WIRE)."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What became of one network on one image."""
+    """Result of fitting one network to one image."""
 
     parameters: int
-    """Real numbers learned."""
+    """Number of learned real numbers."""
     learning_rate: float
-    """The one it began with."""
+    """Initial learning rate."""
     steps: list[int]
-    """Updates done when it was measured; the first is 0."""
+    """Updates done at each measurement; the first is 0."""
     psnr: list[float]
-    """dB of the 8-bit image at each of them."""
+    """PSNR in dB of the 8-bit image at each measurement."""
     diverged: int | None
-    """Updates after which the loss or the image was no finite number; None where it always was."""
+    """Updates done when the loss or the image was first not finite; None if both always were finite."""
     seconds: float
-    """Time of the updates alone."""
+    """Time of the updates, without measurements."""
     seconds_per_step: float
     pixels: Tensor
-    """uint8 [C, H, W] as last measured."""
+    """uint8 [C, H, W] at the last measurement."""
 
 
 def coordinates(size: tuple[int, int]) -> Tensor:
-    """(x, y) of the middles of the pixels of an image (height, width), in raster order: float32 [height · width, 2].
+    """Coordinates (x, y) of pixel centers of an image (height, width), in raster order: float32 [height · width, 2].
 
-    The longer side spans [-1, 1], the other one as much less as it is shorter.
+    The longer side spans [-1, 1]; the other side has the same scale.
     """
     y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     doubled = torch.stack((2 * x + 1 - size[1], 2 * y + 1 - size[0]), dim=-1)
@@ -62,9 +62,9 @@ def fit_variant(
     log_every: int = 50,
     device: torch.device | str = "cpu",
 ) -> Fit:
-    """Build the variant ``name`` and fit it to ``image`` uint8 [C, H, W]; ``learning_rate`` 0 is the variant's own.
+    """Build the variant ``name`` and fit it to ``image`` uint8 [C, H, W]. ``learning_rate`` 0 uses that of the variant.
 
-    Seeds torch's random numbers, so that a variant gives the same whichever others were fitted before it.
+    Seeds torch, so that the result does not depend on earlier fits.
     """
     torch.manual_seed(seed)
     network = VARIANTS[name].build(to_float(image), hidden, layers).to(device)
@@ -72,27 +72,28 @@ def fit_variant(
 
 
 def fit(network: nn.Module, image: Tensor, steps: int, learning_rate: float, log_every: int) -> Fit:
-    """Fit ``network`` [P, 2] → [P, C] to ``image`` uint8 [C, H, W] by ``steps`` updates.
+    """Fit ``network`` [P, 2] → [P, C] to ``image`` uint8 [C, H, W] with ``steps`` updates.
 
-    Measures before the first one, after every ``log_every`` and after the last. Stops where something is not finite.
+    Measures before the first update, after every ``log_every`` updates and after the last. Stops if the loss or the
+    image is not finite.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     places = coordinates((image.shape[1], image.shape[2])).to(parameters[0].device)
     targets = to_float(image).flatten(1).T.to(places.device)
     optimizer = torch.optim.Adam(parameters, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: DECAY ** (step / steps))
-    measured: list[int] = []
-    values: list[float] = []
+    measured_steps: list[int] = []
+    psnr_values: list[float] = []
     pixels, seconds, diverged, done = torch.zeros_like(image), 0.0, None, 0
     while True:
         if done % log_every == 0 or done == steps:
-            colours = rendered(network, places)
-            if not colours.isfinite().all():
+            colors = rendered(network, places)
+            if not colors.isfinite().all():
                 diverged = done
                 break
-            pixels = to_uint8(colours.T.unflatten(1, image.shape[1:]))
-            measured.append(done)
-            values.append(float(psnr(pixels[None], image[None])))
+            pixels = to_uint8(colors.T.unflatten(1, image.shape[1:]))
+            measured_steps.append(done)
+            psnr_values.append(float(psnr(pixels[None], image[None])))
         if done == steps:
             break
         start = time.perf_counter()
@@ -107,10 +108,10 @@ def fit(network: nn.Module, image: Tensor, steps: int, learning_rate: float, log
         schedule.step()
         seconds, done = seconds + time.perf_counter() - start, done + 1
     count = sum(parameter.numel() for parameter in parameters)
-    return Fit(count, learning_rate, measured, values, diverged, seconds, seconds / max(done, 1), pixels)
+    return Fit(count, learning_rate, measured_steps, psnr_values, diverged, seconds, seconds / max(done, 1), pixels)
 
 
 @torch.no_grad()
 def rendered(network: nn.Module, places: Tensor) -> Tensor:
-    """Colours of a network at coordinates [P, 2], computed in parts: [P, C] on the CPU."""
+    """Colors of a network at coordinates [P, 2], computed in parts of ``BATCH``: [P, C] on the CPU."""
     return torch.cat([network(part).cpu() for part in places.split(BATCH)])

@@ -1,6 +1,6 @@
-"""Coordinate networks without a split of frequencies: random Fourier features, SIREN, WIRE in real and complex form.
+"""Coordinate networks without a split of frequencies: random Fourier features, SIREN, real and complex WIRE.
 
-Each maps coordinates float32 [P, 2], as ``stages.inr.fit.coordinates`` gives them, to colours [P, channels].
+Each maps coordinates float32 [P, 2] from ``stages.inr.fit.coordinates`` to colors [P, channels].
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from stages.inr.pairs import ComplexLinear, faded, gabor
 
 FOURIER_SCALE = 5.0
 """Standard deviation of the random frequencies in cycles per unit of the coordinates. Tancik et al. 2020 (arXiv
-2006.10739) found 10 best for images whose side is 1; here it is 2."""
+2006.10739) found 10 best for images with side 1; here the side is 2."""
 SIREN_FREQUENCY = 30.0
 """w0 of Sitzmann et al. 2020 (arXiv 2006.09661)."""
 WIRE_FREQUENCY = 20.0
-"""w0 that WIRE (arXiv 2301.05187) takes for images."""
+"""w0 of WIRE (arXiv 2301.05187) for images."""
 WIRE_WIDTH = 30.0
-"""s0 that WIRE takes for images."""
+"""s0 of WIRE for images."""
 
 
 class FourierRelu(nn.Module):
-    """A ReLU network on ``hidden`` random sines and cosines, which take the place of the first layer."""
+    """A ReLU network on ``hidden`` random sines and cosines, which replace the first layer."""
 
     frequencies: Tensor
 
@@ -43,9 +43,9 @@ class FourierRelu(nn.Module):
 
 
 class Siren(nn.Module):
-    """Sines of linear layers, with the initial weights of Sitzmann et al. 2020 (section 3.2 and their code).
+    """Sines of linear layers, initialized as by Sitzmann et al. 2020 (section 3.2 and their code).
 
-    Weights are uniform: within ±1/inputs in the first layer, within ±sqrt(6/inputs)/w0 in the others.
+    Initial weights are uniform: within ±1/inputs in the first layer, within ±sqrt(6/inputs)/w0 in the others.
     """
 
     def __init__(self, hidden: int, layers: int, channels: int) -> None:
@@ -66,7 +66,7 @@ class Siren(nn.Module):
 
 
 class WireReal(nn.Module):
-    """WIRE in real numbers: cos(w0 z) · exp(-(s0 z)²) of linear layers."""
+    """WIRE with real numbers: cos(w0 z) · exp(-(s0 z)²) of linear layers."""
 
     def __init__(self, hidden: int, layers: int, channels: int) -> None:
         super().__init__()
@@ -82,9 +82,9 @@ class WireReal(nn.Module):
 
 
 class Wire(nn.Module):
-    """WIRE: complex Gabor wavelets of linear layers, real at the first, complex after it; the real part at the end.
+    """WIRE: complex Gabor wavelets of linear layers. The first layer is real, the others complex. The output is real.
 
-    ``hidden`` counts real numbers: its width is ``hidden`` / sqrt(2), which gives as many parameters.
+    The complex width is ``hidden`` / sqrt(2), which gives as many parameters as a real network of width ``hidden``.
     """
 
     def __init__(self, hidden: int, layers: int, channels: int) -> None:

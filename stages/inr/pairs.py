@@ -1,4 +1,4 @@
-"""Complex numbers as pairs (real part, imaginary part) of real tensors: half precision and compilers know these."""
+"""Complex numbers as pairs (real part, imaginary part) of real tensors, which support half precision and compilers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.nn import functional
 Pair = tuple[Tensor, Tensor]
 
 FAINTEST = -40.0
-"""Logarithm of the smallest envelope: with those below it, and with their gradients, processors calculate in denormal
-numbers, dozens of times slower."""
+"""Logarithm of the smallest envelope. Smaller envelopes or their gradients are denormal numbers, with which processors
+are dozens of times slower."""
 
 
 def faded(exponent: Tensor) -> Tensor:
-    """exp(exponent), where that is more than e^-40, and e^-40 elsewhere."""
+    """exp(exponent), at least e^-40."""
     return exponent.clamp(min=FAINTEST).exp()
 
 
 class ComplexLinear(nn.Module):
     """z → W z + b on pairs [..., inputs] → [..., outputs].
 
-    Real and imaginary parts begin uniform within ±``gain``/sqrt(inputs); 1 is what ``torch.nn.Linear`` has for complex
-    numbers.
+    Real and imaginary parts are initialized uniformly within ±``gain``/sqrt(inputs). A gain of 1 equals
+    ``torch.nn.Linear`` for complex numbers.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, gain: float = 1.0) -> None:
@@ -35,11 +35,11 @@ class ComplexLinear(nn.Module):
 
     def forward(self, z: Pair) -> Pair:
         real, imaginary = z
-        weight, turned = self.weight
+        weight, imaginary_weight = self.weight
         bias = (None, None) if self.bias is None else self.bias
         return (
-            functional.linear(real, weight, bias[0]) - functional.linear(imaginary, turned),
-            functional.linear(real, turned, bias[1]) + functional.linear(imaginary, weight),
+            functional.linear(real, weight, bias[0]) - functional.linear(imaginary, imaginary_weight),
+            functional.linear(real, imaginary_weight, bias[1]) + functional.linear(imaginary, weight),
         )
 
 

@@ -1,24 +1,25 @@
-"""An image as f_low + f_high: Gaussians for what is smooth, complex wavelets and their products for the rest.
+"""An image as f_low + f_high: Gaussians for the smooth part, complex wavelets and their products for the rest.
 
 After Roddenberry et al., *INRs and the Algebra of Complex Wavelets* (ICLR 2024, arXiv 2310.00545). A polynomial of
-wavelets is a sum of their products, and the spectrum of a product is the convolution of spectra. Spectra on one side of
-the plane stay there; those of real wavelets lie on both sides, and their products fall back to low frequencies. What is
-notable here:
+wavelets is a sum of their products, and the spectrum of a product is the convolution of the spectra. Spectra in one
+half of the plane stay there. Spectra of real wavelets are in both halves, so their products fall back to low
+frequencies. Notes:
 
-- the template exp(6 i u_x - |u|²) is Morlet's; an atom is the template of W r + b, with W and b its own. The energy of
-  its spectrum is a Gaussian around the carrier 6 k, of covariance kkᵀ + llᵀ, where k and l are the rows of W;
-- of a real image half the plane is enough, but in a half-plane two carriers may be nearly opposite. So there are two
-  cones of carriers, within 45° of x and of y, each with a network of its own: with their mirror images, which the real
-  part adds, they cover all directions. No two carriers of a cone are more than 90° apart, so |k + k'|² is at least
-  |k|² + |k'|²: a product lies higher than both its factors. Wider cones do not have that;
-- training cannot leave a cone: W is bounded as it is used, so that the carrier is in its cone and not below the lowest
-  frequency, and |l| is at most |k|. Then at most Φ(-6/√3) = 2.7e-4 of the energy of an atom lies beyond the half-plane
-  around the cone (as atoms begin, with l across k, Φ(-6/√2) = 1.1e-5 or less), and of a product no more than that.
-  Sums may have a larger share, where the atoms cancel;
-- nothing in the wavelets' networks has a bias: a constant is the lowest frequency of all.
+- The template exp(6 i u_x - |u|²) is a Morlet wavelet. An atom is the template at W r + b, with its own W and b. The
+  energy of its spectrum is a Gaussian around the carrier 6 k with covariance kkᵀ + llᵀ, where k and l are the rows of
+  W.
+- For a real image half of the plane is sufficient, but two carriers in a half-plane may be nearly opposite. So there
+  are two cones of carriers, within 45° of x and of y, each with its own network. With their mirror images, which the
+  real part adds, they cover all directions. Two carriers of a cone are at most 90° apart, so |k + k'|² is at least
+  |k|² + |k'|²: the frequency of a product is higher than those of its factors. This does not hold for wider cones.
+- Training cannot leave a cone. When W is used, it is bounded so that the carrier is in its cone and not below the
+  lowest frequency, and |l| is at most |k|. Then at most Φ(-6/√3) = 2.7e-4 of the energy of an atom is outside of the
+  half-plane around the cone (at initialization, with l orthogonal to k, at most Φ(-6/√2) = 1.1e-5), and no more of the
+  energy of a product. Sums may have a larger fraction outside, where atoms cancel.
+- The networks of wavelets have no bias, since a constant is the lowest of all frequencies.
 
-All this is said of functions of the plane. Products reach 2^layers times the highest carrier, and what is beyond half a
-cycle a pixel looks like a lower frequency on the pixels' own grid.
+All of this holds for functions on the plane. Products reach 2^layers times the highest carrier, and frequencies above
+half a cycle per pixel appear as lower frequencies on the grid of pixels (aliasing).
 """
 
 from __future__ import annotations
@@ -34,47 +35,44 @@ from stages.inr.pairs import ComplexLinear, Pair, faded, polynomial
 from stages.inr.singularities import find_singularities
 
 CARRIER = 6.0
-"""Frequency of the template in radians; its envelope has a deviation of 1 in the energy of its spectrum."""
+"""Frequency of the template in radians. The energy of its spectrum has a standard deviation of 1."""
 GAUSSIANS = 8
 """Gaussians of f_low along the longer side."""
 LOWEST = math.pi * GAUSSIANS / 2
 """Lowest carrier of f_high in radians per unit of the coordinates: the highest frequency that the Gaussians sample."""
 OVERLAP = 0.7
-"""Distance between neighbouring Gaussians, in the lengths at which they have fallen to 1/e."""
+"""Distance between neighboring Gaussians, in units of the distance at which they fall to 1/e."""
 SQUARES = 4.0
-"""Sum over the layers of a in ρ(z) = z + a z², at the start; it is learned. In deep networks squares of squares would
-grow if every layer had as much as a shallow one's."""
+"""Initial sum over layers of a in ρ(z) = z + a z²; each a is learned. In deep networks squares of squares would grow if
+every layer had the a of a shallow network."""
 FIRST_GAIN = 2.0
-"""How much wider than usual the first complex layer begins: few atoms reach any one place."""
+"""Initial gain of the first complex layer, larger than the usual 1 because only few atoms reach each place."""
 SINGULAR_SHARE = 0.5
-"""Share of the atoms on singularities of the image, where it has so many; the others lie anywhere."""
+"""Fraction of atoms placed on singularities of the image, if it has enough; the others are placed at random."""
 SINGULAR_OCTAVES = 2.0
-"""Octaves below that of their scale over which the carriers of atoms on singularities are spread: an edge is one at
-coarser scales, too."""
+"""Carriers of atoms on singularities are spread over this many octaves below that of their scale, since an edge is also
+one at coarser scales."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How the F atoms of a cone begin."""
+    """Initial parameters of the F atoms of a cone."""
 
     carriers: Tensor
     """Radians per unit of the coordinates, [F]."""
     angles: Tensor
-    """From the cone's axis, within ±π/4, [F]."""
+    """Angle from the axis of the cone, within ±π/4, [F]."""
     places: Tensor
-    """Middles of the envelopes in coordinates (x, y), [F, 2]."""
+    """Centers of the envelopes in coordinates (x, y), [F, 2]."""
 
 
 def highest_carrier(size: tuple[int, int]) -> float:
-    """Radians per unit of the coordinates at which an image of ``size`` (height, width) alternates from pixel to pixel.
-
-    Never less than LOWEST.
-    """
+    """Nyquist frequency of an image of ``size`` (height, width) in radians per coordinate unit, at least LOWEST."""
     return max(math.pi * max(size) / 2, LOWEST)
 
 
 def placed_anywhere(count: int, size: tuple[int, int]) -> Placement:
-    """Atoms at random places of an image of ``size`` (height, width), of all directions, the same number an octave."""
+    """Atoms at random places of an image of ``size`` (height, width), uniform over directions and octaves."""
     height, width = size
     carriers = LOWEST * (highest_carrier(size) / LOWEST) ** torch.rand(count)
     extent = torch.tensor([width, height]) / max(size)
@@ -84,62 +82,62 @@ def placed_anywhere(count: int, size: tuple[int, int]) -> Placement:
 def placed_on_singularities(image: Tensor, count: int, axis: int) -> Placement:
     """SINGULAR_SHARE of the atoms on singularities of ``image`` [C, H, W] whose direction is in the cone of ``axis``.
 
-    Drawn by modulus, without replacement. An atom is turned as the gradient; one of scale 2^j pixels has a carrier
-    between 2^(j + 1) pixels' length and SINGULAR_OCTAVES below. Where there are fewer singularities, more atoms lie
-    anywhere.
+    Singularities are drawn without replacement, with probability proportional to the modulus. An atom has the direction
+    of the gradient. At scale 2^j pixels, its carrier has a wavelength of 2^(j + 1) pixels or up to SINGULAR_OCTAVES
+    longer. If there are too few singularities, more atoms are placed at random.
     """
     size = image.shape[-2], image.shape[-1]
-    found = find_singularities(image)
-    # in a cone's own coordinates its axis comes first
-    along, across = found.directions[:, axis], found.directions[:, 1 - axis]
-    inside = along.abs() >= across.abs() if axis == 0 else along.abs() > across.abs()
-    # Efraimidis and Spirakis: the smallest of waiting times with such rates
-    waits = torch.empty(int(inside.sum())).exponential_() / found.moduli[inside]
-    chosen = inside.nonzero()[:, 0][waits.argsort()[: round(SINGULAR_SHARE * count)]]
-    lengths = found.scales[chosen] * 2 ** (SINGULAR_OCTAVES * torch.rand(len(chosen)))
+    singularities = find_singularities(image)
+    # in the coordinates of a cone its axis comes first
+    along, across = singularities.directions[:, axis], singularities.directions[:, 1 - axis]
+    in_cone = along.abs() >= across.abs() if axis == 0 else along.abs() > across.abs()
+    # weighted sampling by Efraimidis and Spirakis: take the smallest exponential waiting times with these rates
+    waits = torch.empty(int(in_cone.sum())).exponential_() / singularities.moduli[in_cone]
+    chosen = in_cone.nonzero()[:, 0][waits.argsort()[: round(SINGULAR_SHARE * count)]]
+    lengths = singularities.scales[chosen] * 2 ** (SINGULAR_OCTAVES * torch.rand(len(chosen)))
     carriers = (highest_carrier(size) / lengths).clamp(min=LOWEST)
     rest = placed_anywhere(count - len(chosen), size)
     return Placement(
         torch.cat((carriers, rest.carriers)),
         torch.cat(((across / along)[chosen].atan(), rest.angles)),
-        torch.cat((found.places[chosen], rest.places)),
+        torch.cat((singularities.places[chosen], rest.places)),
     )
 
 
 class ProgressiveAtoms(nn.Module):
-    """Complex wavelets of coordinates [P, 2], each with its own affine map: pairs [P, F] with a spectrum in one cone.
+    """Complex wavelets of coordinates [P, 2], each with its own affine map: pairs [P, F] with spectra in one cone.
 
-    ``axis`` is the cone's: 0 for x, 1 for y.
+    ``axis`` is the axis of the cone: 0 for x, 1 for y.
     """
 
     def __init__(self, placement: Placement, axis: int) -> None:
         super().__init__()
         self.axis = axis
-        turned = torch.stack((placement.angles.cos(), placement.angles.sin()), dim=-1)
-        across = torch.stack((-turned[:, 1], turned[:, 0]), dim=-1)
+        directions = torch.stack((placement.angles.cos(), placement.angles.sin()), dim=-1)
+        across = torch.stack((-directions[:, 1], directions[:, 0]), dim=-1)
         scales = placement.carriers[:, None, None] / CARRIER
-        self.weight = nn.Parameter(torch.stack((turned, across), dim=1) * scales)
+        self.weight = nn.Parameter(torch.stack((directions, across), dim=1) * scales)
         places = placement.places.flip(-1) if axis else placement.places
         self.bias = nn.Parameter(-(self.weight.detach() @ places[:, :, None])[:, :, 0])
 
     def maps(self) -> Tensor:
-        """W of every atom as it is used, [F, 2, 2], for coordinates in which the cone's axis comes first."""
+        """The bounded W of every atom, [F, 2, 2], for coordinates in which the axis of the cone comes first."""
         first, second = self.weight.unbind(dim=1)
         along = torch.maximum(first[:, 0], first[:, 1].abs()).clamp(min=1e-6)
         first = torch.stack((along, first[:, 1]), dim=-1)
         first = first * (LOWEST / CARRIER / first.norm(dim=-1, keepdim=True)).clamp(min=1)
-        room = first.norm(dim=-1, keepdim=True) / second.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        return torch.stack((first, second * room.clamp(max=1)), dim=1)
+        max_scale = first.norm(dim=-1, keepdim=True) / second.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        return torch.stack((first, second * max_scale.clamp(max=1)), dim=1)
 
     def forward(self, coordinates: Tensor) -> Pair:
-        own = coordinates.flip(-1) if self.axis else coordinates
-        u = functional.linear(own, self.maps().flatten(0, 1), self.bias.flatten()).unflatten(-1, (-1, 2))
+        ordered = coordinates.flip(-1) if self.axis else coordinates
+        u = functional.linear(ordered, self.maps().flatten(0, 1), self.bias.flatten()).unflatten(-1, (-1, 2))
         size, phase = faded(-u.square().sum(dim=-1)), CARRIER * u[..., 0]
         return size * phase.cos(), size * phase.sin()
 
 
 class ProgressiveNetwork(nn.Module):
-    """Polynomials of one cone's atoms, of degree 2^``layers``: coordinates [P, 2] → pairs [P, channels]."""
+    """Polynomials of degree 2^``layers`` of the atoms of one cone: coordinates [P, 2] → pairs [P, channels]."""
 
     def __init__(self, atoms: ProgressiveAtoms, width: int, layers: int, channels: int) -> None:
         super().__init__()
@@ -162,10 +160,10 @@ class ProgressiveNetwork(nn.Module):
 
 
 class GaussianNetwork(nn.Module):
-    """f_low: a weighted sum of Gaussians, each of its own affine map, and a constant: [P, 2] → [P, channels].
+    """f_low: a weighted sum of Gaussians, each with its own affine map, and a constant: [P, 2] → [P, channels].
 
-    They begin as round ones on a grid. W is bounded, as it is used, to a norm of LOWEST / 3, so that 99.7 % of the
-    energy of a Gaussian stays below the wavelets' carriers.
+    Initially they are isotropic and on a grid. The norm of W is bounded to LOWEST / 3 when it is used, so that 99.7 %
+    of the energy of a Gaussian stays below the carriers of the wavelets.
     """
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
@@ -186,10 +184,11 @@ class GaussianNetwork(nn.Module):
 
 
 class Split(nn.Module):
-    """f_low + the real part of f_high: coordinates [P, 2] → colours [P, channels].
+    """f_low + the real part of f_high: coordinates [P, 2] → colors [P, channels].
 
-    A cone has as many atoms as ``hidden``, and complex layers so narrow that the whole has about as many parameters as
-    a real network with ``layers`` layers of ``hidden``: atoms cost six numbers each, and it is they that see the image.
+    A cone has ``hidden`` atoms. The width of its complex layers is chosen so that the model has about as many
+    parameters as a real network with ``layers`` layers of width ``hidden``. Atoms cost only six numbers each, and they
+    represent the image.
     """
 
     def __init__(self, hidden: int, layers: int, image: Tensor, singular: bool) -> None:

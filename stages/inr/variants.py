@@ -1,4 +1,4 @@
-"""The coordinate networks that can be fitted to an image, by name."""
+"""Registry of coordinate networks by name."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from stages.inr.split import Split
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of network. All have about as many parameters for the same ``hidden`` and ``layers``."""
+    """One kind of network. All have about the same number of parameters for equal ``hidden`` and ``layers``."""
 
     build: Callable[[Tensor, int, int], nn.Module]
-    """From the image (float32 [C, H, W] in [-1, 1]), the width of a hidden layer in real numbers, and the number of
-    hidden layers: a network [P, 2] → [P, C]."""
+    """Builds a network [P, 2] → [P, C] from the image (float32 [C, H, W] in [-1, 1]), the width of a hidden layer in
+    real numbers, and the number of hidden layers."""
     learning_rate: float
-    """Adam's, at the start."""
+    """Initial learning rate of Adam."""
 
 
 VARIANTS: dict[str, Variant] = {
-    # Rates: the best of 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2 (4e-2 where it still rose) after 400 steps on two photos
-    # of 96 px, width 64. The papers: 1e-3 (Tancik et al. 2020), 1e-4 over many more steps (SIREN), 5e-3 (WIRE).
+    # Rates are the best of 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2 (and 4e-2 if results still improved) after 400 steps on
+    # two photos of 96 px, width 64. The papers use 1e-3 (Tancik et al. 2020), 1e-4 over many more steps (SIREN), 5e-3
+    # (WIRE).
     "fourier-relu": Variant(lambda image, hidden, layers: FourierRelu(hidden, layers, len(image)), 2e-2),
     "siren": Variant(lambda image, hidden, layers: Siren(hidden, layers, len(image)), 2.5e-3),
     "wire-real": Variant(lambda image, hidden, layers: WireReal(hidden, layers, len(image)), 5e-3),

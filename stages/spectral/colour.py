@@ -1,4 +1,4 @@
-"""RGB and YCbCr as JPEG has them (ITU-T T.871), with chroma around 0, so that black is 0 in every plane."""
+"""Conversion between RGB and YCbCr as in JPEG (ITU-T T.871), but with chroma around 0, so black is 0 in every plane."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INVERSE = np.linalg.inv(_FORWARD)
 
 
 def to_ycbcr(pixels: np.ndarray) -> np.ndarray:
-    """Y, Cb and Cr float64 [N, 3, H, W] of RGB [N, 3, H, W]: Y from 0 to 1 as RGB is, Cb and Cr from -1/2 to 1/2."""
+    """Y, Cb, Cr float64 [N, 3, H, W] of RGB [N, 3, H, W]; RGB in [0, 1] gives Y in [0, 1], Cb and Cr in [-1/2, 1/2]."""
     return np.einsum("ij,njhw->nihw", _FORWARD, pixels)
 
 
@@ -38,7 +38,7 @@ def luma_of(pixels: Tensor) -> Tensor:
 
 
 def with_chroma(gray: Tensor, chroma: Tensor) -> Tensor:
-    """uint8 images [N, 3, H, W] of luma uint8 [N, 1, H, W] and Cb, Cr float64 [N, 2, H, W]."""
+    """uint8 images [N, 3, H, W] from luma uint8 [N, 1, H, W] and Cb, Cr float64 [N, 2, H, W]."""
     planes = torch.cat([gray.double(), chroma.expand(len(gray), -1, *gray.shape[-2:])], dim=1)
     return torch.from_numpy(to_rgb(planes.numpy())).round().clamp(0, 255).to(torch.uint8)
 
@@ -46,15 +46,15 @@ def with_chroma(gray: Tensor, chroma: Tensor) -> Tensor:
 def with_luma(made: Tensor, gray: Tensor) -> Tensor:
     """uint8 images with the chroma of ``made`` [N, 3, H, W] and the luma ``gray`` [N, 1, H, W].
 
-    Colours that the given luma cannot have are cut off at black and white.
+    Colors that are not possible with this luma are clamped to [0, 255].
     """
     return with_chroma(gray, chroma_of(made))
 
 
 def split_planes(pixels: Tensor) -> Tensor:
-    """Y, Cb and Cr [..., 3, H, W] of RGB [..., 3, H, W] in [-1, 1], each in [-1, 1] too; differentiable.
+    """Y, Cb and Cr [..., 3, H, W] of RGB [..., 3, H, W], all in [-1, 1]; differentiable.
 
-    Written in differences, so that equal channels give exactly themselves as luma, and exactly no chroma.
+    It is computed from differences, so that for equal channels luma is exactly their value and chroma exactly 0.
     """
     red, green, blue = pixels.unbind(-3)
     luma = green + _RED * (red - green) + _BLUE * (blue - green)

@@ -1,4 +1,4 @@
-"""The discrete cosine transform (DCT-II, orthonormal) of square blocks and whole images, and orders of frequencies."""
+"""Discrete cosine transform (DCT-II, orthonormal) of square blocks and whole images, and orders of frequencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 @lru_cache
 def dct_matrix(size: int) -> Tensor:
-    """float64 [size, size] whose rows are the cosines, from low to high; its inverse is its transpose."""
+    """float64 [size, size] with cosines as rows, from low to high frequency. The inverse is the transpose."""
     places = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(torch.pi / size * places[:, None] * (places + 0.5)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
@@ -22,13 +22,14 @@ def dct_matrix(size: int) -> Tensor:
 def block_dct(x: Tensor, block: int) -> Tensor:
     """Coefficients [..., block², H/block, W/block] of float64 images [..., H, W]; frequency (u, v) is u · block + v.
 
-    ``u`` counts half waves down the rows, ``v`` along them. Raises RuntimeError where ``block`` does not divide a side.
+    ``u`` is the vertical and ``v`` the horizontal frequency in half waves. Raises RuntimeError if ``block`` does not
+    divide a side.
     """
     matrix = dct_matrix(block).to(x.device)
     rows, columns = x.shape[-2] // block, x.shape[-1] // block
     blocks = x.reshape(*x.shape[:-2], rows, block, columns, block).transpose(-3, -2)
-    found = matrix @ blocks @ matrix.T
-    return found.flatten(-2).movedim(-1, -3)
+    coefficients = matrix @ blocks @ matrix.T
+    return coefficients.flatten(-2).movedim(-1, -3)
 
 
 def block_idct(coefficients: Tensor, block: int) -> Tensor:
@@ -39,22 +40,23 @@ def block_idct(coefficients: Tensor, block: int) -> Tensor:
 
 
 def lowpass(pixels: Tensor, widths: Tensor) -> Tensor:
-    """Images [B, C, H, W] without all but the ``widths`` int64 [B] lowest frequencies of each axis of their DCT.
+    """Keep only the ``widths`` int64 [B] lowest DCT frequencies of each axis of images [B, C, H, W].
 
-    float32. A width of the longer side or more gives the image itself, bit for bit (SpectralAR, arXiv 2506.10962).
+    Returns float32. If the width is the longer side or more, the image is returned unchanged, bit for bit (SpectralAR,
+    arXiv 2506.10962).
     """
     pixels = pixels.float()
     height, width = pixels.shape[-2:]
     rows, columns = (dct_matrix(side).to(pixels) for side in (height, width))
     widths = widths.to(pixels.device)
     kept = [(torch.arange(side, device=pixels.device) < widths[:, None]).to(pixels) for side in (height, width)]
-    found = rows @ pixels @ columns.T * (kept[0][:, None, :, None] * kept[1][:, None, None, :])
-    return torch.where((widths >= max(height, width))[:, None, None, None], pixels, rows.T @ found @ columns)
+    coefficients = rows @ pixels @ columns.T * (kept[0][:, None, :, None] * kept[1][:, None, None, :])
+    return torch.where((widths >= max(height, width))[:, None, None, None], pixels, rows.T @ coefficients @ columns)
 
 
 @lru_cache
 def zigzag(block: int) -> tuple[int, ...]:
-    """Frequencies u · block + v in JPEG's order: by diagonals, up and down in turn."""
+    """Frequencies u · block + v in the zigzag order of JPEG: by diagonals, alternating up and down."""
 
     def rank(frequency: int) -> tuple[int, int]:
         u, v = divmod(frequency, block)
@@ -64,21 +66,21 @@ def zigzag(block: int) -> tuple[int, ...]:
 
 
 def shell(frequency: int, block: int) -> int:
-    """The octave of a frequency: 0 for the mean, k for those that a block of 2^k has and one of half its side has not.
+    """Octave of a frequency: 0 for the mean, k for those in a block of side 2^k but not in a block of half that side.
 
-    Shells up to k are the DCT of the block at side 2^k: low frequencies of an image are those of a smaller image.
+    The shells up to k are the DCT of the block downsampled to side 2^k.
     """
     return max(divmod(frequency, block)).bit_length()
 
 
 @lru_cache
 def frequencies_by_shell(block: int) -> tuple[int, ...]:
-    """Frequencies by octave, inside an octave in JPEG's zig-zag order."""
+    """Frequencies by octave, inside an octave in the zigzag order of JPEG."""
     return tuple(sorted(zigzag(block), key=lambda frequency: shell(frequency, block)))  # sorted() is stable
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Images [B, C, H, W] whose last row and column are repeated until ``multiple`` divides both sides, as in JPEG."""
+    """Repeat the last row and column of images [B, C, H, W] until ``multiple`` divides both sides, as in JPEG."""
     down, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     if not (down or right):
         return x

@@ -1,7 +1,7 @@
-"""Any orthogonal wavelet of PyWavelets through its taps: periodised convolution, there and back.
+"""Orthogonal wavelets of PyWavelets by periodic convolution with their filters, and the inverse.
 
-Coefficients are those of ``pywt.dwt(…, mode="periodization")``. The inverse is the transpose, so it needs no filters of
-its own. Signals may be shorter than the filter, which then goes around several times.
+Coefficients equal ``pywt.dwt(…, mode="periodization")``. The inverse is the transpose, so it needs no other filters.
+Signals may be shorter than the filter, which then wraps around several times.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from stages.spectral.pyramid import Scaling
 
 @lru_cache
 def taps(wavelet: str) -> Tensor:
-    """float64 [2, L]: low-pass and high-pass filter, from the last tap to the first, as a correlation wants them."""
-    found = pywt.Wavelet(wavelet)
-    # on the CPU also where a network is built on the meta device: the cache is for everybody
-    return torch.tensor([found.dec_lo, found.dec_hi], dtype=torch.float64, device="cpu").flip(1)
+    """float64 [2, L]: low-pass and high-pass filter, reversed for use in a correlation."""
+    filters = pywt.Wavelet(wavelet)
+    # always on the CPU: a network built on the meta device must not put meta tensors into the shared cache
+    return torch.tensor([filters.dec_lo, filters.dec_hi], dtype=torch.float64, device="cpu").flip(1)
 
 
 def split(x: Tensor, dim: int, wavelet: str, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """Low-pass and high-pass halves of an even number of samples along ``dim``, -2 or -1."""
+    """Low-pass and high-pass halves of an even number of samples along ``dim``, which is -2 or -1."""
     kernel = _kernel(wavelet, dim, x) * (1 if scaling == "orthonormal" else math.sqrt(0.5))
-    around = taps(wavelet).shape[1] // 2 - 1
-    flat = _periodic(x, dim, around).unsqueeze(1)
-    found = functional.conv2d(flat, kernel, stride=(2, 1) if dim == -2 else (1, 2))
-    low, high = (part.reshape(*x.shape[:-2], *part.shape[-2:]) for part in found.unbind(1))
+    padding = taps(wavelet).shape[1] // 2 - 1
+    padded = _periodic(x, dim, padding).unsqueeze(1)
+    bands = functional.conv2d(padded, kernel, stride=(2, 1) if dim == -2 else (1, 2))
+    low, high = (part.reshape(*x.shape[:-2], *part.shape[-2:]) for part in bands.unbind(1))
     return low, high
 
 
@@ -39,11 +39,11 @@ def join(low: Tensor, high: Tensor, dim: int, wavelet: str, scaling: Scaling) ->
     """The inverse of ``split``."""
     kernel = _kernel(wavelet, dim, low) * (1 if scaling == "orthonormal" else math.sqrt(2))
     length = taps(wavelet).shape[1]
-    around = length // 4
-    flat = torch.stack([_periodic(part, dim, around) for part in (low, high)], dim=1)
-    found = functional.conv_transpose2d(flat, kernel, stride=(2, 1) if dim == -2 else (1, 2)).squeeze(1)
-    found = found.narrow(dim, 2 * around + length // 2 - 1, 2 * low.shape[dim])
-    return found.reshape(*low.shape[:-2], *found.shape[-2:])
+    padding = length // 4
+    stacked = torch.stack([_periodic(part, dim, padding) for part in (low, high)], dim=1)
+    signal = functional.conv_transpose2d(stacked, kernel, stride=(2, 1) if dim == -2 else (1, 2)).squeeze(1)
+    signal = signal.narrow(dim, 2 * padding + length // 2 - 1, 2 * low.shape[dim])
+    return signal.reshape(*low.shape[:-2], *signal.shape[-2:])
 
 
 def _kernel(wavelet: str, dim: int, like: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def _kernel(wavelet: str, dim: int, like: Tensor) -> Tensor:
     return taps(wavelet).to(like)[:, None].unsqueeze(-1 if dim == -2 else -2)
 
 
-def _periodic(x: Tensor, dim: int, around: int) -> Tensor:
-    """[..., H, W] → [n, H', W'] with ``around`` samples of its periodic continuation on both ends of ``dim``."""
+def _periodic(x: Tensor, dim: int, padding: int) -> Tensor:
+    """[..., H, W] → [n, H', W'], with ``padding`` samples of periodic padding at both ends of ``dim``."""
     length = x.shape[dim]
-    index = torch.arange(-around, length + around, device=x.device) % length
+    index = torch.arange(-padding, length + padding, device=x.device) % length
     return x.reshape(-1, *x.shape[-2:]).index_select(dim, index)

@@ -1,10 +1,9 @@
-"""Multi-level 2-D Haar wavelets by additions and reshapes, for any batch, any channels and autograd.
+"""Multi-level 2-D Haar wavelets by additions and reshapes, for any batch shape and channels, with autograd.
 
-What is notable here:
-
-- two scalings: ``orthonormal`` keeps energy and equals ``pywt.wavedec2(x, "haar", mode="periodization")``; with
-  ``averaging`` the approximation is the box-reduced image itself, in pixel range, which is what many resolutions need;
-- subbands have PyWavelets' order and sign: cH (low along x, high along y), cV (high along x, low along y), cD.
+- There are two scalings. ``orthonormal`` preserves energy and equals ``pywt.wavedec2(x, "haar",
+  mode="periodization")``. With ``averaging`` the approximation is the image downsampled by averaging, in pixel range,
+  as multi-resolution models need it.
+- Subbands have the order and sign of PyWavelets: cH (low along x, high along y), cV (high along x, low along y), cD.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from stages.spectral.pyramid import Scaling, Size, compose, decompose, even_side
 
 
 def butterfly(first: Tensor, second: Tensor, halved: bool) -> tuple[Tensor, Tensor]:
-    """Sum and difference of two tensors, or the halves of these, in two passes over memory."""
+    """Sum and difference of two tensors, divided by 2 if ``halved``, in two passes over memory."""
     if not halved:
         return first + second, first - second
     mean = torch.lerp(first, second, 0.5)
@@ -38,7 +37,7 @@ def haar_step(x: Tensor, scaling: Scaling = "orthonormal") -> tuple[Tensor, Tens
 def haar_unstep(
     approximation: Tensor, details: Tensor, scaling: Scaling = "orthonormal", size: Size | None = None
 ) -> Tensor:
-    """The inverse of ``haar_step``: [..., C, H, W], cut to ``size`` (height, width) where a side was odd."""
+    """The inverse of ``haar_step``: [..., C, H, W], cropped to ``size`` (height, width) if a side was odd."""
     approximation, details = lift_dtype(approximation), lift_dtype(details)
     horizontal, vertical, diagonal = details.unbind(dim=-4)
     halved = scaling == "orthonormal"
@@ -53,11 +52,11 @@ def haar_unstep(
 def haar_dwt(x: Tensor, levels: int, scaling: Scaling = "orthonormal") -> list[Tensor]:
     """Multi-level analysis of [..., C, H, W]: [approximation, coarsest details, …, finest details].
 
-    Raises ValueError when ``levels`` is negative or halves a side of one pixel.
+    Raises ValueError if ``levels`` is negative or too large for the image.
     """
     return decompose(x, levels, lambda part: haar_step(part, scaling))
 
 
 def haar_idwt(bands: Sequence[Tensor], scaling: Scaling = "orthonormal", size: Size | None = None) -> Tensor:
-    """The inverse of ``haar_dwt``. ``size`` is the image's (height, width), needed where a side was odd on the way."""
+    """The inverse of ``haar_dwt``. ``size`` is (height, width) of the image, needed if a side was odd at any level."""
     return compose(bands, lambda low, details, target: haar_unstep(low, details, scaling, target), size)

@@ -1,4 +1,4 @@
-"""What JPEG (ITU-T T.81) adds to the block DCT: tables, quality, and chroma at half the resolution."""
+"""Parts of JPEG (ITU-T T.81) besides the block DCT: quantization tables, quality and chroma subsampling."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _CHROMA = (
 
 
 def quantization_table(quality: int, chroma: bool, block: int = 8) -> Tensor:
-    """Step of every frequency u · block + v at a quality from 1 to 100: float64 [block²] of whole numbers 1 … 255.
+    """Step of every frequency u · block + v at a quality from 1 to 100: float64 [block²] of integers 1 … 255.
 
-    Scaled as libjpeg does. Other blocks than 8 take the step of the frequency of an 8x8 block that lies at the same
-    share of the spectrum (the papers that stretch tables do not say how).
+    Tables are scaled as in libjpeg. Blocks other than 8 use the step of the frequency in an 8x8 block at the same
+    relative position in the spectrum (the papers that stretch tables do not describe how).
     """
     table = torch.full((8, 8), 99)
     if chroma:
@@ -38,14 +38,14 @@ def quantization_table(quality: int, chroma: bool, block: int = 8) -> Tensor:
         table = torch.tensor(_LUMA)
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     table = ((table * scale + 50) // 100).clamp(1, 255)
-    at = torch.arange(block) * 8 // block
-    return table[at][:, at].flatten().double()
+    indices = torch.arange(block) * 8 // block
+    return table[indices][:, indices].flatten().double()
 
 
 def halve(x: Tensor) -> Tensor:
-    """Chroma [..., H, W] at half the sides, as libjpeg: the mean of 2x2, whose half is rounded down and up in turn.
+    """Downsample integer chroma [..., H, W] by 2 as in libjpeg: means of 2x2, halves alternately rounded down and up.
 
-    Whole numbers in, whole numbers out. Raises RuntimeError for odd sides.
+    Returns integers. Raises RuntimeError for odd sides.
     """
     sums = x.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2)).sum((-3, -1))
     bias = 1 + torch.arange(sums.shape[-1], device=x.device) % 2
@@ -53,7 +53,7 @@ def halve(x: Tensor) -> Tensor:
 
 
 def double(x: Tensor, smooth: bool) -> Tensor:
-    """Chroma [N, C, H, W] at twice the sides: repeated, or ``smooth`` by libjpeg's triangle filter (3 to 1)."""
+    """Upsample chroma [N, C, H, W] by 2: by repetition, or with libjpeg's triangle filter (3 to 1) if ``smooth``."""
     if not smooth:
         return x.repeat_interleave(2, -2).repeat_interleave(2, -1)
     return functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""Which wavelets there are, by PyWavelets' names."""
+"""Names of the supported wavelets, as in PyWavelets."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ LIFTED: dict[str, tuple[tuple[float, ...], float]] = {
         1.2301741049140359,
     ),
 }
-"""Weights of the two neighbours, for odd and even samples in turn, and the sum of the low-pass filter they make."""
+"""Lifting weights of the two neighbors, alternately for odd and even samples, and the sum of the low-pass filter."""
 WAVELETS = f"haar, {', '.join(LIFTED)}, or an orthogonal wavelet of PyWavelets such as db2, sym4, coif1"
-"""The names that ``dwt`` knows, in words."""
+"""Names that ``dwt`` supports, as text for error messages."""
 
 
 @lru_cache
 def orthogonal_wavelets() -> tuple[str, ...]:
-    """PyWavelets' names of orthogonal wavelets with taps that are exact; ``dmey`` is an approximation of one."""
+    """PyWavelets' names of exactly orthogonal wavelets. This excludes ``dmey``, which is only an approximation."""
     names = pywt.wavelist(kind="discrete")
     return tuple(name for name in names if name != "dmey" and pywt.Wavelet(name).orthogonal)
 
 
 def is_wavelet(name: str) -> bool:
-    """Whether ``dwt`` knows a wavelet of this name."""
+    """True if ``dwt`` supports a wavelet of this name."""
     return name in HAAR or name in LIFTED or name in orthogonal_wavelets()

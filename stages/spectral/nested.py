@@ -1,6 +1,7 @@
-"""Multi-level 2-D wavelets by PyWavelets as one nested matrix, the coarser levels in its upper left corner.
+"""Multi-level 2-D wavelets of PyWavelets as one nested matrix, with coarser levels in the top left corner.
 
-A level's bands high along y, high along x and high along both lie below, right and diagonally of what is coarser.
+In each level the bands high along y, high along x and high along both are below, right and diagonal of the coarser
+levels.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import pywt
 
 
 def levels_of(side: int) -> int:
-    """Wavelet levels of an image: down to a scaling block of 2x2. Raises ValueError for sides that do not fit."""
+    """Wavelet levels of an image down to a scaling block of 2x2. Raises ValueError for an invalid side."""
     if side < 4 or side & (side - 1):
-        below = 4
-        while below * 2 < side:
-            below *= 2
-        raise ValueError(f"a side of {side} pixels; allowed: powers of two from 4, e.g. {below} or {below * 2}")
+        power = 4
+        while power * 2 < side:
+            power *= 2
+        raise ValueError(f"a side of {side} pixels; allowed: powers of two from 4, e.g. {power} or {power * 2}")
     return side.bit_length() - 2
 
 
 def nested_dwt(pixels: np.ndarray, wavelet: str) -> np.ndarray:
-    """Nested matrices float64 [N, C, S, S] of images [N, C, S, S]: periodised, down to a scaling block of 2x2."""
+    """Nested matrices float64 [N, C, S, S] of images [N, C, S, S]: periodic borders, down to a scaling block of 2x2."""
     matrix = np.array(pixels, np.float64)
     size = matrix.shape[-1]
     for _ in range(levels_of(size)):
@@ -46,9 +47,9 @@ def nested_idwt(matrix: np.ndarray, wavelet: str) -> np.ndarray:
 
 
 def largest_coefficient(side: int, wavelet: str) -> float:
-    """A bound of the coefficients' size for pixels of at most 1."""
-    line = np.eye(side)
-    bound, gain = 0.0, line
+    """Upper bound for the absolute value of coefficients, for pixels of at most 1."""
+    identity = np.eye(side)
+    bound, gain = 0.0, identity
     for _ in range(levels_of(side)):
         low, high = pywt.dwt(gain, wavelet, mode="periodization", axis=0)
         norms = [float(np.abs(part).sum(axis=1).max()) for part in (low, high)]

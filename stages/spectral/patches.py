@@ -1,4 +1,4 @@
-"""Bands ↔ patches, apart or overlapping: one row of numbers per token."""
+"""Conversion between bands and patches, with or without overlap: one row of numbers per token."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch.nn import functional
 
 
 def to_patches(band: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] → [B, (H/p)(W/p), C·p·p], in raster order. Raises ValueError when p does not divide a side."""
+    """[B, C, H, W] → [B, (H/p)(W/p), C·p·p], in raster order. Raises ValueError if p does not divide a side."""
     _check_sides(band, patch)
     batch, channels, height, width = band.shape
     rows, columns = height // patch, width // patch
-    cut = band.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(batch, rows * columns, channels * patch * patch)
+    blocks = band.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(batch, rows * columns, channels * patch * patch)
 
 
 def from_patches(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
@@ -21,27 +21,27 @@ def from_patches(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     batch, _, width = patches.shape
     rows, columns = grid
     channels = width // (patch * patch)
-    cut = patches.reshape(batch, rows, columns, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
-    return cut.reshape(batch, channels, rows * patch, columns * patch)
+    blocks = patches.reshape(batch, rows, columns, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(batch, channels, rows * patch, columns * patch)
 
 
 def to_windows(band: Tensor, patch: int, margin: int) -> Tensor:
-    """Patches with ``margin`` more on each side: [B, C, H, W] → [B, (H/p)(W/p), C·n·n], n = p + 2·margin.
+    """Patches enlarged by ``margin`` on each side: [B, C, H, W] → [B, (H/p)(W/p), C·n·n], n = p + 2·margin.
 
-    Behind the band's sides its first and last numbers are repeated. Raises ValueError when p does not divide a side.
+    The band is padded by repeating its border values. Raises ValueError if p does not divide a side.
     """
     if not margin:
         return to_patches(band, patch)
     _check_sides(band, patch)
-    around = functional.pad(band, (margin,) * 4, mode="replicate")
-    return functional.unfold(around, patch + 2 * margin, stride=patch).transpose(1, 2)
+    padded = functional.pad(band, (margin,) * 4, mode="replicate")
+    return functional.unfold(padded, patch + 2 * margin, stride=patch).transpose(1, 2)
 
 
 def from_windows(windows: Tensor, patch: int, margin: int, grid: tuple[int, int]) -> Tensor:
-    """Windows blended where they overlap: [B, rows·columns, C·n·n] → [B, C, rows·p, columns·p].
+    """Blend overlapping windows: [B, rows·columns, C·n·n] → [B, C, rows·p, columns·p].
 
-    Each fades out towards its sides, and the weights at a place sum to 1: a constant stays one, and windows that agree,
-    such as those of ``to_windows``, give their band.
+    Windows fade out toward their sides, and the weights at each position sum to 1. So constants are preserved, and
+    consistent windows, such as those of ``to_windows``, give their band.
     """
     if not margin:
         return from_patches(windows, patch, grid)

@@ -1,10 +1,8 @@
-"""Levels of a 2-D wavelet transform, whatever the filters: each splits the approximation that the last one left.
+"""Levels of a 2-D wavelet transform with any filters: each level splits the approximation of the previous one.
 
-What is notable here:
-
-- an odd side is lengthened by repeating its last row or column, as PyWavelets' periodization does, so the band has
-  ``ceil(side / 2)`` rows; the inverse needs the true side to cut it off again;
-- everything is computed in float32 or float64; halves are lifted to float32.
+- Odd sides are padded by repeating the last row or column, as in PyWavelets' periodization, so bands have
+  ``ceil(side / 2)`` rows. The inverse needs the original side to crop the result.
+- Everything is computed in float32 or float64; half precision is converted to float32.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ Size = tuple[int, int]
 
 
 def lift_dtype(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is in float64."""
+    """Convert to float32, unless the tensor is float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def even_sides(x: Tensor) -> Tensor:
-    """[..., H, W] whose last row and column are repeated where the side is odd."""
+    """Pad odd sides of [..., H, W] by repeating the last row and column."""
     height, width = x.shape[-2:]
     if not (height % 2 or width % 2):
         return x
@@ -35,9 +33,9 @@ def even_sides(x: Tensor) -> Tensor:
 
 
 def decompose(x: Tensor, levels: int, step: Callable[[Tensor], tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """[..., C, H, W] → [approximation, coarsest details, …, finest details] by ``levels`` times ``step``.
+    """[..., C, H, W] → [approximation, coarsest details, …, finest details], by applying ``step`` ``levels`` times.
 
-    Raises ValueError when ``levels`` is negative or halves a side of one pixel.
+    Raises ValueError if ``levels`` is negative or too large for the image.
     """
     if levels < 0:
         raise ValueError(f"levels={levels}; allowed: 0 or more")
@@ -45,7 +43,7 @@ def decompose(x: Tensor, levels: int, step: Callable[[Tensor], tuple[Tensor, Ten
     approximation = lift_dtype(x)
     for level in range(levels):
         if max(approximation.shape[-2:]) < 2:
-            raise ValueError(f"levels={levels}; an image of {tuple(x.shape[-2:])} pixels has at most {level}")
+            raise ValueError(f"levels={levels}; allowed for an image of {tuple(x.shape[-2:])} pixels: at most {level}")
         approximation, detail = step(approximation)
         details.append(detail)
     return [approximation, *reversed(details)]
@@ -54,7 +52,7 @@ def decompose(x: Tensor, levels: int, step: Callable[[Tensor], tuple[Tensor, Ten
 def compose(
     bands: Sequence[Tensor], unstep: Callable[[Tensor, Tensor, Size | None], Tensor], size: Size | None
 ) -> Tensor:
-    """The inverse of ``decompose``. ``size`` is the image's (height, width), needed where a side was odd on the way."""
+    """The inverse of ``decompose``. ``size`` is (height, width) of the image, needed if a side was odd at any level."""
     sizes: list[Size | None] = [None] * (len(bands) - 1)
     if size is not None:
         current = size

@@ -1,12 +1,10 @@
-"""Multi-level 2-D wavelet transforms by name, for any batch, any channels and autograd.
+"""Multi-level 2-D wavelet transforms by name, for any batch shape and channels, with autograd.
 
-What is notable here:
-
-- names are PyWavelets': ``haar`` (``haar.py``), ``bior2.2`` and ``bior4.4``, which are LeGall 5/3 and CDF 9/7
-  (``lifting.py``), and every orthogonal one, such as ``db2``, ``sym4`` or ``coif1`` (``filters.py``);
-- two scalings: ``orthonormal`` is PyWavelets' own; with ``averaging`` the low-pass filter's sum is 1, so the
-  approximation is a reduced image in about the pixels' range (filters with negative taps overshoot at edges);
-- subbands have PyWavelets' order and sign, and sides may be odd, as for Haar.
+- Names are those of PyWavelets: ``haar`` (``haar.py``); ``bior2.2`` and ``bior4.4``, which are LeGall 5/3 and CDF 9/7
+  (``lifting.py``); and all orthogonal wavelets, such as ``db2``, ``sym4`` or ``coif1`` (``filters.py``).
+- There are two scalings. ``orthonormal`` is that of PyWavelets. With ``averaging`` the low-pass filter has sum 1, so
+  the approximation is a downsampled image in about the pixel range (filters with negative taps overshoot at edges).
+- Subbands have the order and sign of PyWavelets. Sides may be odd, as for Haar.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ from stages.spectral.pyramid import Scaling, Size, compose, decompose, even_side
 
 
 def check_wavelet(name: str, boundary: Boundary | None = None) -> None:
-    """Raise InputError for an unknown wavelet, and for a boundary that it has not."""
+    """Raise InputError for an unknown wavelet, or a boundary that it does not support."""
     if not is_wavelet(name):
         raise InputError(f"the wavelet {name!r}; allowed: {WAVELETS}")
     if boundary == "symmetric" and name not in LIFTED:
-        raise InputError(f"symmetric borders with the wavelet {name}; only {', '.join(LIFTED)} are symmetric")
+        raise InputError(f"symmetric borders with the wavelet {name}; only {', '.join(LIFTED)} support them")
 
 
 def dwt(
@@ -38,8 +36,8 @@ def dwt(
 ) -> list[Tensor]:
     """Multi-level analysis of [..., C, H, W]: [approximation, coarsest details [..., 3, C, h, w], …, finest details].
 
-    ``boundary`` None is symmetric for the lifted wavelets, periodization for the orthogonal ones. Raises ValueError for
-    an unknown wavelet, a boundary that it has not, and when ``levels`` is negative or halves a side of one pixel.
+    ``boundary`` None is symmetric for bior2.2 and bior4.4, periodization for orthogonal wavelets. Raises ValueError for
+    an unknown wavelet, an unsupported boundary, and ``levels`` that are negative or too large for the image.
     """
     check_wavelet(wavelet, boundary)
     if wavelet in HAAR:
@@ -54,7 +52,7 @@ def idwt(
     size: Size | None = None,
     boundary: Boundary | None = None,
 ) -> Tensor:
-    """The inverse of ``dwt``. ``size`` is the image's (height, width), needed where a side was odd on the way."""
+    """The inverse of ``dwt``. ``size`` is (height, width) of the image, needed if a side was odd at any level."""
     check_wavelet(wavelet, boundary)
     if wavelet in HAAR:
         return compose(bands, lambda low, details, target: haar_unstep(low, details, scaling, target), size)

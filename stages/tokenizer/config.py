@@ -1,4 +1,4 @@
-"""Stage 1's config sections: ``tokenizer`` (one dataclass a kind) and ``tokenizer_training``."""
+"""Config sections of stage 1: ``tokenizer`` (one dataclass per kind) and ``tokenizer_training``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from stages.tokenizer.parts import CosineVQConfig, HeadConfig, QuantizerConfig, TransformerConfig
 
 PLANES = ("all", "ycbcr")
-"""Which channels a token may hold."""
+"""Allowed values of ``tokenizer.planes``."""
 
 
 @dataclass
 class TokenizerConfig:
-    """What every tokenizer's section has."""
+    """Keys of every tokenizer section."""
 
     kind: str = "sit"
-    """Which tokenizer; picks the other keys of this section."""
+    """Kind of tokenizer; determines the other keys of this section."""
     path: str = "${run}/tokenizer/tokenizer.safetensors"
-    """Exported weights: written by train-tokenizer, read by every later command."""
+    """Exported weights: written by train-tokenizer, read by all later commands."""
 
 
 @dataclass
@@ -26,23 +26,24 @@ class SITConfig(TokenizerConfig):
 
     kind: str = "sit"
     transform: str = "haar"
-    """identity (one scale, pixels as they are), or the name of a wavelet in PyWavelets: haar, bior2.2 (LeGall 5/3) and
-    bior4.4 (CDF 9/7) with mirrored borders, orthogonal ones such as db2, sym4 or coif1 with periodic ones. A small
-    image is what the wavelet's low-pass filter leaves of a large one: the mean of squares with Haar alone."""
+    """identity (one scale of plain pixels), or the name of a wavelet in PyWavelets: haar; bior2.2 (LeGall 5/3) and
+    bior4.4 (CDF 9/7) with symmetric borders; or an orthogonal wavelet such as db2, sym4 or coif1 with periodic borders.
+    A small image is the low-pass band of a large one. Only for Haar this is the mean of 2x2 pixels."""
     scales: int = 4
     """S: one approximation and S - 1 levels of details."""
     patch: int = 2
-    """Patch side of the approximation (of the image, with transform identity)."""
+    """Patch side of the approximation (of the image, for transform identity)."""
     overlap: int = 0
-    """Coefficients that a token sees and writes beyond each side of a patch of the approximation, from 0 to ``patch``.
-    Larger patches have more in proportion. Embedding and head of a scale grow by (1 + 2 overlap / patch) squared."""
+    """Margin in coefficients that a token reads and writes around a patch of the approximation, from 0 to ``patch``.
+    For larger patches it grows in proportion. Embedding and head of a scale grow by (1 + 2 overlap / patch) squared."""
     planes: str = "all"
-    """all (a token holds all channels), or ycbcr: a scale of luma and one of chroma, with a quarter of the tokens."""
+    """all (tokens contain all channels), or ycbcr: separate scales for luma and chroma; chroma has a quarter of the
+    tokens."""
     attention: str = "sit"
     """sit (dense), sit-sc (scale-causal encoder and decoder), sit-scd (decoder only), sit-sce (encoder only)."""
     groups: int = 1
-    """Consecutive groups of equally many tokens that stand in place of scales in scale-causal attention: what such a
-    mask does to a raster. Only with transform identity, where the one scale is one group otherwise."""
+    """Consecutive groups of equally many tokens, used as scales in scale-causal attention. This applies such a mask to
+    a raster. Only for transform identity, which otherwise has one scale."""
     specialised: bool = True
     """ADTransformer: separate weights for approximation and detail tokens."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
@@ -50,7 +51,7 @@ class SITConfig(TokenizerConfig):
     quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     detail_head_gain: float = 0.1
-    """Factor on the detail heads' first weights: the model starts as a blurred image."""
+    """Factor on the initial weights of the detail heads, so that the first outputs are blurred images."""
 
 
 @dataclass
@@ -70,27 +71,28 @@ class NestedConfig(TokenizerConfig):
 
     kind: str = "nested"
     num_tokens: int = 64
-    """N: tokens of an image."""
+    """N: tokens per image."""
     patch: int = 8
-    """Side of the patches that the encoder sees and the decoder's mask tokens make."""
+    """Side of the patches of encoder input and decoder output."""
     frequency_map: str = "information"
-    """How wide the square of frequencies is that the first i of N tokens make, of R. Measured from the images:
-    information, every token the same share of the bits that a code of this rate would spend (reverse water-filling of
-    Gaussian coefficients), or energy, the same share of their energy. By law: power, R (i/N)^e, or mirrored,
+    """Width of the square of frequencies decoded from the first i of N tokens; R is the full width. Measured from
+    images: information gives every token the same share of the bits of a code of this rate (reverse water-filling of
+    Gaussian coefficients), energy the same share of their energy. By formula: power is R (i/N)^e, mirrored is
     R - (R - 1) ((N - i)/(N - 1))^e."""
     frequency_exponent: float = 1.5
-    """e. Above 1 power spends more tokens on low frequencies, as the paper wants it, and mirrored fewer."""
+    """e. Above 1, power uses more tokens for low frequencies, as in the paper, and mirrored fewer."""
     widths: list[int] = field(default_factory=list)
-    """The N widths themselves in place of a law: never falling, the last one the image's longer side."""
+    """List of the N widths, which replaces frequency_map: never decreasing, the last one equal to the longer side."""
     prefix_law: str = "uniform"
-    """Law of the training prefix: uniform over 1 … N, or log_uniform, which favours short ones."""
+    """Distribution of prefix lengths in training: uniform over 1 … N, or log_uniform, which favors short ones."""
     full_share: float = 0.5
-    """Share of training images that keep all tokens; 0 is plain nested dropout, which starves the last tokens."""
+    """Fraction of training images that keep all tokens. 0 is plain nested dropout, which rarely trains the last
+    tokens."""
     ring_summaries: int = 8
-    """Linear summaries of its own share of frequencies that a token is told of, and by which it adds to them in the
-    decoded image; 0, as in the paper: it learns all through attention."""
+    """Linear summaries of its frequencies that each token receives, and by which it adds to them in the decoded image.
+    0, as in the paper, leaves everything to attention."""
     project: bool = True
-    """Cut what the decoder makes to the prefix's frequencies: never farther from what it should be."""
+    """Remove frequencies outside the prefix from the decoded image. This never increases the distance to the target."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
     decoder: TransformerConfig = field(default_factory=TransformerConfig)
     quantizer: QuantizerConfig = field(default_factory=CosineVQConfig)
@@ -108,70 +110,72 @@ class TokenizerTrainingConfig:
     accumulate_batches: int = 1
     """Forward passes per update."""
     precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16; transforms, quantiser, perceptual distance and
-    adversarial loss stay in float32. A run goes on in what it began with."""
+    """auto (bf16 if the hardware supports it natively), 32 or bf16. Transforms, quantizer, perceptual distance and
+    adversarial loss stay in float32. A resumed run keeps its precision."""
     optimizer: str = "adamw"
-    """Of the generator: adamw, or muon, which is Muon for the matrices in the transformers' layers and AdamW for all
-    else; the discriminator has AdamW."""
+    """Optimizer of the generator: adamw, or muon, which uses Muon for the matrices in transformer layers and AdamW for
+    the rest. The discriminator always uses AdamW."""
     learning_rate: float = 4e-4
-    """Peak, generator."""
+    """Peak rate of the generator."""
     matrix_learning_rate: float = 2e-2
-    """Peak, of the matrices that Muon updates; learning_rate is that of all else."""
+    """Peak rate of the matrices updated by Muon; all other parameters use learning_rate."""
     discriminator_learning_rate: float = 2e-4
-    """Peak, discriminator."""
+    """Peak rate of the discriminator."""
     warmup_steps: int = 100
-    """Linear rise of all rates."""
+    """Steps of linear warm-up for all rates."""
     final_learning_rate_share: float = 0.05
-    """Cosine decay ends at this share of the peak."""
+    """Cosine decay ends at this fraction of the peak."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """Adam's averaging factors, generator; the discriminator uses (0.5, 0.9)."""
+    """Adam betas of the generator; the discriminator uses (0.5, 0.9)."""
     weight_decay: float = 1e-4
     """Decoupled, on matrices only."""
     gradient_clip_norm: float = 1.0
-    """Clip of each network's gradient norm."""
+    """Maximum gradient norm of each network."""
     ema_decay: float = 0.999
-    """Averaging of the exported weights, with timm's warm-up."""
+    """Decay of the moving average of the exported weights, with timm's warm-up."""
     pixel_weight: float = 1.0
     """Weight of the mean squared error of pixels in [-1, 1]."""
     perceptual: str = "lite0"
     """Backbone of the perceptual distance: lite0 (EfficientNet-Lite0, offline), lpips-vgg (torchmetrics), or none."""
     perceptual_weight: float = 0.02
-    """Lite0's distance is about five times LPIPS, for which the paper takes 0.1."""
+    """Weight of the perceptual distance. Lite0's distance is about five times LPIPS, for which the paper uses 0.1."""
     adversarial_weight: float = 0.1
-    """Weight of the generator's adversarial term after the ramp; 0 trains without a discriminator."""
+    """Weight of the adversarial loss of the generator after the ramp; 0 trains without a discriminator."""
     adversarial_loss: str = "hinge"
-    """hinge, or logistic: StyleGAN's non-saturating pair."""
+    """hinge, or logistic: the non-saturating loss of StyleGAN."""
     adversarial_start: int = 2_000
-    """Step at which the adversarial term begins to reach the generator; the discriminator trains from step 0."""
+    """Step from which the generator gets the adversarial loss; the discriminator trains from step 0."""
     adversarial_ramp_steps: int = 1_000
     """Steps over which its weight rises linearly from 0."""
     commitment_weight: float = 0.25
-    """Pull of the encoder to its code (all quantisers but FSQ)."""
+    """Weight of the loss that pulls the encoder to its code (all quantizers except FSQ)."""
     codebook_weight: float = 1.0
-    """Pull of the code to the encoder (quantisers with a codebook)."""
+    """Weight of the loss that pulls the code to the encoder (quantizers with a codebook)."""
     entropy_weight: float = 0.05
-    """Weight of the entropy of each token's signs less that of their mean, in nats (lfq and bsq); the mean is over one
-    forward pass of all processes."""
+    """Weight of the entropy of each token's signs minus the entropy of their mean, in nats (lfq and bsq). The mean is
+    over one forward pass of all processes."""
     head_weight: float = 1.0
-    """Weight of the head's mean squared error; no gradient of it reaches the tokens."""
+    """Weight of the mean squared error of the head. Its gradient does not reach the tokens."""
     oversampling: int = 1
-    """Training images are read at this multiple of images.size and reduced; a head learns from the large ones."""
+    """Training images are read at this multiple of images.size and downsampled; a head is trained on the large ones."""
     start_from: str | None = None
-    """A finished tokenizer whose weights are taken and stay as they are: its tokens remain, a head is trained."""
+    """A finished tokenizer whose weights are copied and frozen. Its tokens stay the same; only a head is trained."""
     discriminator: str = "patch"
-    """patch: a PatchGAN, one logit a patch; style: StyleGAN2's, one logit an image (sides of 8, 16, 32, 64, ...)."""
+    """patch: PatchGAN, one logit per patch; style: StyleGAN2, one logit per image (sides of 8, 16, 32, 64, ...)."""
     discriminator_width: int = 64
-    """Channels of the discriminator's first layer; they double at every halving, up to eight times as many."""
+    """Channels of the first layer of the discriminator; they double at every halving, up to a factor of eight."""
     discriminator_layers: int = 3
-    """Strided layers of the PatchGAN; 3 sees 70 pixels. Style halves down to 4 pixels, whatever stands here."""
+    """Strided layers of the PatchGAN; 3 have a receptive field of 54 pixels. Ignored by style, which always halves down
+    to 4 pixels."""
     r1_weight: float = 0.0
-    """Gamma of R1: gamma/2 times the squared gradient of the summed logits of a real image; 0 leaves it out."""
+    """Gamma of R1: gamma/2 times the squared gradient of the summed logits of a real image; 0 disables it."""
     r1_every: int = 16
-    """Generator updates between two applications of R1, each of which counts that many times."""
+    """R1 is applied at every r1_every-th generator update, multiplied by r1_every."""
     lecam_weight: float = 0.0
-    """Weight of LeCam, which holds the logits near their running means of the last 100 updates; 0 leaves it out."""
+    """Weight of LeCam, which pulls real and fake logits to each other's running mean (over about 100 updates); 0
+    disables it."""
     fit_images: int = 2048
-    """Training images from which coefficient statistics are measured before the first step."""
+    """Training images for measuring coefficient statistics before the first step."""
     log_every: int = 50
     """Steps between log entries."""
     checkpoint_every: int = 1_000
@@ -179,4 +183,4 @@ class TokenizerTrainingConfig:
     validate_every: int = 1_000
     """Steps between validations."""
     validation_images: int = 512
-    """Held-out images in one validation."""
+    """Images in one validation."""

@@ -1,7 +1,7 @@
-"""The adversary of stage 1: two discriminators, two pairs of losses, two regularisers of the discriminator.
+"""Adversarial training of stage 1: two discriminators, two pairs of losses, two regularizers.
 
-A discriminator takes one batch of images or several at once, each [B, C, H, W], and gives as many tensors of logits.
-Several in one pass see the same spectral norms; no statistic is ever taken over more than one of them.
+A discriminator takes one or more batches of images [B, C, H, W] and returns one tensor of logits for each. Batches in
+one pass use the same spectral norms, but no statistics are computed across batches.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from data.errors import InputError
 from stages.tokenizer.config import TokenizerTrainingConfig
 
 SMALLEST_SIDE = 4
-"""Where the style discriminator stops halving."""
+"""Side at which the style discriminator stops halving."""
 STATISTIC_GROUP = 4
-"""Images that the minibatch standard deviation compares, at most."""
+"""Maximum number of images in a group for the minibatch standard deviation."""
 LECAM_DECAY = 0.99
-"""Share of a running mean of logits that one update keeps."""
+"""Decay of the running means of logits per update."""
 
 
 class PatchDiscriminator(nn.Sequential):
-    """One logit for each overlapping patch (Isola et al. 2017), every layer spectrally normalised (Miyato et al. 2018).
+    """One logit per overlapping patch (Isola et al. 2017), with spectral norm in every layer (Miyato et al. 2018).
 
-    No batch norm: it ties the samples of a batch together and differs between ranks.
+    There is no batch norm, which would mix the samples of a batch and differ between ranks.
     """
 
     def __init__(self, channels: int, width: int, layers: int) -> None:
@@ -47,13 +47,13 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class StyleDiscriminator(nn.Module):
-    """One logit for each image: StyleGAN2's residual discriminator (Karras et al. 2020), the one of ViT-VQGAN.
+    """One logit per image: the residual discriminator of StyleGAN2 (Karras et al. 2020), as used in ViT-VQGAN.
 
-    Blocks halve the image until its shorter side is 4; level i has ``width * min(2**i, 8)`` channels. Every layer is
-    spectrally normalised, so that the discriminator stays Lipschitz at any learning rate; the equalised learning rate
-    of the original has no place beside that, for the norm undoes every scale of a weight.
+    Blocks halve the image until its shorter side is 4. Level i has ``width * min(2**i, 8)`` channels. Every layer has
+    spectral norm, so the discriminator stays Lipschitz at any learning rate. The equalized learning rate of the
+    original is left out, because spectral norm cancels any scale of a weight.
 
-    Raises InputError for an ``image_size`` (H, W) that no halving brings to 4.
+    Raises InputError if halving cannot reduce ``image_size`` (H, W) to 4.
     """
 
     def __init__(self, channels: int, width: int, image_size: tuple[int, int]) -> None:
@@ -80,7 +80,7 @@ class StyleDiscriminator(nn.Module):
 
 
 class HalvingBlock(nn.Module):
-    """Two convolutions beside a skip connection: [B, width_in, H, W] → [B, width_out, H/2, W/2]."""
+    """Residual block of two convolutions: [B, width_in, H, W] → [B, width_out, H/2, W/2]."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -94,31 +94,31 @@ class HalvingBlock(nn.Module):
 
 
 def normalised(layer: nn.Conv2d | nn.Linear) -> nn.Module:
-    """The layer with spectral norm; its bias starts at 0, or biases would drown what many layers leave of an image."""
+    """Add spectral norm to a layer and set its bias to 0; otherwise biases would dominate the signal in deep layers."""
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return spectral_norm(layer)
 
 
 def activate(x: Tensor) -> Tensor:
-    """LeakyReLU with slope 0.2, times sqrt(2) as in StyleGAN2: no weight may grow to make up for what it takes."""
+    """LeakyReLU with slope 0.2, times sqrt(2) as in StyleGAN2, since normalized weights cannot restore the scale."""
     return functional.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
 def blur(x: Tensor, padding: int, stride: int = 1) -> Tensor:
-    """Each channel of [B, C, H, W] filtered with (1, 3, 3, 1) / 8 in both directions, with zeros beyond the edge."""
+    """Filter each channel of [B, C, H, W] with (1, 3, 3, 1) / 8 in both directions, with zero padding."""
     taps = x.new_tensor([1.0, 3.0, 3.0, 1.0]) / 8
     filters = torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
     return functional.conv2d(x, filters, padding=padding, stride=stride, groups=x.shape[1])
 
 
 def with_deviation(x: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, C + 1, H, W]: the last channel says how much neighbours in the batch differ.
+    """Append the minibatch standard deviation (Karras et al. 2018) as a channel: [B, C, H, W] → [B, C + 1, H, W].
 
-    The minibatch standard deviation (Karras et al. 2018), averaged over channels and places, of groups of at most 4
-    images: the largest number up to 4 that divides B, so that a prime B above 3 has nothing to compare. Groups are runs
-    of neighbours: the batches of two ranks, laid side by side, have the groups of one batch. One call must hold only
-    real or only generated images, as at the generator's own pass; in a group of both, each would betray the other.
+    It is averaged over channels and positions, in groups of consecutive images. The group size is the largest divisor
+    of B up to 4; for a prime B above 3 it is 1, and the deviation is constant. The concatenated batches of two ranks
+    have the same groups as one batch. One call must contain only real or only generated images, as in the loss of the
+    generator; in a mixed group, the deviation would reveal the mixture.
     """
     group = next(size for size in range(STATISTIC_GROUP, 0, -1) if len(x) % size == 0)
     groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, group))
@@ -128,14 +128,14 @@ def with_deviation(x: Tensor) -> Tensor:
 
 
 def halvings(image_size: tuple[int, int]) -> int:
-    """How often both sides (H, W) can be halved until the shorter one is 4. Raises InputError where that is never."""
+    """Number of halvings of (H, W) until the shorter side is 4. Raises InputError if this is not possible."""
     shorter = min(image_size)
     count = (shorter // SMALLEST_SIDE).bit_length() - 1
     if count < 1 or shorter != SMALLEST_SIDE * 2**count or max(image_size) % 2**count:
         raise InputError(
             f"images of {image_size[0]}x{image_size[1]} cannot be halved to {SMALLEST_SIDE} pixels, which "
             "tokenizer_training.discriminator=style needs; allowed: a shorter side of 8, 16, 32, 64, ... and a longer "
-            "one that halves as often; change images.size, or set tokenizer_training.discriminator=patch"
+            "side that can be halved as often; change images.size, or set tokenizer_training.discriminator=patch"
         )
     return count
 
@@ -143,7 +143,7 @@ def halvings(image_size: tuple[int, int]) -> int:
 def build_discriminator(
     training: TokenizerTrainingConfig, channels: int, image_size: tuple[int, int]
 ) -> PatchDiscriminator | StyleDiscriminator:
-    """The one that ``training.discriminator`` names. Raises InputError for a size that it cannot take."""
+    """Build the discriminator of ``training.discriminator``. Raises InputError for an unsupported image size."""
     if training.discriminator == "style":
         return StyleDiscriminator(channels, training.discriminator_width, image_size)
     return PatchDiscriminator(channels, training.discriminator_width, training.discriminator_layers)
@@ -163,7 +163,7 @@ def hinge_generator(fake: Tensor) -> Tensor:
 
 
 def logistic_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Cross-entropy of the discriminator's verdicts, real and fake added up (Goodfellow et al. 2014)."""
+    """Cross-entropy of the discriminator, summed over real and fake (Goodfellow et al. 2014)."""
     return functional.softplus(-real.float()).mean() + functional.softplus(fake.float()).mean()
 
 
@@ -176,26 +176,28 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], T
     "hinge": (hinge_discriminator, hinge_generator),
     "logistic": (logistic_discriminator, logistic_generator),
 }
-"""(the discriminator's, the generator's) by ``tokenizer_training.adversarial_loss``."""
+"""(discriminator loss, generator loss) by ``tokenizer_training.adversarial_loss``."""
 
 
-# ---------------------------------------------------------------------- regularisers of the discriminator
+# ---------------------------------------------------------------------- regularizers of the discriminator
 
 
 def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """R1 without gamma/2 (Mescheder et al. 2018, equation 9): the mean over images [B, C, H, W] of |gradient|^2.
 
-    The gradient is that of the sum of all logits, with patches larger than that of one logit. ``images`` are real, need
-    gradients, and gave ``logits`` in float32; the result can be differentiated.
+    The gradient is that of the sum of all logits; with patch logits it is larger than that of a single logit.
+    ``images`` are real images that require gradients, and ``logits`` their logits in float32. The result is
+    differentiable.
     """
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
 
 class LeCam(nn.Module):
-    """Pulls logits of real images to the running mean of the fake ones, and the other way round (Tseng et al. 2021).
+    """Pulls logits of real images to the running mean of fake logits, and vice versa (Tseng et al. 2021).
 
-    The running means are buffers, so that a resumed run has them; they start at 0, near an untrained discriminator.
+    The running means are buffers, so that checkpoints contain them. They start at 0, close to the logits of an
+    untrained discriminator.
     """
 
     real: Tensor
@@ -207,12 +209,12 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The penalty (equation 3, one-sided as in the authors' code) from logits of any shape."""
-        above = functional.relu(real.float() - self.fake).square().mean()
-        below = functional.relu(self.real - fake.float()).square().mean()
-        return above + below
+        """Penalty (equation 3, one-sided as in the authors' code) for logits of any shape."""
+        real_penalty = functional.relu(real.float() - self.fake).square().mean()
+        fake_penalty = functional.relu(self.real - fake.float()).square().mean()
+        return real_penalty + fake_penalty
 
     def update(self, real: Tensor, fake: Tensor) -> None:
-        """Move the running means towards the mean logits of one update, the same on every rank."""
+        """Move the running means toward the mean logits of one update, which must be equal on all ranks."""
         self.real.lerp_(real, 1 - LECAM_DECAY)
         self.fake.lerp_(fake, 1 - LECAM_DECAY)

@@ -1,14 +1,14 @@
 """Stage 1 as a LightningModule: reconstruction, perceptual, adversarial and codebook losses.
 
-Order of one update (manual optimisation), stated once:
+One update (manual optimization) has these steps:
 
-1. one forward pass of the tokenizer; the generator's terms see the discriminator as a fixed function;
-2. the discriminator's loss on the same images and the detached reconstruction, and from the same verdicts its
-   regularisers: R1 at every n-th update, and LeCam against the running means as the last update left them;
-3. **one** backward pass of the sum: every parameter gets only its own loss, is used once, and DDP reduces once;
-4. clip and step both optimisers, then the averaged copy of the tokenizer and LeCam's running means.
+1. Forward pass of the tokenizer. The discriminator is frozen in the losses of the generator.
+2. Loss of the discriminator on the same images and the detached reconstruction, with its regularizers on the same
+   logits: R1 at every n-th update, and LeCam with the running means of the previous update.
+3. **One** backward pass of the sum. Every parameter gets only its own loss and is used once, and DDP reduces once.
+4. Clip gradients and step both optimizers, then update the moving average of the tokenizer and LeCam's running means.
 
-The discriminator trains from step 0; its verdict reaches the generator later, and slowly.
+The discriminator trains from step 0. The adversarial loss of the generator starts later, with a linear ramp.
 """
 
 from __future__ import annotations
@@ -62,33 +62,33 @@ class TokenizerModule(L.LightningModule):
         self.lecam = LeCam() if self.discriminator is not None and training.lecam_weight > 0 else None
         self.perceptual = build_perceptual(training.perceptual)
         self.names: NamesSamples = lambda indices: [str(index) for index in indices]
-        """Names samples for error messages; the command knows where they come from."""
+        """Returns names of samples for error messages; set by the command, which knows the image source."""
         self.batches_seen = 0
-        """Micro-batches this process has trained on; the data stream resumes there."""
+        """Micro-batches that this process has trained on; the data stream resumes there."""
         self.recent_ids: list[Tensor] = []
         self.recent_logits: list[Tensor] = []
         """Mean logits (real, fake) of each micro-batch of this update, for LeCam."""
         self.latest_penalty: dict[str, Tensor] = {}
-        """What the last update with R1 logged: most log entries fall between two of them."""
+        """Logged values of the last update with R1, repeated in log entries of updates without R1."""
         self.validation_ids: list[Tensor] = []
         self.validation = torch.nn.ModuleDict({name: MeanMetric() for name in ("mse", "psnr", "perceptual")})
 
     @property
     def step(self) -> int:
-        """Generator updates so far. Lightning's global_step counts the discriminator's too."""
+        """Generator updates so far. Lightning's global_step also counts discriminator updates."""
         return self.batches_seen // self.config.accumulate_batches
 
     # ------------------------------------------------------------------ losses
 
     def adversarial_ramp(self) -> float:
-        """Share of the adversarial weight at this step: 0 before the start, then linear to 1."""
-        since = self.step - self.config.adversarial_start
-        return min(1.0, max(0.0, (since + 1) / max(1, self.config.adversarial_ramp_steps)))
+        """Factor on the adversarial weight at this step: 0 before the start, then rising linearly to 1."""
+        steps_since_start = self.step - self.config.adversarial_start
+        return min(1.0, max(0.0, (steps_since_start + 1) / max(1, self.config.adversarial_ramp_steps)))
 
     def loss_terms(
         self, pixels: Tensor, large: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """(terms of the total loss with their weights, what else to log, ids) of pixels [B, C, H, W].
+        """(weighted terms of the total loss, additional logs, ids) for pixels [B, C, H, W].
 
         ``large`` are the same images at a multiple of the size, for a head.
         """
@@ -96,7 +96,7 @@ class TokenizerModule(L.LightningModule):
         output = self.tokenizer(pixels, large)
         reconstruction = output.reconstruction.float()
         if output.target is not None:
-            # distances and the discriminator alike: what is asked for must not be told apart by its missing details
+            # also for the discriminator, which could otherwise recognize a target by its missing details
             pixels = output.target
         raw = {"pixel": functional.mse_loss(reconstruction, pixels), **output.losses}
         weights = {
@@ -115,9 +115,9 @@ class TokenizerModule(L.LightningModule):
             raw["adversarial"] = LOSSES[config.adversarial_loss][1](self.discriminator(reconstruction)[0])
             weights["adversarial"] = config.adversarial_weight * self.adversarial_ramp()
             self.discriminator.requires_grad_(True)
-            verdicts, more, logs = self._discriminator_terms(pixels, reconstruction.detach())
-            raw |= verdicts
-            weights |= more
+            discriminator_raw, discriminator_weights, logs = self._discriminator_terms(pixels, reconstruction.detach())
+            raw |= discriminator_raw
+            weights |= discriminator_weights
         logs |= {f"loss/{name}": value.detach() for name, value in raw.items()}
         terms = {name: value * weights[name] for name, value in raw.items()}
         logs |= {f"weighted/{name}": value.detach() for name, value in terms.items()}
@@ -128,17 +128,17 @@ class TokenizerModule(L.LightningModule):
     def _discriminator_terms(
         self, pixels: Tensor, reconstruction: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
-        """(loss terms of the discriminator, their weights, what else to log) from one pass over real and fake."""
+        """(loss terms of the discriminator, their weights, additional logs) from one pass over real and fake images."""
         config = self.config
         assert self.discriminator is not None
-        penalise = config.r1_weight > 0 and self.step % config.r1_every == 0
-        pixels = pixels.detach().requires_grad_(penalise)
-        # second derivatives want float32: where R1 is due, the whole pass stays outside autocast
-        with torch.autocast(pixels.device.type, enabled=False) if penalise else nullcontext():
+        apply_r1 = config.r1_weight > 0 and self.step % config.r1_every == 0
+        pixels = pixels.detach().requires_grad_(apply_r1)
+        # second derivatives need float32, so with R1 the whole pass runs without autocast
+        with torch.autocast(pixels.device.type, enabled=False) if apply_r1 else nullcontext():
             real, fake = self.discriminator(pixels, reconstruction)
             raw = {"discriminator": LOSSES[config.adversarial_loss][0](real, fake)}
             weights = {"discriminator": 1.0}
-            if penalise:
+            if apply_r1:
                 raw["r1"] = gradient_penalty(real, pixels)
                 weights["r1"] = config.r1_weight / 2 * config.r1_every
         if self.lecam is not None:
@@ -159,9 +159,9 @@ class TokenizerModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         config = self.config
         seed_batch(self.seed, self.global_rank, self.batches_seen)
-        last = (self.batches_seen + 1) % config.accumulate_batches == 0
+        is_last_batch = (self.batches_seen + 1) % config.accumulate_batches == 0
         step = self.step
-        with self._synchronised(last):
+        with self._sync_gradients(is_last_batch):
             pixels, large = batch["pixels"], None
             if config.oversampling > 1:
                 large = pixels
@@ -173,11 +173,11 @@ class TokenizerModule(L.LightningModule):
         self.recent_ids.append(ids)
         if self.lecam is not None:
             self.recent_logits.append(torch.stack([logs["logits/real"], logs["logits/fake"]]))
-        if last:
+        if is_last_batch:
             self._update(step, logs)
         self.batches_seen += 1
         self.log("psnr", -10 * torch.log10(logs["loss/pixel"] / 4), prog_bar=True, logger=False)
-        if last and ((step + 1) % config.log_every == 0 or step == 0):
+        if is_last_batch and ((step + 1) % config.log_every == 0 or step == 0):
             self._log(logs | self._code_use("codes", self.recent_ids), step)
 
     def _any_process(self, true_here: bool) -> bool:
@@ -205,14 +205,14 @@ class TokenizerModule(L.LightningModule):
             self.recent_logits.clear()
             self.lecam.update(*self.trainer.strategy.reduce(means, reduce_op="mean"))
 
-    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are reduced over ranks at the last micro-batch of an update only."""
-        if last or not isinstance(self.trainer.strategy, ParallelStrategy):
+    def _sync_gradients(self, is_last_batch: bool) -> AbstractContextManager[Any]:
+        """Context that reduces gradients over ranks only at the last micro-batch of an update."""
+        if is_last_batch or not isinstance(self.trainer.strategy, ParallelStrategy):
             return nullcontext()
         return self.trainer.strategy.block_backward_sync()
 
     def _code_use(self, prefix: str, ids: list[Tensor]) -> dict[str, Tensor]:
-        """Usage and perplexity of each scale worth reporting, of this rank's ids [n, L, F], then forgotten."""
+        """Usage and perplexity of each reported scale from this rank's ids [n, L, F]. Clears ``ids``."""
         values: dict[str, Tensor] = {}
         for use in code_use(Tokens.fixed(torch.cat(ids)), self.tokenizer.layout, self.tokenizer.layout.prefixes):
             name = f"{use.scale}/{use.field}" if self.tokenizer.layout.num_fields > 1 else use.scale
@@ -253,7 +253,7 @@ class TokenizerModule(L.LightningModule):
             self.log("val_psnr", values["validation/psnr"], prog_bar=True, logger=False)
 
     def _show(self, tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens) -> None:
-        """Originals, then what each prefix decodes to, coarse to fine (all scales only, for a dense decoder)."""
+        """Log originals and the decoded prefixes, coarse to fine (only the full decode for a dense decoder)."""
         writer = getattr(self.logger, "experiment", None)
         if writer is None:
             return

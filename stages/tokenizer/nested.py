@@ -1,18 +1,19 @@
-"""Nested spectral tokens (SpectralAR; Huang et al., arXiv 2506.10962): the first i tokens are a low-passed image.
+"""Nested spectral tokens (SpectralAR; Huang et al., arXiv 2506.10962): the first i tokens encode a low-pass image.
 
 image patches and N learned queries → transformer → one codebook → transformer over mask tokens and the first i tokens →
-the image, cut to the w_i lowest frequencies of each axis. What is notable here:
+the image, restricted to the w_i lowest frequencies of each axis. Notes:
 
-- the encoder's queries see all patches and earlier queries. As drawn in the paper patches see the queries too; then a
-  later query would reach an earlier one through them, so here patches see patches only;
-- the decoder is causal: a token sees earlier tokens, a mask token sees all mask tokens and the tokens of the prefix;
-- training draws a prefix for every image (``prefix_law``). Plain nested dropout starves the last tokens, which then are
-  rarely there; ``full_share`` of the images keep all tokens, so the last one is trained on more than that share;
-- attention alone, as in the paper, learns slowly which token stands for what: each token also has a direct path to the
-  frequencies that it adds (``ring_summaries``; ``stages/tokenizer/rings.py``);
-- the paper does not say how many frequencies a prefix has: measured, so that every token has the same information or
-  energy; by power laws both ways; or a list of widths (``frequency_map``);
-- for the layout this is N scales of one token each, with one codebook and without a grid.
+- Encoder queries attend to all patches and to earlier queries. In the paper's figure patches also attend to queries.
+  Then later queries would influence earlier ones through the patches, so here patches attend only to patches.
+- The decoder is causal: a token attends to earlier tokens, a mask token to all mask tokens and all tokens of the
+  prefix.
+- Training draws a prefix for every image (``prefix_law``). Plain nested dropout rarely trains the last tokens, so
+  ``full_share`` of the images keep all tokens; the last token is trained on more than that fraction.
+- With attention alone, as in the paper, the model learns slowly what each token means. So each token also has a direct
+  path to the frequencies that it adds (``ring_summaries``; ``stages/tokenizer/rings.py``).
+- The paper does not say how many frequencies a prefix has. Here (``frequency_map``) they are measured, so that every
+  token has the same information or energy; or follow a power law or its mirror image; or are a list of widths.
+- The layout has N scales of one token each, with one codebook and without a grid.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PREFIX_LAWS = ("uniform", "log_uniform")
 
 
 class NestedTokenizer(HeadedTokenizer):
-    """Nested spectral tokens. Raises ValueError for a config without geometry, or a map that is none."""
+    """Tokenizer with nested spectral tokens. Raises ValueError for an invalid config."""
 
     widths: Tensor
     pixel_mean: Tensor
@@ -67,9 +68,10 @@ class NestedTokenizer(HeadedTokenizer):
         self.masks = nn.Parameter(torch.randn(1, 1, config.decoder.width) * 0.02)
         one_by_one = [1] * config.num_tokens
         length = self.num_patches + config.num_tokens
-        # patches first: what they see ends before the queries, which see them and one another in order
-        # Much of what these tokens know comes through attention, which is blind at first with a ViT's small weights and
-        # positions: larger ones gave 23.5 dB instead of 21.9 after 200 steps on 32-px crops (one seed, an early form).
+        # Patches come first and attend only to patches; queries attend to patches and, causally, to queries.
+        # These tokens get most information through attention, which with the small initial weights and positions of a
+        # ViT is nearly uniform at first. Larger ones gave 23.5 dB instead of 21.9 dB after 200 steps on 32-px crops
+        # (one seed, an early version).
         self.encoder = Transformer(
             config.encoder,
             [length],
@@ -77,10 +79,10 @@ class NestedTokenizer(HeadedTokenizer):
             config.encoder.width**-0.5,
             POSITION_STD,
         )
-        seen = torch.ones(length, length, dtype=torch.bool)
-        seen[self.num_patches :, : self.num_patches] = False
-        seen[self.num_patches :, self.num_patches :] = scale_causal(one_by_one)
-        self.decoder = Transformer(config.decoder, [length], seen, config.decoder.width**-0.5, POSITION_STD)
+        mask = torch.ones(length, length, dtype=torch.bool)
+        mask[self.num_patches :, : self.num_patches] = False
+        mask[self.num_patches :, self.num_patches :] = scale_causal(one_by_one)
+        self.decoder = Transformer(config.decoder, [length], mask, config.decoder.width**-0.5, POSITION_STD)
         self.rings: RingSummaries | None = None
         if config.ring_summaries:
             sizes = config.ring_summaries, config.encoder.width, config.decoder.width
@@ -95,7 +97,7 @@ class NestedTokenizer(HeadedTokenizer):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Measure mean and standard deviation of pixels and frequencies, and the widths where the map is measured."""
+        """Measure mean and deviation of pixels, deviation of frequencies, and the widths if they are to be measured."""
         size = self.layout.image_size
         rows, columns = (dct_matrix(side) for side in size)
         spectrum = torch.zeros(size, dtype=torch.float64)
@@ -110,8 +112,8 @@ class NestedTokenizer(HeadedTokenizer):
             raise InputError("no images to measure pixel statistics from")
         mean = total / count
         self.pixel_mean.fill_(mean)
-        self.pixel_std.fill_(max(1e-3, math.sqrt(max(0.0, squares / count - mean**2))))  # constant images have none
-        # the mean brightness of all images is known without a token
+        self.pixel_std.fill_(max(1e-3, math.sqrt(max(0.0, squares / count - mean**2))))  # 0 for constant images
+        # no token is needed for the mean brightness of all images
         spectrum[0, 0] -= count * mean**2
         if self.rings is not None:
             deviation = (spectrum.clamp_min(0) / (count / (size[0] * size[1]))).sqrt() / self.pixel_std.double()
@@ -123,28 +125,28 @@ class NestedTokenizer(HeadedTokenizer):
                 spectrum = information(spectrum / (count / (size[0] * size[1])), bits / self.channels)
             self.widths.copy_(torch.tensor(equal_shares(spectrum, number)))
 
-    # ------------------------------------------------------------------ the four arrows
+    # ------------------------------------------------------------------ encoder and decoder
 
     def _encode_features(self, pixels: Tensor) -> Tensor:
-        """[B, N, encoder width] of pixels [B, C, H, W]."""
+        """Features [B, N, encoder width] of pixels [B, C, H, W]. Raises ValueError for another image size."""
         size = tuple(pixels.shape[-2:])
         if size != self.layout.image_size:
             height, width = self.layout.image_size
             raise InputError(f"an image of {size[0]}x{size[1]}; this tokenizer takes {height}x{width}")
         with torch.autocast(pixels.device.type, enabled=False):
-            normalised = (pixels.float() - self.pixel_mean) / self.pixel_std
-            told = 0 if self.rings is None else self.rings.analyse(normalised, self.widths)
-        embedded = self.embed(to_patches(normalised, self.config.patch))
-        queries = (self.queries + told).expand(pixels.shape[0], -1, -1).to(embedded.dtype)
+            normalized = (pixels.float() - self.pixel_mean) / self.pixel_std
+            summaries = 0 if self.rings is None else self.rings.analyse(normalized, self.widths)
+        embedded = self.embed(to_patches(normalized, self.config.patch))
+        queries = (self.queries + summaries).expand(pixels.shape[0], -1, -1).to(embedded.dtype)
         return self.encoder(torch.cat([embedded, queries], dim=1))[:, self.num_patches :]
 
     def _decode_features(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(images [B, C, H, W], what is known of each patch [B, N, decoder width]) of the first ``lengths`` int64 [B]
-        of n tokens, features [B, n, decoder width]."""
-        batch, number = features.shape[:2]  # len() would make the batch of an exported program a constant
+        """(images [B, C, H, W], features of each patch [B, N, decoder width]) from the first ``lengths`` int64 [B] of n
+        tokens with features [B, n, decoder width]."""
+        batch, number = features.shape[:2]  # len() would make the batch size of an exported program a constant
         masks = self.masks.expand(batch, self.num_patches, -1).to(features.dtype)
-        there = torch.arange(number, device=features.device) < lengths[:, None]
-        present = torch.cat([there.new_ones(batch, self.num_patches), there], dim=1)
+        valid = torch.arange(number, device=features.device) < lengths[:, None]
+        present = torch.cat([valid.new_ones(batch, self.num_patches), valid], dim=1)
         hidden, tokens = self.decoder(torch.cat([masks, features], dim=1), present).split(
             [self.num_patches, number], dim=1
         )
@@ -152,7 +154,7 @@ class NestedTokenizer(HeadedTokenizer):
         with torch.autocast(features.device.type, enabled=False):
             pixels = from_patches(patches.float(), self.config.patch, self.grid)
             if self.rings is not None:
-                pixels = pixels + self.rings.synthesise(tokens * there.unsqueeze(-1), self.widths)
+                pixels = pixels + self.rings.synthesise(tokens * valid.unsqueeze(-1), self.widths)
             pixels = pixels * self.pixel_std + self.pixel_mean
             return lowpass(pixels, self.widths[lengths - 1]) if self.config.project else pixels, hidden
 
@@ -177,9 +179,9 @@ class NestedTokenizer(HeadedTokenizer):
         with torch.autocast(pixels.device.type, enabled=False):
             widths = self.widths[lengths - 1]
             target = lowpass(pixels, widths)
-            # the same frequencies of the larger images; the full square stands for all frequencies that there are
-            finer = lowpass(large, widths.masked_fill(widths >= max(pixels.shape[-2:]), max(large.shape[-2:])))
-        losses = result.losses | self.head.losses(places, reconstruction, finer)
+            # the same frequencies in the larger images; the full width means all their frequencies
+            large_target = lowpass(large, widths.masked_fill(widths >= max(pixels.shape[-2:]), max(large.shape[-2:])))
+        losses = result.losses | self.head.losses(places, reconstruction, large_target)
         return TokenizerOutput(reconstruction, result.ids, losses, target)
 
     def _all(self, count: int, number: int | None = None) -> Tensor:
@@ -201,38 +203,39 @@ class NestedTokenizer(HeadedTokenizer):
         return pixels.clamp(-1, 1), places
 
     def reference(self, pixels: Tensor, num_scales: int) -> Tensor:
-        """The image with the frequencies of the first ``num_scales`` tokens only; values may leave [-1, 1]."""
+        """The image with only the frequencies of the first ``num_scales`` tokens. Values may exceed [-1, 1]."""
         return lowpass(pixels, self.widths[num_scales - 1].expand(len(pixels)))
 
 
 def doubling(number: int) -> tuple[int, ...]:
-    """1, 2, 4, … below ``number``, and it."""
+    """1, 2, 4, … below ``number``, and ``number`` itself."""
     return (*(2**power for power in range((number - 1).bit_length())), number)
 
 
 def widths_of(config: NestedConfig, side: int) -> list[int]:
-    """The width of every prefix, 1 … side, never falling. Raises ValueError for a list that is no map.
+    """The width of every prefix, 1 … ``side``, never decreasing. Raises ValueError for an invalid list of widths.
 
-    Where the map is measured this is power's, until ``fit`` has seen images.
+    Measured maps start with the widths of power; ``fit`` then replaces them.
     """
     number, exponent = config.num_tokens, config.frequency_exponent
     if config.widths:
         check_widths(config.widths, number, side)
         return list(config.widths)
     if config.frequency_map == "mirrored" and number > 1:
-        left = [((number - i) / (number - 1)) ** exponent for i in range(1, number + 1)]
-        return [round(side - (side - 1) * share) for share in left]
+        remaining = [((number - i) / (number - 1)) ** exponent for i in range(1, number + 1)]
+        return [round(side - (side - 1) * share) for share in remaining]
     return [max(1, math.ceil(side * (i / number) ** exponent - 1e-9)) for i in range(1, number + 1)]
 
 
 def information(variances: Tensor, bits: float) -> Tensor:
-    """What a code of ``bits`` spends on each frequency of Gaussian coefficients, float64 [H, W] like ``variances``.
+    """Bits per frequency in a code of ``bits`` for Gaussian coefficients: float64 [H, W] like ``variances``.
 
-    Reverse water-filling (Cover and Thomas, *Elements of Information Theory*, theorem 10.3.3): log2 of the deviation
-    over that of the distortion, which is the same for all frequencies that have more.
+    Reverse water-filling (Cover and Thomas, *Elements of Information Theory*, theorem 10.3.3): log2 of the standard
+    deviation divided by that of the distortion, which is equal for all frequencies with a larger variance, and 0 for
+    the others.
     """
     low, high = 0.0, float(variances.max())
-    for _ in range(100):  # the distortion at which the bits are spent, by bisection
+    for _ in range(100):  # bisection for the distortion with this number of bits
         distortion = (low + high) / 2
         spent = (variances / max(distortion, 1e-300)).clamp_min(1).log2() / 2
         low, high = (distortion, high) if float(spent.sum()) > bits else (low, distortion)
@@ -240,16 +243,16 @@ def information(variances: Tensor, bits: float) -> Tensor:
 
 
 def equal_shares(amounts: Tensor, number: int) -> list[int]:
-    """Widths at which squares of the ``amounts`` [H, W] reach the shares 1/number, 2/number, … of them."""
+    """Widths of the squares in ``amounts`` [H, W] whose sums reach 1/number, 2/number, … of the total."""
     side = max(amounts.shape)
-    inside = torch.stack([amounts[:width, :width].sum() for width in range(1, side + 1)]).clamp_min(0)
-    shares = torch.arange(1, number + 1, dtype=inside.dtype) / number * inside[-1]
-    found = (torch.searchsorted(inside, shares * (1 - 1e-9)) + 1).clamp(max=side).tolist()
-    return [*found[:-1], side]
+    sums = torch.stack([amounts[:width, :width].sum() for width in range(1, side + 1)]).clamp_min(0)
+    targets = torch.arange(1, number + 1, dtype=sums.dtype) / number * sums[-1]
+    widths = (torch.searchsorted(sums, targets * (1 - 1e-9)) + 1).clamp(max=side).tolist()
+    return [*widths[:-1], side]
 
 
 def check_widths(widths: Sequence[int], number: int, side: int) -> None:
-    """Raise ValueError for widths that fall, or are not ``number`` from 1 or more up to ``side``."""
+    """Raise ValueError unless there are ``number`` widths of 1 or more that never decrease and end at ``side``."""
     if len(widths) != number:
         raise InputError(f"tokenizer.widths has {len(widths)} widths for tokenizer.num_tokens={number}; give one each")
     for place, (before, width) in enumerate(zip([1, *widths], widths, strict=False), 1):
@@ -260,7 +263,7 @@ def check_widths(widths: Sequence[int], number: int, side: int) -> None:
 
 
 def check_config(config: NestedConfig, image_size: tuple[int, int]) -> None:
-    """Raise ValueError for a config that has no geometry, naming what is allowed."""
+    """Raise ValueError for an invalid config or image size; the message says what is allowed."""
     for key, allowed in (("frequency_map", FREQUENCY_MAPS), ("prefix_law", PREFIX_LAWS)):
         if getattr(config, key) not in allowed:
             raise InputError(f"tokenizer.{key}={getattr(config, key)!r}; allowed: {', '.join(allowed)}")
@@ -274,4 +277,4 @@ def check_config(config: NestedConfig, image_size: tuple[int, int]) -> None:
         raise InputError(f"tokenizer.full_share={config.full_share}; allowed: 0 to 1")
     for side in image_size:
         if side % config.patch:
-            raise InputError(f"images.size={side}: patches of {config.patch} need a multiple of that")
+            raise InputError(f"images.size={side}: patches of {config.patch} need a multiple of {config.patch}")

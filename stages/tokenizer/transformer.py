@@ -1,9 +1,8 @@
-"""The transformer of stage 1: ADTransformer blocks with joint attention, dense or as a mask says.
+"""The transformer of stage 1: ADTransformer blocks with joint attention, dense or masked.
 
-SIT (arXiv 2412.09607): tokens of the approximation and of the details form one sequence with one joint attention, but
-queries, keys, values, norms and MLP of every layer are separate. The attention's output projection is not mentioned
-there; it is separate here, like all other weights. With one group the same code is the plain transformer of ViT-VQGAN
-and of nested tokens.
+SIT (arXiv 2412.09607): tokens of approximation and details form one sequence with joint attention, but have separate
+queries, keys, values, norms and MLPs in every layer. The paper does not mention the output projection of attention;
+here it is separate too. With one group this is the plain transformer of ViT-VQGAN and of nested tokens.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from stages.tokenizer.parts import TransformerConfig
 
 
 class Grouped(nn.ModuleList):
-    """One module for each group of tokens; applied to consecutive runs of the sequence."""
+    """One module per group of tokens, applied to consecutive runs of the sequence."""
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """[B, L, D] → [B, L, D']; ``lengths`` are the groups' run lengths and may end early with a prefix."""
+        """[B, L, D] → [B, L, D']. ``lengths`` are the run lengths of the groups; a prefix may have fewer groups."""
         if len(lengths) == 1:
             return self[0](x)
         return torch.cat([module(part) for module, part in zip(self, x.split(list(lengths), 1), strict=False)], dim=1)
 
 
 class Block(HiddenLayers):
-    """Pre-norm transformer block whose weights are separate for each group of tokens."""
+    """Pre-norm transformer block with separate weights for each group of tokens."""
 
     def __init__(self, config: TransformerConfig, groups: int) -> None:
         super().__init__()
@@ -47,7 +46,7 @@ class Block(HiddenLayers):
         )
 
     def forward(self, x: Tensor, lengths: Sequence[int], mask: Tensor | None) -> Tensor:
-        """[B, L, D] → [B, L, D]; ``mask`` [L, L] or [B, 1, L, L] is True where a row may look."""
+        """[B, L, D] → [B, L, D]. ``mask`` [L, L] or [B, 1, L, L] is True where a query (row) may attend."""
         batch, length, width = x.shape
         qkv = self.query_key_value(self.attention_norm(x, lengths), lengths)
         query, key, value = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
@@ -57,13 +56,13 @@ class Block(HiddenLayers):
 
 
 def scale_causal(lengths: Sequence[int]) -> Tensor:
-    """bool [L, L] for scales of these ``lengths``: True where a row may look, at its own and at earlier scales."""
+    """Mask bool [L, L] for scales of these ``lengths``: queries (rows) attend to their own and to earlier scales."""
     scale = torch.tensor([index for index, length in enumerate(lengths) for _ in range(length)])
     return scale[:, None] >= scale[None, :]
 
 
 def blind_to_chroma(planes: Sequence[str], lengths: Sequence[int]) -> Tensor:
-    """bool [L, L] for scales of these planes and lengths: False where a row is luma and would look at chroma."""
+    """Mask bool [L, L] for scales of these planes and lengths: False for luma queries (rows) with chroma keys."""
     chroma = torch.tensor(
         [plane == "chroma" for plane, length in zip(planes, lengths, strict=True) for _ in range(length)]
     )
@@ -71,10 +70,11 @@ def blind_to_chroma(planes: Sequence[str], lengths: Sequence[int]) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Blocks and a last norm over a sequence of at most ``sum(group_lengths)`` tokens.
+    """Transformer blocks and a final norm for a sequence of at most ``sum(group_lengths)`` tokens.
 
-    ``mask`` bool [L, L] is True where a row may look; None: everywhere. ``std`` and ``position_std`` are the standard
-    deviations of fresh weights and positions.
+    ``mask`` bool [L, L] is True where a query (row) may attend; None for dense attention. ``std`` and ``position_std``
+    are the standard deviations of initial weights and position embeddings. Raises ValueError if ``heads`` does not
+    divide the width.
     """
 
     mask: Tensor | None
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         if config.width % config.heads:
-            raise InputError(f"width={config.width} is no multiple of heads={config.heads}")
+            raise InputError(f"width={config.width}; allowed: a multiple of heads={config.heads}")
         self.group_lengths = tuple(group_lengths)
         self.position = nn.Parameter(torch.randn(1, sum(group_lengths), config.width) * position_std)
         self.blocks = nn.ModuleList([Block(config, len(group_lengths)) for _ in range(config.depth)])
@@ -106,18 +106,19 @@ class Transformer(nn.Module):
                     nn.init.normal_(layer.weight, std=std / (2 * config.depth) ** 0.5)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """[B, L, D] → [B, L, D]; L may be a beginning. What ``present`` bool [B, L] denies nobody looks at."""
+        """[B, L, D] → [B, L, D]; the sequence may be a prefix. Positions where ``present`` bool [B, L] is False are
+        masked."""
         length = x.shape[1]
         x = x + self.position[:, :length]
-        lengths, rest = [], length
+        lengths, remaining = [], length
         for group in self.group_lengths:
-            if rest:
-                lengths.append(min(group, rest))
-                rest -= lengths[-1]
+            if remaining:
+                lengths.append(min(group, remaining))
+                remaining -= lengths[-1]
         mask = None if self.mask is None else self.mask[:length, :length]
         if present is not None:
-            seen = present[:, None, None, :]
-            mask = seen if mask is None else mask & seen
+            key_mask = present[:, None, None, :]
+            mask = key_mask if mask is None else mask & key_mask
         for block in self.blocks:
             x = block(x, lengths, mask)
         return self.norm(x, lengths)

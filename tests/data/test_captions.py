@@ -85,7 +85,7 @@ def lines(entries: dict) -> str:
     [
         ({"metadata.jsonl": lines({**LISTED, "cat/x.png": "x"})}, "5 entries for 4 images.*such as cat/x.png"),
         ({"metadata.jsonl": lines({"cat/a.png": "a", "d.png": "d"})}, "2 entries for 4 images.*such as cat/b.jpg"),
-        ({"metadata.jsonl": lines(LISTED) + lines({"d.png": "again"})}, "line 5: d.png for the second time"),
+        ({"metadata.jsonl": lines(LISTED) + lines({"d.png": "again"})}, "line 5: d.png is listed twice"),
         ({"metadata.jsonl": '{"text": "of what?"}\n'}, "line 1: a caption without file_name"),
         ({"metadata.jsonl": lines(LISTED) + "[1]\n"}, "line 5: no JSON object"),
         ({"metadata.jsonl": lines({**LISTED, "d.png": ["a", "b"]})}, "line 3: a caption that is a JSON list; give it"),

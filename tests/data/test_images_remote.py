@@ -85,7 +85,7 @@ def test_a_web_server_is_asked_once_by_two_at_a_time(stored, home):
         ("pipe:echo please log in", "is no complete, uncompressed tar"),
         ("pipe:head -c 700 {file}", "is no complete, uncompressed tar"),
         ("pipe:head -c 700 {file}; false", "exit"),
-        ("abc://bucket/a.tar", "no way to read abc:; allowed: file, s3, pipe, http"),
+        ("abc://bucket/a.tar", "cannot read abc:; allowed: file, s3, pipe, http"),
     ],
 )
 def test_what_does_not_come_is_one_line_and_leaves_nothing(stored, home, url, said):

@@ -176,9 +176,9 @@ def test_a_reader_lets_go_of_a_copy_that_has_come_again(stored, home):
     ("fault", "said"),
     [
         ("missing", r"exit code 22 \(no such file, or the server refuses it\)"),
-        ("corrupt", "is not the shard that the manifest names"),
+        ("corrupt", "is not the shard of the manifest"),
         ("dropped", r"exit code 18 \(the connection broke\)"),
-        ("stalled", "nothing came for 0.3 s"),
+        ("stalled", "no data for 0.3 s"),
     ],
 )
 def test_what_never_comes_is_one_line_and_leaves_nothing(stored, home, monkeypatch, fault, said):

@@ -312,7 +312,10 @@ def test_starts_are_drawn_from_what_was_measured():
         ({"final_threshold": 0.3}, "tokenizer.final_threshold=0.3; allowed: powers of two from 2\\^-20 to"),
         ({"final_threshold": 0.0}, "tokenizer.final_threshold=0.0"),
         ({"final_threshold": 64.0}, "tokenizer.final_threshold=64.0"),
-        ({"final_threshold": 1.0, "start_threshold": 0.5}, "start_threshold=0.5 is below"),
+        (
+            {"final_threshold": 1.0, "start_threshold": 0.5},
+            "start_threshold=0.5; allowed: tokenizer.final_threshold=1.0 or more",
+        ),
     ],
 )
 def test_configs_that_cannot_be(named, message):

@@ -262,7 +262,7 @@ def test_what_has_no_head_says_so():
     with pytest.raises(PrefixUnsupported, match="another size needs all scales"):
         tokenizer = make(attention="sit-scd")
         tokenizer.render(tokenizer.encode(pixels()).prefix(16), (40, 40))
-    with pytest.raises(ValueError, match=r"head.cell=3; allowed: a divisor of the patches' side, 8"):
+    with pytest.raises(ValueError, match=r"head.cell=3; allowed: a divisor of the patch side, 8"):
         make(cell=3)
     with pytest.raises(ValueError, match="head.rings=0"):
         make(rings=0)

@@ -271,8 +271,10 @@ def test_what_is_no_encoder_is_refused_in_one_line(folders: dict[str, Path], tmp
         assert "\n" not in str(caught.value)
 
     refused(str(tmp_path / "nowhere"), "no such folder")
-    refused("nobody/nothing", "neither words, minilm nor a local folder, and cannot be had from the Hugging Face hub")
-    refused("no name, at/all/", "cannot be had")
+    refused(
+        "nobody/nothing", "neither words, minilm nor a local folder, and cannot be downloaded from the Hugging Face hub"
+    )
+    refused("no name, at/all/", "cannot be downloaded")
     refused(str(tmp_path), "holds no text encoder that transformers can load")
     shutil.copytree(folders["bert"], tmp_path / "other")
     shutil.copy(folders["t5"] / "model.safetensors", tmp_path / "other")
@@ -285,8 +287,10 @@ def test_what_is_no_encoder_is_refused_in_one_line(folders: dict[str, Path], tmp
     save_tokenizer(tmp_path / "bart", "$A </s>")
     shutil.copytree(folders["bert"], tmp_path / "bare")
     save_tokenizer(tmp_path / "bare", "$A")
-    refused(str(tmp_path / "bare"), "its tokenizer has no token for the empty caption")
-    refused(str(tmp_path / "bart"), "a bart has an encoder and a decoder; of these only t5, mt5, umt5")
+    refused(str(tmp_path / "bare"), "its tokenizer gives no tokens for the empty caption")
+    refused(
+        str(tmp_path / "bart"), "a bart has an encoder and a decoder; allowed of these as text encoders: t5, mt5, umt5"
+    )
 
 
 def test_a_name_on_the_hub_is_held_to_its_commit(

@@ -1,14 +1,12 @@
-"""Quantisers behind one interface: features → ids → features.
+"""Quantizers with a common interface: features → ids → features.
 
-What is notable here:
-
-- codebooks that are learned: ``CosineVQ`` (ViT-VQGAN), ``ResidualVQ`` (several, each codes what is left); codes that
-  die are revived. One that is frozen and moves as a whole: ``SimVQ``;
-- no codebook to collapse: ``FSQ`` rounds each of a few bounded numbers, ``LFQ`` and ``BSQ`` take their signs;
-- large vocabularies are several fields of an element (lfq, bsq, fsq, residual): 2^18 codes are two softmaxes of 2^9. A
-  codebook has 2^16 codes at most;
-- all work in float32, whatever autocast says and without TF32 (bfloat16 cannot tell 257 codes apart), and are bit-equal
-  on all ranks.
+- ``CosineVQ`` (ViT-VQGAN) and ``ResidualVQ`` (several codebooks, each for the residual of the previous one) have
+  learned codebooks and revive dead codes. ``SimVQ`` has a frozen codebook with a learned linear map.
+- ``FSQ`` rounds a few bounded numbers; ``LFQ`` and ``BSQ`` take their signs. They have no codebook that can collapse.
+- Large vocabularies are split into several fields of an element (lfq, bsq, fsq, residual): 2^18 codes become two
+  softmaxes of 2^9. A codebook has at most 2^16 codes.
+- All quantizers compute in float32, even under autocast, and without TF32 (bfloat16 cannot distinguish 257 codes). They
+  are bitwise equal on all ranks.
 """
 
 from stages.tokenizer.parts import (

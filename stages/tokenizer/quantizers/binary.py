@@ -1,12 +1,11 @@
-"""Signs of a few numbers: lookup-free and binary spherical quantisation.
+"""Quantization by signs: lookup-free and binary spherical quantization.
 
-What is notable here:
-
-- there is no codebook: 2^18 codes are 18 signs, two fields of 9 bits;
-- an entropy term keeps all codes in use: each number should be sure of its sign, and all codes be used alike;
-- given its numbers a token's signs are independent, so the first part is a sum over bits. The second is not: it is the
-  entropy of the mean over tokens, taken over groups of bits, and no less than the joint one (subadditivity). The mean
-  over a group's 2^g codes is one product of two matrices, of 2^(g/2) columns each.
+- There is no codebook: 2^18 codes are 18 signs, in two fields of 9 bits.
+- An entropy loss keeps all codes in use. It makes each sign certain and the usage of codes uniform.
+- The signs of a token are independent given its numbers, so the first term is a sum over bits. The second term, the
+  entropy of the mean over tokens, is not. It is computed per group of bits and summed, which is an upper bound of the
+  joint entropy (subadditivity). The mean over the 2^g codes of a group is one product of two matrices with 2^(g/2)
+  columns each.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from stages.tokenizer.quantizers.ranks import mean_over_ranks
 
 
 class LFQ(Quantizer):
-    """Lookup-free quantisation, arXiv 2310.05737: the signs of ``bits`` numbers.
+    """Lookup-free quantization, arXiv 2310.05737: the signs of ``bits`` numbers.
 
-    Encodings are numbers whose codes are -1 and 1. Raises ValueError for none.
+    Encodings are these numbers; codes are -1 and 1. Raises ValueError for ``bits``, ``bits_per_field`` or
+    ``entropy_group_bits`` below 1.
     """
 
     def __init__(self, config: LFQConfig, width_in: int, width_out: int) -> None:
@@ -50,7 +50,7 @@ class LFQ(Quantizer):
         return self.digits.pack((encodings > 0).long())
 
     def scaled(self, signs: Tensor) -> Tensor:
-        """The codes [..., bits] of signs -1 and 1."""
+        """Codes [..., bits] from signs -1 and 1."""
         return signs
 
     def forward(self, features: Tensor) -> Quantized:
@@ -65,7 +65,7 @@ class LFQ(Quantizer):
             return Quantized(passed, self.choose(encodings), losses)
 
     def distances(self, encodings: Tensor) -> Tensor:
-        """Distance to 0 of the number nearest to it."""
+        """Distance to 0 of the smallest number in absolute value."""
         return encodings.abs().amin(-1)
 
     def codes(self, ids: Tensor) -> Tensor:
@@ -74,10 +74,10 @@ class LFQ(Quantizer):
 
 
 class BSQ(LFQ):
-    """Binary spherical quantisation, arXiv 2406.07548: as LFQ, of numbers on the unit sphere.
+    """Binary spherical quantization, arXiv 2406.07548: LFQ of numbers on the unit sphere.
 
-    Codes are ±1/√bits, so every code has length 1 and no encoding is farther from its own than √2. Encodings are in
-    units of 1/√bits here; the paper's inverse temperature is 2 bits / temperature.
+    Codes are ±1/√bits, so every code has length 1, and the distance of an encoding to its code is at most √2. Encodings
+    here are in units of 1/√bits. The paper's inverse temperature is 2 bits / temperature.
     """
 
     def encodings(self, features: Tensor) -> Tensor:
@@ -88,22 +88,22 @@ class BSQ(LFQ):
 
 
 def entropy_loss(numbers: Tensor, groups: Sequence[int], temperature: float, agree: bool) -> Tensor:
-    """Mean entropy of a token's signs less the entropy of their mean, in nats (arXiv 2310.05737 and 2406.07548).
+    """Mean entropy of the signs of a token minus the entropy of their mean, in nats (arXiv 2310.05737 and 2406.07548).
 
-    Of ``numbers`` [..., bits]; the second part is summed over runs of bits of the lengths ``groups``. With ``agree``
-    the mean is that of all ranks, which must call this together.
+    ``numbers`` are [..., bits]. The second term is summed over consecutive groups of bits with lengths ``groups``. With
+    ``agree`` the mean is over all ranks, which must all call this.
     """
     logits = numbers.flatten(0, -2) * (4 / temperature)
     positive = logits.sigmoid()
-    own = (functional.softplus(logits) - logits * positive).sum(-1).mean()
-    used = [mean_use(part) for part in positive.split(list(groups), dim=-1)]
-    joined = torch.cat(used)
-    mean = mean_over_ranks(joined) if agree else joined
-    return own + (mean * mean.clamp_min(1e-12).log()).sum()
+    token_entropy = (functional.softplus(logits) - logits * positive).sum(-1).mean()
+    usage = [mean_use(part) for part in positive.split(list(groups), dim=-1)]
+    local_mean = torch.cat(usage)
+    mean = mean_over_ranks(local_mean) if agree else local_mean
+    return token_entropy + (mean * mean.clamp_min(1e-12).log()).sum()
 
 
 def mean_use(positive: Tensor) -> Tensor:
-    """Mean probability [2^g] of every code, from the probability [M, g] that each bit is set."""
+    """Mean probability [2^g] of every code, from the probabilities [M, g] that each bit is set."""
     half = positive.shape[1] // 2
     left, right = _products(positive[:, :half]), _products(positive[:, half:])
     return (left.T @ right).flatten() / len(positive)
@@ -111,8 +111,8 @@ def mean_use(positive: Tensor) -> Tensor:
 
 def _products(positive: Tensor) -> Tensor:
     """Probability [M, 2^g] of every code of g bits."""
-    made = positive.new_ones(len(positive), 1)
+    products = positive.new_ones(len(positive), 1)
     for bit in positive.unbind(1):
         bit = bit.unsqueeze(1)
-        made = torch.cat([made * (1 - bit), made * bit], dim=1)
-    return made
+        products = torch.cat([products * (1 - bit), products * bit], dim=1)
+    return products

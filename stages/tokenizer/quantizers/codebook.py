@@ -1,4 +1,4 @@
-"""What the quantisers with a codebook share: the search, the losses, and a codebook whose codes do not stay dead."""
+"""Shared by quantizers with a codebook: nearest-code search, losses, and a codebook that revives dead codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.tokenizer.quantizers.ranks import of_first_rank, sum_over_ranks
 
 
 def check_codebook(config: CodebookConfig) -> None:
-    """Raise ValueError for a config without codes, or an unknown gradient."""
+    """Raise ValueError for fewer than two codes or an unknown gradient."""
     if config.codes < 2:
         raise InputError(f"tokenizer.quantizer.codes={config.codes}; allowed: 2 or more")
     if config.gradient not in GRADIENTS:
@@ -24,19 +24,18 @@ def check_codebook(config: CodebookConfig) -> None:
 
 
 def nearness(encodings: Tensor, codes: Tensor) -> Tensor:
-    """[..., K], the larger the nearer a code of [K, D]: half the squared length of an encoding less half its distance's
-    square."""
+    """Score [..., K] of each code [K, D], larger for nearer codes: (|encoding|² - distance²) / 2."""
     return encodings @ codes.T - codes.square().sum(-1) / 2
 
 
 def lead(nearness: Tensor) -> Tensor:
-    """The best of the last dimension above the second best."""
+    """Difference between the largest and the second largest value of the last dimension."""
     best = nearness.topk(2, dim=-1).values
     return best[..., 0] - best[..., 1]
 
 
 def pulls(encodings: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-    """The encoder's pull to its codes and the codes' to their encodings: mean squares, each moves one side only."""
+    """Mean squared errors between encodings and codes: ``commitment`` trains the encoder, ``codebook`` the codes."""
     return {
         "commitment": functional.mse_loss(encodings, chosen.detach()),
         "codebook": functional.mse_loss(chosen, encodings.detach()),
@@ -44,9 +43,9 @@ def pulls(encodings: Tensor, chosen: Tensor) -> dict[str, Tensor]:
 
 
 class NearestCode(Quantizer):
-    """Vector quantisation by the nearest of ``rows``; encodings are projected to their width and back.
+    """Vector quantization by the nearest of ``rows``. Features are projected to the width of the codes and back.
 
-    Raises ValueError for fewer than two codes.
+    Raises ValueError for fewer than two codes or an unknown gradient.
     """
 
     def __init__(self, config: CodebookConfig, width_in: int, width_out: int) -> None:
@@ -69,7 +68,7 @@ class NearestCode(Quantizer):
         return nearness(encodings, self.rows).argmax(-1, keepdim=True)
 
     def assign(self, encodings: Tensor) -> Tensor:
-        """``choose``, in ``forward``."""
+        """``choose`` for the forward pass; learned codebooks also start, revive and count codes here."""
         return self.choose(encodings)
 
     def forward(self, features: Tensor) -> Quantized:
@@ -82,7 +81,7 @@ class NearestCode(Quantizer):
             return Quantized(self.project_out(passed), ids, pulls(encodings, chosen))
 
     def distances(self, encodings: Tensor) -> Tensor:
-        """Half the difference of the squared distances to the second best code and the best."""
+        """Half the difference between the squared distances to the second nearest and to the nearest code."""
         return lead(nearness(encodings, self.rows))
 
     def codes(self, ids: Tensor) -> Tensor:
@@ -95,10 +94,11 @@ class NearestCode(Quantizer):
 
 
 class Codebook(nn.Module):
-    """Rows [K, D] trained by gradient, of unit length or of any.
+    """Codebook [K, D] trained by gradient; ``unit`` normalizes the rows.
 
-    They start as encodings of the first batch. A row whose averaged use is near zero becomes an encoding of the current
-    batch. Use is summed over ranks and new rows come from rank 0, so codebooks stay bit-equal.
+    Rows are initialized with encodings of the first batch. A row whose average usage is near zero is replaced by an
+    encoding of the current batch. Usage is summed over ranks and new rows come from rank 0, so codebooks stay bitwise
+    equal.
     """
 
     usage: Tensor
@@ -117,17 +117,17 @@ class Codebook(nn.Module):
 
     @property
     def rows(self) -> Tensor:
-        """[K, D]"""
+        """The codes [K, D]."""
         return functional.normalize(self.weight, dim=-1) if self.unit else self.weight
 
     @property
     def learns(self) -> bool:
-        """False where the rows are to stay as they are."""
+        """True in training mode, unless the rows are frozen."""
         return self.training and self.weight.requires_grad
 
     @torch.no_grad()
     def start_or_revive(self, encodings: Tensor) -> None:
-        """Replace all rows at the first pass, dead rows later; the rows come from rank 0's encodings [..., D]."""
+        """Replace all rows in the first pass, dead rows later, with encodings [..., D] of rank 0."""
         if not self.learns:
             return
         if not self.started:
@@ -141,7 +141,7 @@ class Codebook(nn.Module):
         if count == 0:
             return
         encodings = encodings.detach().flatten(0, -2)
-        # a fresh row needs a little noise: two rows from one encoding would never part
+        # add noise to new rows: two rows from one encoding would otherwise stay equal forever
         rows = encodings[torch.randint(len(encodings), (count,), device=encodings.device)]
         noise = 0.01 * torch.randn_like(rows)
         if self.unit:
@@ -155,13 +155,13 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def count(self, ids: Tensor) -> None:
-        """Take the use of ids [...] into account."""
+        """Update the average usage with ids [...]."""
         if self.learns:
             counts = sum_over_ranks(torch.bincount(ids.flatten(), minlength=self.config.codes).float())
             self.usage.lerp_(counts / counts.sum(), 0.01)
 
     @torch.no_grad()
     def copy_revived(self, average: Codebook) -> None:
-        """Copy rows that were revived since the last call into ``average``, the averaged copy of this codebook."""
+        """Copy rows that were revived since the last call into ``average``, the moving average of this codebook."""
         average.weight.data[self.revived] = self.weight.data[self.revived]
         self.revived.zero_()

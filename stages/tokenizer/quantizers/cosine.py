@@ -1,4 +1,4 @@
-"""ViT-VQGAN's codebook: codes and encodings of unit length."""
+"""The quantizer of ViT-VQGAN: codes and encodings of unit length."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stages.tokenizer.quantizers.quantizer import Quantizer
 
 
 class CosineVQ(NearestCode):
-    """Vector quantisation by cosine similarity, arXiv 2110.04627 section 3.2, its codebook trained by gradient.
+    """Vector quantization by cosine similarity, arXiv 2110.04627 section 3.2, with a codebook trained by gradient.
 
-    On the sphere the nearest code is the most similar one, and ``distances`` are differences of similarity. Raises
-    ValueError for fewer than two codes.
+    On the unit sphere the nearest code is the most similar one, and ``distances`` are differences of similarity. Raises
+    ValueError for fewer than two codes or an unknown gradient.
     """
 
     def __init__(self, config: CosineVQConfig, width_in: int, width_out: int) -> None:

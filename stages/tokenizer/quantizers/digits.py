@@ -1,4 +1,4 @@
-"""Ids of several digits, cut into fields that a prior can predict one after the other."""
+"""Ids of several digits, grouped into fields that a prior predicts one after the other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from stages.tokenizer.quantizers.quantizer import named_fields
 
 
 def cut(sizes: Sequence[int], most: int) -> list[int]:
-    """Lengths of the fewest runs of ``sizes`` with products of at most ``most``.
+    """Split ``sizes`` into the fewest runs with products of at most ``most``, and return the lengths of the runs.
 
-    Of these the one whose largest product is smallest: 18 twos and 2^10 give 9 and 9, not 10 and 8. Raises ValueError
-    for a size above ``most``.
+    Among these splits it chooses the one with the smallest largest product: 18 twos with 2^10 give 9 and 9, not 10 and
+    8. Raises ValueError for a size above ``most``.
     """
     if max(sizes) > most:
-        raise InputError(f"{max(sizes)} values of one number; allowed: {most}")
+        raise InputError(f"{max(sizes)} values of one number; allowed: at most {most}")
 
     def greedy(limit: int) -> list[int]:
         lengths, product = [0], 1
@@ -39,7 +39,7 @@ def cut(sizes: Sequence[int], most: int) -> list[int]:
 
 
 class Digits(nn.Module):
-    """Digits int64 [..., D], each 0 to its size - 1 ↔ ids int64 [..., F]; the first digit of a field counts ones."""
+    """Digits int64 [..., D], each from 0 to its size - 1 ↔ ids int64 [..., F], least significant digit first."""
 
     sizes: Tensor
     strides: Tensor
@@ -61,10 +61,10 @@ class Digits(nn.Module):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def pack(self, digits: Tensor) -> Tensor:
-        """The ids of digits."""
+        """Convert digits to ids."""
         parts = (digits * self.strides).split(self.lengths, dim=-1)
         return torch.stack([part.sum(-1) for part in parts], dim=-1)
 
     def unpack(self, ids: Tensor) -> Tensor:
-        """The digits of ids."""
+        """Convert ids to digits."""
         return (ids[..., self.field_of] // self.strides) % self.sizes

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation: each of a few bounded numbers is rounded."""
+"""Finite scalar quantization: rounds each of a few bounded numbers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from stages.tokenizer.quantizers.digits import Digits
 from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_precision
 
 LARGEST_FIELD = 1 << 16
-"""Codes of one field; more are several fields, so that ids stay uint16 on disk and softmaxes small."""
+"""Maximum codes of a field. More codes are split into several fields, so ids are uint16 on disk and softmaxes small."""
 
 
 class FSQ(Quantizer):
-    """Finite scalar quantisation, arXiv 2309.15505 section 3.1. Raises ValueError for fewer than two levels."""
+    """Finite scalar quantization, arXiv 2309.15505 section 3.1.
+
+    Raises ValueError for empty ``levels``, or a number of values below 2 or above ``LARGEST_FIELD``.
+    """
 
     levels: Tensor
 
@@ -23,8 +26,7 @@ class FSQ(Quantizer):
         super().__init__()
         if not config.levels or not 2 <= min(config.levels) <= max(config.levels) <= LARGEST_FIELD:
             raise InputError(
-                f"tokenizer.quantizer.levels={config.levels}; allowed: two or more values a number, {LARGEST_FIELD} at "
-                "most"
+                f"tokenizer.quantizer.levels={config.levels}; allowed: a list of numbers from 2 to {LARGEST_FIELD}"
             )
         self.digits = Digits(config.levels, LARGEST_FIELD)
         self.fields = self.digits.fields
@@ -35,13 +37,13 @@ class FSQ(Quantizer):
     def encodings(self, features: Tensor) -> Tensor:
         values = self.project_in(features)
         half = (self.levels - 1) * (1 + 1e-3) / 2
-        # an even number of values has no middle: shift so that rounding gives exactly that many
+        # an even number of values is not symmetric: shift so that rounding gives exactly that many
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(values + torch.atanh(offset / half)) * half - offset
 
     def within(self, numbers: Tensor) -> Tensor:
-        """Numbers held to the outermost values, -(L // 2) and (L - 1) // 2 of L: the bound of 1,001 or more lies past a
-        rounding border."""
+        """Clamp numbers to the L values from -(L // 2) to (L - 1) // 2. For L of 1,001 or more, ``encodings`` can round
+        to values outside."""
         return numbers.clamp(-(self.levels // 2), (self.levels - 1) // 2)
 
     def choose(self, encodings: Tensor) -> Tensor:
@@ -54,9 +56,9 @@ class FSQ(Quantizer):
             return Quantized(self.project_out(passed / (self.levels // 2)), self.choose(bounded.detach()), {})
 
     def distances(self, encodings: Tensor) -> Tensor:
-        """To the nearest rounding border, of the number nearest to one; at most 0.5, also past the outermost values."""
-        held = self.within(encodings)
-        return (0.5 - (held - held.round()).abs()).amin(-1)
+        """Smallest distance of a number to a rounding boundary: at most 0.5, also outside of the outermost values."""
+        clamped = self.within(encodings)
+        return (0.5 - (clamped - clamped.round()).abs()).amin(-1)
 
     def codes(self, ids: Tensor) -> Tensor:
         self.check_ids(ids)

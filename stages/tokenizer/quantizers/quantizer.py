@@ -1,4 +1,4 @@
-"""The interface of all quantisers."""
+"""The interface of all quantizers."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from data.layout import Field
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 are computed in float32 here, whatever autocast says and whether or not GPUs may use TF32.
+    """Context that computes products of float32 in float32, without autocast and without TF32.
 
-    TF32 is a setting of the process, so a compiled or exported program keeps what it is run under, and a backward pass
-    outside of this context too.
+    TF32 is a setting of the process. So compiled or exported programs, and backward passes outside of this context, use
+    the setting that is active when they run.
     """
-    allowed = "highest"
+    precision = "highest"
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        allowed = torch.get_float32_matmul_precision()
+        precision = torch.get_float32_matmul_precision()
     with torch.autocast(device.type, enabled=False):
-        if allowed == "highest":
+        if precision == "highest":
             yield
             return
         torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(allowed)
+            torch.set_float32_matmul_precision(precision)
 
 
 @dataclass
 class Quantized:
-    """Result of a quantiser."""
+    """Result of a quantizer."""
 
     features: Tensor
-    """[B, N, decoder width]; the gradient passes to the encoder as the quantiser says"""
+    """[B, N, decoder width]; gradients reach the encoder through the gradient estimator of the quantizer"""
     ids: Tensor
     """int64 [B, N, F]"""
     losses: dict[str, Tensor]
-    """Scalars: commitment, codebook and entropy, as far as the quantiser has them."""
+    """Scalars: commitment, codebook and entropy, if the quantizer has them."""
 
 
 class Quantizer(nn.Module, ABC):
     """Features [B, N, width_in] → ids [B, N, F] and features [B, N, width_out].
 
-    ``encodings`` are float32 [B, N, D] in every quantiser: what is left of the features for the codes to stand for.
+    ``encodings`` are the projected features that are quantized: float32 [B, N, D].
     """
 
     fields: tuple[Field, ...]
@@ -59,15 +59,15 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Tensor) -> Quantized:
-        """Quantise; in training mode this may also start and revive codes, on all ranks together."""
+        """Quantize features. In training mode this may also initialize and revive codes, on all ranks together."""
 
     @abstractmethod
     def encodings(self, features: Tensor) -> Tensor:
-        """What is quantised, of float32 features."""
+        """Encodings float32 [B, N, D] of float32 features."""
 
     @abstractmethod
     def choose(self, encodings: Tensor) -> Tensor:
-        """Ids int64 [B, N, F] of encodings."""
+        """Ids int64 [B, N, F] for encodings."""
 
     @abstractmethod
     def distances(self, encodings: Tensor) -> Tensor:
@@ -75,15 +75,16 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def codes(self, ids: Tensor) -> Tensor:
-        """The codes float32 [B, N, D] that ids [B, N, F] stand for. Raises ValueError for ids out of range."""
+        """Codes float32 [B, N, D] of ids [B, N, F]. Raises ValueError for ids out of range."""
 
     def ids(self, features: Tensor) -> Tensor:
-        """The ids int64 [B, N, F] of features, and nothing else of ``forward``."""
+        """Only the ids int64 [B, N, F] of features, without the other results of ``forward``."""
         with full_precision(features.device):
             return self.choose(self.encodings(features.float()))
 
     def margins(self, features: Tensor) -> Tensor:
-        """How far each choice is from another one: float32 [B, N], 0 for a tie; the unit is the quantiser's own."""
+        """Distance of each choice from a different choice: float32 [B, N], 0 for a tie. The unit depends on the
+        quantizer."""
         with full_precision(features.device):
             return self.distances(self.encodings(features.float()))
 
@@ -93,25 +94,27 @@ class Quantizer(nn.Module, ABC):
             return self.project_out(self.codes(ids))
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError when an id lies outside its vocabulary; an exported program raises RuntimeError."""
+        """Raise ValueError for an id outside its vocabulary; exported programs raise RuntimeError."""
         for index, part in enumerate(self.fields):
             if torch.compiler.is_exporting():
-                inside = (ids[..., index] >= 0) & (ids[..., index] < part.vocabulary_size)
-                torch._assert_async(inside.all(), f"an id of field {part.name} is not 0 to {part.vocabulary_size - 1}")
+                in_range = (ids[..., index] >= 0) & (ids[..., index] < part.vocabulary_size)
+                torch._assert_async(
+                    in_range.all(), f"an id of field {part.name} is not 0 to {part.vocabulary_size - 1}"
+                )
                 continue
             if not ids.numel():
                 return
             low, high = int(ids[..., index].min()), int(ids[..., index].max())
             if low < 0 or high >= part.vocabulary_size:
-                seen = low if low < 0 else high
-                raise InputError(f"id {seen} of field {part.name}; allowed: 0 to {part.vocabulary_size - 1}")
+                invalid = low if low < 0 else high
+                raise InputError(f"id {invalid} of field {part.name}; allowed: 0 to {part.vocabulary_size - 1}")
 
     def copy_revived(self, average: Quantizer) -> None:
-        """Copy rows that were revived since the last call into ``average``, the averaged copy of this module."""
+        """Copy rows that were revived since the last call into ``average``, the moving average of this module."""
 
 
 def named_fields(sizes: list[int]) -> tuple[Field, ...]:
-    """``code`` of the vocabulary ``sizes[0]``, or code1, code2, … of several."""
+    """One field ``code`` for a single vocabulary size, or code1, code2, … for several."""
     if len(sizes) == 1:
         return (Field("code", sizes[0]),)
     return tuple(Field(f"code{number}", size) for number, size in enumerate(sizes, 1))

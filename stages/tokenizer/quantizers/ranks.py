@@ -1,4 +1,4 @@
-"""What the processes of a training agree on, so that their codes are those of one process with the joint batch."""
+"""Collective operations of quantizers, so that several ranks use the same codes as one process with the joint batch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import distributed as dist
 
 
 def several_ranks() -> bool:
-    """Whether other processes train the same weights."""
+    """True if several processes train the same weights."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of all ranks' ``values``, without a gradient."""
+    """Sum of ``values`` over all ranks, without gradient."""
     total = values.detach().clone()
     if several_ranks():
         dist.all_reduce(total)
@@ -20,10 +20,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of all ranks' ``values``, each of which passes the whole gradient to its own.
+    """Mean of ``values`` over all ranks. On each rank the full gradient flows to its own ``values``.
 
-    DDP averages gradients over ranks, which then is the gradient of a function of the mean: no second communication
-    in the backward pass.
+    DDP then averages gradients over ranks, which gives the correct gradient of a function of the mean without
+    communication in the backward pass.
     """
     if not several_ranks():
         return values
@@ -32,7 +32,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def of_first_rank(values: Tensor) -> Tensor:
-    """Rank 0's ``values``, on all ranks."""
+    """Broadcast the ``values`` of rank 0 to all ranks."""
     if several_ranks():
         dist.broadcast(values, src=0)
     return values

@@ -1,4 +1,4 @@
-"""Residual vector quantisation: each codebook codes what the ones before it left."""
+"""Residual vector quantization: each codebook encodes the residual of the previous ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from stages.tokenizer.quantizers.quantizer import Quantized, Quantizer, full_pre
 
 
 class ResidualVQ(Quantizer):
-    """Residual vector quantisation by Euclidean distance (SoundStream, arXiv 2107.03312).
+    """Residual vector quantization by Euclidean distance (SoundStream, arXiv 2107.03312).
 
-    Every stage has a codebook of its own, as there: what is left becomes smaller from stage to stage, so the codes of
-    one say little of the next (RQ-VAE, arXiv 2203.01941, shares one). The losses are means over stages; the gradient
-    passes once, from the sum of all codes to the encoding. A decoder that takes fewer fields is not part of the layout,
-    so no stages are dropped in training. Raises ValueError for fewer than two codes or one stage.
+    As in SoundStream, every stage has its own codebook: residuals become smaller from stage to stage, so codes of one
+    stage do not suit the next (RQ-VAE, arXiv 2203.01941, shares one codebook). The losses are means over stages. The
+    gradient passes once, from the sum of all codes to the encoding. The layout does not support decoding with fewer
+    fields, so training drops no stages. Raises ValueError for fewer than two codes or one stage, and for an unknown
+    gradient.
     """
 
     def __init__(self, config: ResidualVQConfig, width_in: int, width_out: int) -> None:
@@ -40,42 +41,43 @@ class ResidualVQ(Quantizer):
         return list(self.codebooks)  # type: ignore[arg-type]
 
     def choose(self, encodings: Tensor) -> Tensor:
-        left, ids = encodings, []
+        residual, ids = encodings, []
         for codebook in self._stages():
-            ids.append(nearness(left, codebook.rows).argmax(-1))
-            left = left - functional.embedding(ids[-1], codebook.rows)
+            ids.append(nearness(residual, codebook.rows).argmax(-1))
+            residual = residual - functional.embedding(ids[-1], codebook.rows)
         return torch.stack(ids, dim=-1)
 
     def forward(self, features: Tensor) -> Quantized:
         with full_precision(features.device):
             encodings = self.encodings(features.float())
-            left, ids, losses = encodings, [], []
+            residual, ids, losses = encodings, [], []
             for codebook in self._stages():
-                codebook.start_or_revive(left)
-                ids.append(nearness(left.detach(), codebook.rows.detach()).argmax(-1))
+                codebook.start_or_revive(residual)
+                ids.append(nearness(residual.detach(), codebook.rows.detach()).argmax(-1))
                 codebook.count(ids[-1])
                 chosen = functional.embedding(ids[-1], codebook.rows)
-                losses.append(pulls(left, chosen))
-                left = left - chosen.detach()
-            passed = GRADIENTS[self.config.gradient](encodings, (encodings - left).detach())
-            means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+                losses.append(pulls(residual, chosen))
+                residual = residual - chosen.detach()
+            passed = GRADIENTS[self.config.gradient](encodings, (encodings - residual).detach())
+            means = {name: torch.stack([stage_losses[name] for stage_losses in losses]).mean() for name in losses[0]}
             return Quantized(self.project_out(passed), torch.stack(ids, dim=-1), means)
 
     def distances(self, encodings: Tensor) -> Tensor:
-        """Half the difference of the squared distances to the second best code and the best, of the closest stage."""
-        left, found = encodings, []
+        """Half the difference between the squared distances to the second nearest and to the nearest code, at the stage
+        where it is smallest."""
+        residual, margins = encodings, []
         for codebook in self._stages():
-            near = nearness(left, codebook.rows)
-            found.append(lead(near))
-            left = left - functional.embedding(near.argmax(-1), codebook.rows)
-        return torch.stack(found).amin(0)
+            scores = nearness(residual, codebook.rows)
+            margins.append(lead(scores))
+            residual = residual - functional.embedding(scores.argmax(-1), codebook.rows)
+        return torch.stack(margins).amin(0)
 
     def codes(self, ids: Tensor) -> Tensor:
         self.check_ids(ids)
-        parts = [functional.embedding(ids[..., index], each.rows) for index, each in enumerate(self._stages())]
+        parts = [functional.embedding(ids[..., index], codebook.rows) for index, codebook in enumerate(self._stages())]
         return torch.stack(parts).sum(0)
 
     def copy_revived(self, average: Quantizer) -> None:
         assert isinstance(average, ResidualVQ)
-        for mine, averaged in zip(self._stages(), average._stages(), strict=True):
-            mine.copy_revived(averaged)
+        for own, averaged in zip(self._stages(), average._stages(), strict=True):
+            own.copy_revived(averaged)

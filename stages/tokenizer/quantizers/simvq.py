@@ -1,4 +1,4 @@
-"""SimVQ: a frozen random codebook that one learned linear map moves as a whole, so that no code stays behind."""
+"""SimVQ: a frozen random codebook with a learned linear map, which moves all codes together, so that none dies."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stages.tokenizer.quantizers.codebook import NearestCode
 
 
 class SimVQ(NearestCode):
-    """Vector quantisation by Euclidean distance to the rows of C W + b, arXiv 2411.02038: C is normal and stays
-    as it was drawn, W and b are learned from the identity and zero.
+    """Vector quantization by Euclidean distance to the rows of C W + b, arXiv 2411.02038.
 
-    Raises ValueError for fewer than two codes.
+    C is drawn from a normal distribution and frozen. W and b are learned, starting from the identity and zero. Raises
+    ValueError for fewer than two codes or an unknown gradient.
     """
 
     frozen: Tensor
@@ -23,7 +23,9 @@ class SimVQ(NearestCode):
         super().__init__(config, width_in, width_out)
         self.register_buffer("frozen", torch.randn(config.codes, config.code_dim) * config.code_dim**-0.5)
         self.map = nn.Linear(config.code_dim, config.code_dim)
-        nn.init.eye_(self.map.weight)  # codes begin as C, as long as encodings; torch's own W would halve them
+        nn.init.eye_(
+            self.map.weight
+        )  # codes start as C, with the length of encodings; PyTorch's default would halve them
         nn.init.zeros_(self.map.bias)
 
     @property
