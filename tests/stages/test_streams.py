@@ -253,11 +253,11 @@ def test_measures_add_up(codec):
 
 def test_what_a_stream_needs_is_asked_for(codec):
     model = prior(codec)
-    with pytest.raises(ValueError, match="a prefix that brings it"):
+    with pytest.raises(ValueError, match="a prefix that carries its header"):
         sample(model, PROMPTS, SamplingConfig(), range(5))
     with pytest.raises(ValueError, match="sampling.top_k has 4 values; allowed: 1 for streams"):
         draw(model, codec, SamplingConfig(top_k=[2] * 4))
-    with pytest.raises(ValueError, match="guidance_schedule=linear: nobody knows"):
+    with pytest.raises(ValueError, match="guidance_schedule=linear: the length of a stream is not known"):
         draw(model, codec, SamplingConfig(guidance=2.0, guidance_schedule="linear"))
     with pytest.raises(ValueError, match="begins with its header"):
         model.begin(PROMPTS, None, 10)
