@@ -178,7 +178,7 @@ def test_averages_of_streams_grow_with_the_cache():
     [
         ({"averaging": "ema"}, "averaging='ema'; allowed: none, replace, mix, learned"),
         ({"averaging": "mix", "averaging_borders": "row"}, "averaging_borders='row'; allowed: sample, scale, grid"),
-        ({"averaging": "learned", "averaging_borders": "grid"}, "set averaging_borders=scale or sample"),
+        ({"averaging": "learned", "averaging_borders": "grid"}, "set prior.averaging_borders=scale or sample"),
         ({"averaging": "mix", "averaging_longest": 99}, "averaging_longest=99; allowed: 2 to 23"),
         ({"averaging": "mix", "averaging_longest": 1}, "averaging_longest=1; allowed: 2 to"),
     ],

@@ -74,7 +74,7 @@ def test_a_copy_has_distance_zero_even_in_bytes_far_from_the_origin() -> None:
     pixels = torch.randint(200, 256, (60, 3, 8, 8), generator=generator(), dtype=torch.uint8)
     found = nearest(pixels[[5, 9]], pixels)
     assert found.indices[:, 0].tolist() == [5, 9] and found.distances.max() == 0
-    with pytest.raises(ValueError, match="neighbours"):
+    with pytest.raises(ValueError, match="neighbors"):
         nearest(pixels, pixels[:2], 3)
 
 
