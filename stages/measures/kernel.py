@@ -36,7 +36,7 @@ def kernel_distance(real: Tensor, judged: Tensor, seed: int) -> KernelDistance:
 
     fewest = min(len(real), len(judged))
     if fewest < 4:
-        raise ValueError(f"one side has {fewest} features; allowed for a kernel distance: 4 or more per side")
+        raise ValueError(f"one side has {fewest} features; a kernel distance needs at least 4 features per side")
     size = min(LARGEST_SUBSET, fewest // 2)
     generator = torch.Generator().manual_seed(seed)
     values = []

@@ -144,7 +144,7 @@ def time_interleaved(tasks: Sequence[Callable[[], object]], repeats: int) -> lis
     Raises ValueError for fewer than one repeat.
     """
     if repeats < 1:
-        raise ValueError(f"repeats={repeats}; allowed: 1 or more")
+        raise ValueError(f"{repeats} repeats; allowed: 1 or more")
     for task in tasks:
         task()
     seconds: list[list[float]] = [[] for _ in tasks]

@@ -82,7 +82,7 @@ class Lite0Perceptual(Guest):
         """Feature maps of at least 2x2, normalized to unit length over channels. Raises ValueError under 4 px."""
         features = [maps for maps in self.guest(pixels.float()) if min(maps.shape[-2:]) >= 2]
         if not features:
-            raise ValueError(f"images have {tuple(pixels.shape[-2:])} px; allowed for a perceptual distance: 4 or more")
+            raise ValueError(f"images of {tuple(pixels.shape[-2:])} px; a perceptual distance needs at least 4 px")
         return [F.normalize(maps, dim=1, eps=1e-6) for maps in features]
 
 
