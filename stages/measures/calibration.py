@@ -1,4 +1,4 @@
-"""Does a prior know what it knows? Its probability of the most likely id, beside how often that id comes."""
+"""Calibration of a prior: its probability of the most likely id, compared with how often that id is correct."""
 
 from __future__ import annotations
 
@@ -12,58 +12,63 @@ NUM_BINS = 15
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predictions in bins, from the least confident to the most; each list has one entry a bin."""
+    """Predictions in bins, from the least to the most confident; each list has one entry per bin."""
 
     count: list[int]
     confidence: list[float]
-    """Mean probability given to the most likely id."""
+    """Mean probability of the most likely id."""
     accuracy: list[float]
-    """Share of them that came."""
+    """Share of predictions in which the most likely id is correct."""
 
     @property
     def expected_error(self) -> float:
-        """Mean over all predictions of |accuracy - confidence| of their bin: 0 at best."""
+        """Mean over all predictions of |accuracy - confidence| of their bin; 0 is best."""
         total = sum(self.count)
         gaps = (abs(a - c) for a, c in zip(self.accuracy, self.confidence, strict=True))
         return sum(n * gap for n, gap in zip(self.count, gaps, strict=True)) / total
 
 
 def calibrate(confidence: Tensor, hit: Tensor) -> Calibration:
-    """Calibration of probabilities [N] of the most likely id, and whether (bool [N]) it was the one that came.
+    """Calibration from the probabilities [N] of the most likely id, and whether it is correct, ``hit`` bool [N].
 
     Expected calibration error (Guo et al. 2017, eq. 3) with 15 bins of equal count (Nguyen and O'Connor 2015), not of
-    equal width: with thousands of ids nearly all probabilities are small and would share one bin. Few predictions raise
-    it, for chance moves the accuracy of a bin. Raises ValueError for no predictions.
+    equal width: with thousands of ids nearly all probabilities are small and would fall into one bin. With few
+    predictions the error is too high, as chance moves the accuracy of each bin. Raises ValueError for no predictions.
     """
     if not len(confidence):
-        raise ValueError("a calibration needs predictions")
-    ordered, places = confidence.double().sort()
-    came = hit[places].double()
-    split = (each.tensor_split(min(NUM_BINS, len(came))) for each in (ordered, came))
+        raise ValueError("got 0 predictions; a calibration needs predictions, at least one")
+    sorted_confidence, order = confidence.double().sort()
+    sorted_hits = hit[order].double()
+    split = (values.tensor_split(min(NUM_BINS, len(sorted_hits))) for values in (sorted_confidence, sorted_hits))
     bins = list(zip(*split, strict=True))
     return Calibration(
-        count=[len(sure) for sure, _ in bins],
-        confidence=[float(sure.mean()) for sure, _ in bins],
-        accuracy=[float(right.mean()) for _, right in bins],
+        count=[len(confidences) for confidences, _ in bins],
+        confidence=[float(confidences.mean()) for confidences, _ in bins],
+        accuracy=[float(hits.mean()) for _, hits in bins],
     )
 
 
 def summary(confidence: Tensor, hit: Tensor) -> dict[str, Any]:
-    """Expected calibration error, mean confidence and accuracy of predictions of any shape, and their bins."""
-    found = calibrate(confidence.flatten(), hit.flatten())
+    """Expected calibration error, mean confidence, accuracy and bins of predictions of any shape."""
+    calibration = calibrate(confidence.flatten(), hit.flatten())
     return {
-        "expected_calibration_error": found.expected_error,
+        "expected_calibration_error": calibration.expected_error,
         "confidence": float(confidence.double().mean()),
         "accuracy": float(hit.double().mean()),
-        "bins": {"count": found.count, "confidence": found.confidence, "accuracy": found.accuracy},
+        "bins": {
+            "count": calibration.count,
+            "confidence": calibration.confidence,
+            "accuracy": calibration.accuracy,
+        },
     }
 
 
 def measure_calibration(confidence: Tensor, hit: Tensor, ends: dict[str, int]) -> dict[str, Any]:
-    """Calibration of a prior on tokens of fixed length, over all, by scale and by position.
+    """Calibration of a prior on tokens of fixed length: overall, per scale and per position.
 
-    ``confidence`` and ``hit`` are [N, L, F] over N images; ``ends`` says by name where each scale ends. By position
-    stand confidence and accuracy alone: with one token an image an expected error would be mostly chance.
+    ``confidence`` and ``hit`` are [N, L, F] for N images; ``ends`` maps scale names to the ends of the scales.
+    Per position there are only confidence and accuracy: with one token per image, an expected error would be mostly
+    chance.
     """
     starts = [0, *ends.values()]
     return {

@@ -1,12 +1,13 @@
-"""Is this a good order? How far a token follows from those before it: linearly from their codes, and for the prior.
+"""How well a linear regression on the codes of the preceding tokens predicts each token: a test of the token order.
 
-SpectralAR (arXiv 2506.10962) argues by the R² of such a regression that its tokens suit an autoregressive prior.
-What is notable here:
+SpectralAR (arXiv 2506.10962) uses the R² of such a regression to argue that its tokens suit an autoregressive prior.
+Design notes:
 
-- R² is measured on images that neither the regression nor the choice of its ridge has seen;
-- the control predicts from the tokens of another image: what it reaches above 0 is chance, not order;
-- the same tokens are measured from the last to the first too: how much of it is order, and how much any correlation;
-- one factorisation serves all positions, for the first tokens' normal equations are the first rows of all tokens'.
+- R² is measured on images that are used neither for the regression nor for the choice of its ridge;
+- a control predicts from the tokens of another image; any control R² above 0 is due to chance, not to order;
+- the reversed order is measured too, which separates the effect of the order from correlation in general;
+- one factorization serves all positions, as the normal equations of the first tokens are a leading block of the full
+  ones.
 """
 
 from __future__ import annotations
@@ -19,31 +20,32 @@ from torch import Tensor
 from data.layout import Tokens
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Penalties to choose from, for inputs of variance 1."""
+"""Ridge penalties to choose from, for inputs of variance 1."""
 FEWEST_IMAGES = 64
-"""Below this many images nothing is measured."""
+"""Minimum number of images; with fewer, nothing is measured."""
 MOST_INPUTS = 2048
-"""Above this many numbers in all codes of an image nothing is measured: the time grows with their cube."""
+"""Maximum number of values in the codes of an image; with more, nothing is measured, as time grows with their cube."""
 
 
 @runtime_checkable
 class HasCodes(Protocol):
-    """A tokenizer whose ids stand for vectors."""
+    """A tokenizer whose ids represent vectors."""
 
     def codes(self, tokens: Tokens) -> Tensor:
-        """float32 [B, L, D]: the code of each token, as the quantiser has it."""
+        """Code of each token as in the quantizer, float32 [B, L, D]."""
 
 
 @torch.inference_mode()
 def measure_causality(
     tokenizer: Any, tokens: Tokens, others: dict[str, list[int]] | None = None, seed: int = 0
 ) -> dict[str, Any] | None:
-    """R² of every token's code given the tokens before it, forwards and backwards, with the shuffled control.
+    """R² of each token's code given the tokens before it, in natural and reversed order, with a shuffled control.
 
-    ``others`` are more orders by name, each a permutation of the elements.
+    ``others`` maps names to further orders, each a permutation of the elements.
 
-    Too few images for the many inputs of long codes lower it; ``too_few_images`` says where they are less than four an
-    input. None where ids stand for no vectors, for fewer than ``FEWEST_IMAGES`` images, and above ``MOST_INPUTS``.
+    R² is too low if there are few images for the number of regression inputs; ``too_few_images`` is True for fewer than
+    four images per input. Returns None if ids do not represent vectors, for fewer than ``FEWEST_IMAGES`` images, and
+    for more than ``MOST_INPUTS`` inputs.
     """
     if not isinstance(tokenizer, HasCodes) or len(tokens) < FEWEST_IMAGES:
         return None
@@ -62,55 +64,59 @@ def measure_causality(
     }
     orders = {"natural": codes, "reversed": codes.flip(1)}
     for name, ordered in (orders | {name: codes[:, order] for name, order in (others or {}).items()}).items():
-        found, control = predictability(ordered, ordered), predictability(ordered[shuffled], ordered)
+        r2, control = predictability(ordered, ordered), predictability(ordered[shuffled], ordered)
         entry[name] = {
-            "mean_r2": sum(found) / max(1, len(found)),
+            "mean_r2": sum(r2) / max(1, len(r2)),
             "mean_r2_shuffled": sum(control) / max(1, len(control)),
-            "r2": found,
+            "r2": r2,
             "r2_shuffled": control,
         }
     return entry
 
 
 def predictability(earlier: Tensor, codes: Tensor) -> list[float]:
-    """Held-out R² of ``codes`` [n, L, D] at positions 1 … L - 1, by ridge regression on all ``earlier`` [n, L, D] ones.
+    """Held-out R² of ``codes`` [n, L, D] at positions 1 … L - 1, by ridge regression on ``earlier`` [n, L, D].
 
-    Half of the images fit, a quarter chooses the ridge of each position, the rest is measured. 0 is as good as the mean
-    code; a token that never changes has 0.
+    Each position is predicted from all positions of ``earlier`` before it. Half of the images fit the regression, a
+    quarter selects the ridge of each position, the rest is measured. 0 is as good as predicting the mean code; a
+    constant token has 0.
     """
     count, length, width = codes.shape
     parts = split_of(count)
-    given = [part.flatten(1) for part in _standardised(earlier, parts[0]).split(parts)]
-    wanted = [part.flatten(1) for part in _centred(codes, parts[0]).split(parts)]
-    gram = given[0].T @ given[0] / parts[0]
-    moments = given[0].T @ wanted[0] / parts[0]
+    inputs = [part.flatten(1) for part in _standardised(earlier, parts[0]).split(parts)]
+    targets = [part.flatten(1) for part in _centred(codes, parts[0]).split(parts)]
+    gram = inputs[0].T @ inputs[0] / parts[0]
+    moments = inputs[0].T @ targets[0] / parts[0]
     factors = [torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype)) for ridge in RIDGES]
-    found = []
+    scores = []
     for position in range(1, length):
-        known, own = position * width, slice(position * width, (position + 1) * width)
-        errors, variance = [], [part[:, own].square().sum() for part in wanted]
+        num_inputs, columns = position * width, slice(position * width, (position + 1) * width)
+        errors, variance = [], [part[:, columns].square().sum() for part in targets]
         for factor in factors:
-            weights = torch.cholesky_solve(moments[:known, own], factor[:known, :known])
+            weights = torch.cholesky_solve(moments[:num_inputs, columns], factor[:num_inputs, :num_inputs])
             errors.append(
-                [(x[:, :known] @ weights - y[:, own]).square().sum() for x, y in zip(given, wanted, strict=True)]
+                [
+                    (x[:, :num_inputs] @ weights - y[:, columns]).square().sum()
+                    for x, y in zip(inputs, targets, strict=True)
+                ]
             )
-        chosen = min(errors, key=lambda error: float(error[1]))
-        found.append(0.0 if float(variance[2]) == 0 else 1 - float(chosen[2] / variance[2]))
-    return found
+        best_errors = min(errors, key=lambda error: float(error[1]))
+        scores.append(0.0 if float(variance[2]) == 0 else 1 - float(best_errors[2] / variance[2]))
+    return scores
 
 
 def split_of(count: int) -> tuple[int, int, int]:
-    """How many of ``count`` images fit, how many choose the ridge, how many are measured."""
+    """Numbers of images, out of ``count``, that (fit, select the ridge, are measured)."""
     return count // 2, count // 4, count - count // 2 - count // 4
 
 
 def _centred(codes: Tensor, first: int) -> Tensor:
-    """Codes less the mean of the first images."""
+    """Codes minus their mean over the ``first`` images."""
     return codes - codes[:first].mean(0)
 
 
 def _standardised(codes: Tensor, first: int) -> Tensor:
-    """Codes of mean 0 and variance 1 over the first images; what never changes there is 0."""
+    """Codes scaled to mean 0 and variance 1 over the ``first`` images; values that are constant there become 0."""
     centred = _centred(codes, first)
     spread = centred[:first].square().mean(0).sqrt()
     return torch.where(spread > 1e-6, centred / spread.clamp_min(1e-6), 0)

@@ -1,8 +1,8 @@
-"""A small classifier of the data set itself: a second backbone beside the one that may also be the loss.
+"""Small classifier trained on the data set itself: a second backbone, independent of the perceptual loss.
 
-It judges whether samples belong to their class, and its features serve coverage and memorisation. It never sees the
-held-out images while training. It looks at thumbnails of 32 px, which bounds its cost and that of every search among
-training images.
+It measures whether samples belong to their class, and its features are used for coverage and memorization. It is not
+trained on held-out images. Its inputs are thumbnails of at most 32 px, which bounds its cost and that of
+nearest-neighbor searches among training images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGEST_SIDE = 32
 
 
 class Residual(nn.Module):
-    """x + conv(relu(norm(x))): full pre-activation (He et al. 2016b) with a single convolution."""
+    """x + conv(relu(norm(x))): full pre-activation (He et al. 2016b) with one convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class Residual(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, width, h, w] to the same shape."""
+        """[B, width, h, w] → [B, width, h, w]"""
         return x + self.conv(F.relu(self.norm(x)))
 
 
 class Network(nn.Module):
-    """0.3 million parameters; the first stride keeps an epoch of 60,000 images short on two cores."""
+    """Network of 0.3 million parameters; the first stride keeps an epoch of 60,000 images short on two cores."""
 
     def __init__(self, channels: int, num_classes: int, widths: tuple[int, int, int] = (32, 64, 128)) -> None:
         super().__init__()
@@ -50,25 +50,26 @@ class Network(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """[B, 128] of pixels [B, C, H, W] in [-1, 1]."""
+        """Features [B, 128] of pixels [B, C, H, W] in [-1, 1]."""
         return self.body(pixels).mean(dim=(2, 3))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [B, num_classes]."""
+        """Logits [B, num_classes] of pixels [B, C, H, W] in [-1, 1]."""
         return self.head(self.features(pixels))
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Agreement of predicted and given classes."""
+    """Accuracy of predicted classes."""
 
     count: int
+    """Number of images."""
     total: float
-    """Share of all images."""
+    """Share of correct predictions among all images."""
     balanced: float
-    """Mean of the classes' shares; classes without images are left out."""
+    """Mean of the per-class accuracies; classes without images are left out."""
     per_class: list[float | None]
-    """Share for every class; None where there is no image of it."""
+    """Accuracy of each class; None for a class without images."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -78,15 +79,15 @@ class Accuracy:
 def accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> Accuracy:
     """Accuracy of predictions [N] against labels [N]. Raises ValueError for an empty set."""
     if not len(labels):
-        raise ValueError("an accuracy needs at least one image")
-    right = (predicted == labels).double()
-    shares = [float(right[labels == c].mean()) if (labels == c).any() else None for c in range(num_classes)]
+        raise ValueError("got 0 images; an accuracy needs at least one image")
+    correct = (predicted == labels).double()
+    shares = [float(correct[labels == c].mean()) if (labels == c).any() else None for c in range(num_classes)]
     present = [share for share in shares if share is not None]
-    return Accuracy(len(labels), float(right.mean()), sum(present) / len(present), shares)
+    return Accuracy(len(labels), float(correct.mean()), sum(present) / len(present), shares)
 
 
 class Classifier:
-    """A trained network for pixels uint8 [N, C, H, W]; results lie on the CPU."""
+    """A trained network for pixels uint8 [N, C, H, W]; results are on the CPU."""
 
     def __init__(self, network: Network, num_classes: int, device: torch.device) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -95,13 +96,13 @@ class Classifier:
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
-        """float32 [N, 128] of the layer before the last."""
+        """Features float32 [N, 128] of the penultimate layer."""
         parts = pixels.split(512)
         return torch.cat([self.network.features(prepare(part.to(self.device))).cpu() for part in parts])
 
     @torch.inference_mode()
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """Softmax over the classes, float32 [N, num_classes]."""
+        """Class probabilities, float32 [N, num_classes]."""
         return self.network.head(self.features(pixels).to(self.device)).softmax(dim=1).cpu()
 
     @torch.inference_mode()
@@ -110,12 +111,12 @@ class Classifier:
         return self.network.head(self.features(pixels).to(self.device)).argmax(dim=1).cpu()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Its weights by name."""
+        """The weights by name."""
         return {name: value.cpu().numpy() for name, value in self.network.state_dict().items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], device: torch.device) -> Classifier:
-        """The classifier that gave these ``to_arrays``. Raises KeyError or RuntimeError for other arrays."""
+        """Inverse of ``to_arrays``. Raises KeyError or RuntimeError for other arrays."""
         num_classes, channels = len(arrays["head.bias"]), arrays["body.0.weight"].shape[1]
         network = Network(channels, num_classes)
         network.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
@@ -127,7 +128,7 @@ class Classifier:
 
 
 def thumbnails(pixels: Tensor) -> Tensor:
-    """uint8 [B, C, h, w] with sides of 32 px at most, averaged down; smaller ones come back as they are."""
+    """Reduce uint8 pixels to [B, C, h, w] with sides of at most 32 px, by averaging; smaller images are unchanged."""
     if max(pixels.shape[-2:]) <= LARGEST_SIDE:
         return pixels
     height, width = (min(side, LARGEST_SIDE) for side in pixels.shape[-2:])
@@ -136,12 +137,12 @@ def thumbnails(pixels: Tensor) -> Tensor:
 
 
 def prepare(pixels: Tensor) -> Tensor:
-    """float32 [B, C, h, w] in [-1, 1] of the thumbnails of uint8 pixels."""
+    """Thumbnails of uint8 pixels [B, C, H, W] as float32 [B, C, h, w] in [-1, 1]."""
     return thumbnails(pixels).float() / 127.5 - 1
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of pixels [B, C, H, W] and shift all by up to 2 px, borders repeated."""
+    """Mirror half of the images [B, C, H, W] and shift all by up to 2 px, repeating border pixels."""
     batch, _, height, width = pixels.shape
     shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, batch, 1), generator=generator)
     rows = (torch.arange(height) + shift[0]).clamp(0, height - 1)
@@ -149,7 +150,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     mirrored = torch.rand(batch, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     index = torch.arange(batch)[:, None, None]
-    # Indexing around the slice puts the channels last.
+    # advanced indices around a slice move the channels to the end
     return pixels[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -162,13 +163,13 @@ def train_classifier(
     device: torch.device | str = "cpu",
     precision: str = "32",
 ) -> Classifier:
-    """Train on pixels uint8 [N, 1 or 3, H, W] and int64 labels [N] for ``steps`` batches of 128, classes drawn equally.
+    """Train on pixels uint8 [N, 1 or 3, H, W] and int64 labels [N] for ``steps`` class-balanced batches of 128.
 
-    The same seed, device, precision and thread count give the same weights; the global random state is untouched.
-    Raises ValueError for labels outside ``[0, num_classes)``.
+    The same seed, device, precision and thread count give the same weights; the global random state is unchanged.
+    Raises ValueError for no labels or labels outside ``[0, num_classes)``.
     """
     if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(f"labels must lie in [0, {num_classes}) and be at least one")
+        raise ValueError(f"labels {labels.unique().tolist()}; allowed: at least one label, all in [0, {num_classes})")
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

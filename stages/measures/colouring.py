@@ -1,4 +1,4 @@
-"""Colouring measured: chroma beside that of the originals, of a gray image and of the mean chroma."""
+"""Measures of colorization: chroma error, saturation and distortion against the originals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from stages.spectral.colour import chroma_of
 
 
 def measure_coloured(made: Tensor, original: Tensor, judge: Judge | None) -> dict[str, Any]:
-    """Distortion of coloured uint8 images against their originals, and how much colour they have.
+    """Distortion of colorized uint8 images ``made`` against their originals, and the amount of color.
 
-    ``chroma_error`` is the root of the mean squared error of Cb and Cr, in 8-bit steps; ``saturation`` the mean length
-    of (Cb, Cr), ``chroma_spread`` the standard deviation, over images, of an image's mean (Cb, Cr).
+    ``chroma_error`` is the root mean squared error of Cb and Cr, in 8-bit steps; ``saturation`` is the mean length of
+    (Cb, Cr); ``chroma_spread`` is the standard deviation over images of an image's mean (Cb, Cr).
     """
     errors, lengths, means = [], [], []
-    for some, true in zip(made.split(256), original.split(256), strict=True):
-        chroma = chroma_of(some)
-        errors.append((chroma - chroma_of(true)).square().mean((1, 2, 3)))
+    for made_part, original_part in zip(made.split(256), original.split(256), strict=True):
+        chroma = chroma_of(made_part)
+        errors.append((chroma - chroma_of(original_part)).square().mean((1, 2, 3)))
         lengths.append(chroma.norm(dim=1).mean((1, 2)))
         means.append(chroma.mean((2, 3)))
     return {

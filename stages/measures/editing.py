@@ -1,4 +1,4 @@
-"""Editing measured: does the new prompt show, and does the image keep what was frozen?"""
+"""Measures of editing: how well an image shows the new class and keeps the frozen scales."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from stages.measures.upsampling import consistency
 
 
 def others_of(labels: Tensor, seed: int) -> Tensor:
-    """For each image one of another class, int64 [N] from classes int64 [N]; the same seed gives the same choice.
+    """For each image, the index of a random image of another class: int64 [N] from class ids int64 [N].
 
-    Raises ValueError where all images are of one class.
+    The choice depends on ``seed`` only. Raises ValueError if all images have the same class.
     """
     if len(labels.unique()) < 2:
-        raise ValueError("images of one class only: none has another class")
+        raise ValueError(f"{len(labels)} images of one class only; give images of at least two classes")
     generator = torch.Generator().manual_seed(seed)
     different = (labels[:, None] != labels[None, :]).float()
     return torch.multinomial(different, 1, generator=generator)[:, 0]
 
 
 def measure_edited(classifier: Classifier, made: Tensor, classes: Tensor, small: Tensor) -> dict[str, Any]:
-    """How much uint8 images ``made`` [N, C, H, H] look like ``classes`` int64 [N], and, reduced, like ``small``.
+    """Class probability and consistency of edited uint8 images ``made`` [N, C, H, H].
 
-    ``small`` [N, C, h, h] are the originals reduced by averaging to the size of the frozen scales.
+    ``classes`` int64 [N] are the new classes. ``small`` [N, C, h, h] are the originals, reduced by averaging to the
+    size of the frozen scales; the edited images are reduced and compared with them.
     """
     probabilities = classifier.probabilities(made)
     return {

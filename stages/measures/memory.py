@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass, counted and not sampled: the bytes of all saved tensors."""
+"""Exact memory that a training step keeps for its backward pass: the bytes of all saved tensors."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ def saved_bytes(
     parts: Mapping[str, list[nn.Module]] = {},
     givers: Mapping[str, str] = {},
 ) -> dict[str, int]:
-    """Bytes that ``step``, a training pass of ``network``, saves for its backward pass, in each part and in all else
-    (``rest``).
+    """Bytes that ``step``, a training pass of ``network``, saves for its backward pass: per part and for the ``rest``.
 
-    A tensor counts once, where it is saved first; weights do not count. What modules of a part are given after their
-    first argument counts for the part that ``givers`` names.
+    A tensor counts once, for the part that saves it first; weights do not count. Tensors passed to modules of a part
+    after their first argument count for the part that ``givers`` names.
     """
     current = ["rest"]
-    found = dict.fromkeys([*parts, "rest"], 0)
+    bytes_by_part = dict.fromkeys([*parts, "rest"], 0)
     seen = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    given: dict[int, str] = {}
+    giver_of: dict[int, str] = {}
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             for argument in arguments[1:] if name in givers else ():
                 if isinstance(argument, Tensor):
-                    given[argument.untyped_storage().data_ptr()] = givers[name]
+                    giver_of[argument.untyped_storage().data_ptr()] = givers[name]
             current.append(name)
 
         return hook
@@ -38,14 +37,14 @@ def saved_bytes(
     def after(module: nn.Module, arguments: Any, output: Any) -> None:
         current.pop()
 
-    kept: list[Tensor] = []  # so that no storage is used twice
+    kept: list[Tensor] = []  # keep references, so that no storage address is reused
 
     def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in seen:
-            seen.add(place)
+        address = tensor.untyped_storage().data_ptr()
+        if address not in seen:
+            seen.add(address)
             kept.append(tensor)
-            found[given.get(place, current[-1])] += tensor.untyped_storage().nbytes()
+            bytes_by_part[giver_of.get(address, current[-1])] += tensor.untyped_storage().nbytes()
         return tensor
 
     hooks = []
@@ -61,4 +60,4 @@ def saved_bytes(
         network.train(was_training)
         for hook in hooks:
             hook.remove()
-    return found
+    return bytes_by_part

@@ -1,4 +1,4 @@
-"""Sheets: many small images in rows with labels, enlarged so that a pixel can be seen."""
+"""Sheets of small images in labeled rows, enlarged so that single pixels are visible."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 SMALLEST_CELL = 96
 GAP = 4
 FONT_SIZE = 13
-# Grey is legible on white and on black; the sheet itself is transparent.
+# gray is legible on white and on black; the sheet itself is transparent
 INK = (128, 128, 128, 255)
 
 
 def cell_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) of a cell: a whole multiple of an image's size, about 96 px or the size itself."""
+    """(height, width) of a cell: the smallest integer multiple of the image size whose longer side is 96 px or more."""
     factor = max(1, math.ceil(SMALLEST_CELL / max(height, width)))
     return height * factor, width * factor
 
 
 def to_picture(pixels: Tensor, cell: tuple[int, int]) -> Image.Image:
-    """An RGB picture of ``cell`` (height, width) from uint8 [1 or 3, h, w], by nearest neighbour."""
+    """RGB picture of size ``cell`` (height, width) from uint8 [1 or 3, h, w], with nearest-neighbor interpolation."""
     array = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array).resize((cell[1], cell[0]), Image.Resampling.NEAREST)
 
@@ -33,15 +33,13 @@ def sheet(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
 ) -> Image.Image:
-    """A transparent RGBA sheet of rows of images uint8 [C, h, w]; smaller ones are enlarged to the largest one's cell.
+    """Transparent RGBA sheet of rows of images uint8 [C, h, w]; smaller images are enlarged to the largest cell.
 
-    Labels are cut to 40 letters: a caption may be as long as a page.
-
-    Raises ValueError when there is nothing to show.
+    Labels are truncated to 40 characters, as captions can be long. Raises ValueError if there are no images.
     """
     images = [image for row in rows for image in row]
     if not images:
-        raise ValueError("a sheet needs at least one image")
+        raise ValueError("got 0 images; a sheet needs at least one")
     row_labels, column_labels = [list(map(shortened, labels)) for labels in (row_labels, column_labels)]
     height, width = cell_size(*max((tuple(image.shape[-2:]) for image in images), key=math.prod))
     font = ImageFont.load_default(size=FONT_SIZE)
@@ -62,12 +60,12 @@ def sheet(
 
 
 def shortened(text: str, letters: int = 40) -> str:
-    """A caption as a label: one line of at most ``letters``."""
+    """Shorten a caption to a label: one line of at most ``letters`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def error_picture(prediction: Tensor, target: Tensor, gain: float = 4) -> Tensor:
-    """|prediction - target| times ``gain``, uint8 of the same shape: black where they agree."""
+    """|prediction - target| · ``gain`` as uint8 of the same shape; black where they agree."""
     difference = (prediction.float() - target.float()).abs() * gain
     return difference.clamp(0, 255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""A tokenizer measured on held-out images: distortion, use of codes, prefixes, and the rate beside the distortion."""
+"""Measures of a tokenizer on held-out images: distortion, code use, prefixes of scales, and rate with distortion."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from stages.measures.rate import rates, total_rate
 
 ORIGINALS = "the originals of these reconstructions"
 JUDGED_PREFIX_IMAGES = 500
-"""Images of every prefix that the judge looks at: a layout may report many prefixes, and it takes longer than they."""
+"""Images per prefix for perceptual measures: a layout may report many prefixes, and these measures are slow."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Lite0's distance and features, where they run, and whether the tokenizer was trained against them."""
+    """Lite0's distance and features, their device, and whether the tokenizer was trained against them."""
 
     perceptual: Lite0Perceptual
     device: torch.device
@@ -35,44 +35,44 @@ class Judge:
 
     @torch.inference_mode()
     def distance(self, prediction: Tensor, target: Tensor, size: int = 64) -> Tensor:
-        """Perceptual distance [N] of uint8 images that belong together."""
+        """Perceptual distance [N] between corresponding uint8 images [N, C, H, W]."""
         pairs = zip(prediction.split(size), target.split(size), strict=True)
         return torch.cat([self.perceptual(self.floats(a), self.floats(b)).cpu() for a, b in pairs])
 
     @torch.inference_mode()
     def features(self, pixels: Tensor, size: int = 64) -> Tensor:
-        """Pooled features [N, 112] of uint8 images."""
+        """Pooled features [N, 112] of uint8 images [N, C, H, W]."""
         return torch.cat([self.perceptual.features(self.floats(part)).cpu() for part in pixels.split(size)])
 
     @torch.inference_mode()
     def spatial(self, pixels: Tensor, size: int = 64) -> Tensor:
-        """Spatial features [N, 448] of uint8 images."""
+        """Spatial features [N, 448] of uint8 images [N, C, H, W]."""
         return torch.cat([self.perceptual.spatial(self.floats(part)).cpu() for part in pixels.split(size)])
 
     def floats(self, pixels: Tensor) -> Tensor:
-        """uint8 images as floats on the device."""
+        """Convert uint8 images to floats in [-1, 1] on the device."""
         return to_float(pixels.to(self.device))
 
     def frechet(self, real: Tensor, judged: Tensor, reference: str) -> dict[str, Any]:
-        """The Fréchet distance of two sets of its features, with all that it depends on."""
+        """Fréchet distance between two sets of these features, with everything it depends on."""
         return measure_frechet(real, judged, reference, self.same_backbone_as_loss)
 
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """Held-out images that went through the tokenizer."""
+    """Held-out images after encoding and decoding."""
 
     pixels: Tensor
     """uint8 [N, C, H, W]"""
     tokens: Tokens
-    """On the CPU."""
+    """Tokens on the CPU."""
     encode_seconds: float
     decode_seconds: float
 
 
 @torch.inference_mode()
 def reconstruct(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: torch.device) -> Reconstructed:
-    """Encode and decode uint8 images [N, C, H, W]; the seconds are whole passes, transfers included."""
+    """Encode and decode uint8 images [N, C, H, W]; the measured seconds include transfers between devices."""
     started = time.perf_counter()
     encoded = [tokenizer.encode(to_float(batch.to(device))).to("cpu") for batch in pixels.split(batch_size)]
     encoded_at = time.perf_counter()
@@ -82,7 +82,7 @@ def reconstruct(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, device: t
 
 
 def measure_reconstruction(pixels: Tensor, made: Reconstructed, judge: Judge | None) -> dict[str, Any]:
-    """Distortion and speed of reconstructions of uint8 ``pixels``; perceptual parts only with a judge."""
+    """Distortion and speed of reconstructions of uint8 ``pixels``; perceptual measures only with a judge."""
     measured = {
         "num_images": len(pixels),
         "encode_images_per_second": len(pixels) / made.encode_seconds,
@@ -95,9 +95,9 @@ def measure_reconstruction(pixels: Tensor, made: Reconstructed, judge: Judge | N
 
 
 def measure_distortion(pixels: Tensor, made: Tensor, judge: Judge | None, reference: str) -> dict[str, Any]:
-    """Distortion of uint8 images ``made`` [N, C, H, W] against ``pixels``, called ``reference`` in the result.
+    """Distortion of uint8 images ``made`` [N, C, H, W] against ``pixels``, which the result calls ``reference``.
 
-    Without SSIM where the images are smaller than its window, without perceptual parts where there is no judge.
+    SSIM is left out for images smaller than its window, and perceptual measures are left out without a judge.
     """
     chunks = zip(made.split(256), pixels.split(256), strict=True)
     error = torch.cat([mean_squared_error(a, b) for a, b in chunks])
@@ -113,7 +113,7 @@ def measure_distortion(pixels: Tensor, made: Tensor, judge: Judge | None, refere
 
 
 def measure_judged(pixels: Tensor, made: Tensor, judge: Judge, reference: str) -> dict[str, Any]:
-    """The parts of ``measure_distortion`` that need a judge."""
+    """The perceptual measures of ``measure_distortion``, which need a judge."""
     measured: dict[str, Any] = {}
     if min(pixels.shape[-2:]) >= SMALLEST_PERCEPTUAL:
         measured["perceptual_lite0"] = {
@@ -125,20 +125,20 @@ def measure_judged(pixels: Tensor, made: Tensor, judge: Judge, reference: str) -
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the first scales of held-out images decode to."""
+    """Held-out images decoded from their first scales."""
 
     num_scales: int
     wanted: Tensor
     """uint8 [N, C, h, w]: the tokenizer's reference for these scales."""
     decoded: Tensor
-    """uint8, of the same shape."""
+    """uint8 [N, C, h, w]."""
 
 
 @torch.inference_mode()
 def decode_prefixes(
     tokenizer: Tokenizer, pixels: Tensor, tokens: Tokens, batch_size: int, device: torch.device
 ) -> Iterator[Prefix]:
-    """Every prefix of scales that the layout reports, one after the other; none where prefixes do not decode."""
+    """Yield every prefix of scales that the layout reports; none if prefixes cannot be decoded."""
     layout = tokenizer.layout
     for k in layout.prefixes if layout.decodes_prefixes else ():
         wanted, decoded = [], []
@@ -149,18 +149,18 @@ def decode_prefixes(
 
 
 def measure_prefix(prefix: Prefix, pixels: Tensor, judge: Judge | None) -> dict[str, Any]:
-    """Distortion of a prefix against its reference, and its PSNR against the uint8 ``pixels`` if it is as large.
+    """Distortion of a prefix against its reference, and its PSNR against the uint8 ``pixels`` if the sizes are equal.
 
-    The perceptual parts are of the first ``JUDGED_PREFIX_IMAGES``.
+    Perceptual measures use the first ``JUDGED_PREFIX_IMAGES`` images.
     """
-    reference, some = "what these scales should look like", slice(JUDGED_PREFIX_IMAGES)
+    reference, judged = "what these scales should look like", slice(JUDGED_PREFIX_IMAGES)
     measured = {
         "num_scales": prefix.num_scales,
         "image_size": list(prefix.decoded.shape[-2:]),
         **measure_distortion(prefix.wanted, prefix.decoded, None, reference),
     }
     if judge is not None:
-        measured |= measure_judged(prefix.wanted[some], prefix.decoded[some], judge, reference)
+        measured |= measure_judged(prefix.wanted[judged], prefix.decoded[judged], judge, reference)
     if prefix.decoded.shape[-2:] == pixels.shape[-2:]:
         parts = zip(prefix.decoded.split(256), pixels.split(256), strict=True)
         measured["psnr_against_images"] = float(torch.cat([psnr(a, b) for a, b in parts]).mean())
@@ -168,32 +168,34 @@ def measure_prefix(prefix: Prefix, pixels: Tensor, judge: Judge | None) -> dict[
 
 
 class Said(NamedTuple):
-    """What a prior says of held-out tokens of fixed length."""
+    """Scores of held-out tokens of fixed length under a prior."""
 
     bits: list[float]
     """Mean bits of each token."""
     confidence: Tensor | None
-    """float32 [N, L, F], as ``PriorOutput`` has it."""
+    """float32 [N, L, F], as in ``PriorOutput``."""
     hit: Tensor | None
-    """bool [N, L, F]"""
+    """bool [N, L, F], as in ``PriorOutput``."""
 
 
 @torch.inference_mode()
 def measure_nll(prior: Prior, tokens: Tokens, prompts: Prompts, batch_size: int, device: torch.device) -> Said:
-    """What the prior says of held-out tokens of a layout of fixed length, with their prompts."""
+    """Score held-out tokens of a layout of fixed length, with their prompts, under the prior."""
     starts = range(0, len(prompts), batch_size)
-    some = (prompts[start : start + batch_size].to(device) for start in starts)
+    prompt_parts = (prompts[start : start + batch_size].to(device) for start in starts)
     total = torch.zeros(prior.layout.length, dtype=torch.float64)
     confidence, hit = [], []
-    for part, asked in zip(tokens.split(batch_size), some, strict=True):
-        output: PriorOutput = prior(part.to(device), asked)
+    for part, part_prompts in zip(tokens.split(batch_size), prompt_parts, strict=True):
+        output: PriorOutput = prior(part.to(device), part_prompts)
         total += output.nll.cpu().double().sum((0, 2)) / math.log(2)
         if output.confidence is not None and output.hit is not None:
             confidence.append(output.confidence.cpu())
             hit.append(output.hit.cpu())
-    known = bool(confidence)
+    has_confidence = bool(confidence)
     return Said(
-        (total / len(tokens)).tolist(), torch.cat(confidence) if known else None, torch.cat(hit) if known else None
+        (total / len(tokens)).tolist(),
+        torch.cat(confidence) if has_confidence else None,
+        torch.cat(hit) if has_confidence else None,
     )
 
 
@@ -204,9 +206,9 @@ def measure_rate(
     distortion: dict[str, Any],
     header_bits: float = 0.0,
 ) -> tuple[dict[str, Any], list[CodeUse]]:
-    """(bits per pixel with the distortion that they buy in the same entry, use of codes).
+    """Returns (entry with bits per pixel and the distortion at that rate, code use).
 
-    ``bits`` are the prior's for each scale; ``header_bits`` are what the side information costs besides.
+    ``bits`` are the prior's bits per scale; ``header_bits`` are the additional bits of the side information.
     """
     uses = code_use(tokens, tokenizer.layout)
     scales = rates(uses, len(tokens), tokenizer.layout, bits)
@@ -221,5 +223,5 @@ def measure_rate(
         "prior_bits_per_token": None if bits is None else sum(bits) / total["tokens_per_image"],
         "scales": [scale.to_dict() for scale in scales],
     }
-    beside = ("psnr_mean_of_images", "ssim", "perceptual_lite0")
-    return entry | {key: distortion[key] for key in beside if key in distortion}, uses
+    distortion_keys = ("psnr_mean_of_images", "ssim", "perceptual_lite0")
+    return entry | {key: distortion[key] for key in distortion_keys if key in distortion}, uses

@@ -1,4 +1,4 @@
-"""Samples measured against held-out images, each number beside the same number for real training images."""
+"""Measures of samples against held-out images, each with the same measure of real training images as a baseline."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ HELD_OUT = "held-out images, in the set's own shares of classes"
 
 
 def frechet_key(name: str) -> str:
-    """The key of the Fréchet distance in a backbone's features; Inception's alone is the one known as FID."""
+    """Result key of the Fréchet distance in a backbone's features; only Inception's is called FID."""
     return "fid" if name == "inception" else f"fd_{name}"
 
 
 @dataclass(frozen=True)
 class Space:
-    """The features of one backbone, and where real images lie in them."""
+    """The feature space of one backbone, with the features of real images."""
 
     name: str
-    """lite0, classifier or inception: the end of the keys of its figures."""
+    """lite0, classifier or inception; suffix of the result keys."""
     features: Callable[[Tensor], Tensor]
-    """float32 [N, D] of uint8 images [N, C, H, W]."""
+    """Computes features float32 [N, D] of uint8 images [N, C, H, W]."""
     held_out: Tensor
-    """[M, D] of the held-out images."""
+    """Features [M, D] of the held-out images."""
     real: Tensor
-    """[N, D] of as many training images as there are samples."""
+    """Features [N, D] of as many training images as there are samples."""
     same_backbone_as_loss: bool
-    """Whether the tokenizer was trained against this backbone, which flatters it."""
+    """Whether the tokenizer was trained against this backbone, which biases the measures in its favor."""
 
     def measure(self, drawn: Tensor, k: int, seed: int) -> dict[str, Any]:
-        """Fréchet and kernel distance, precision, recall, density and coverage of the features [N, D] of samples.
+        """Fréchet and kernel distance, precision, recall, density and coverage of the samples' features [N, D].
 
-        Coverage and manifolds are left out where a side has no more than ``k`` points, the kernel distance where it has
-        fewer than 4.
+        Coverage, precision, recall and density need more than ``k`` points on each side and the kernel distance needs 4
+        or more; otherwise they are left out.
         """
         same = {"same_backbone_as_loss": self.same_backbone_as_loss}
         fewest = min(len(self.held_out), len(drawn), len(self.real))
@@ -67,7 +67,7 @@ class Space:
 
 
 def measure_coverage(held_out: Tensor, drawn: Tensor, train: Tensor, k: int, space: str) -> dict[str, Any]:
-    """Coverage of the held-out features by the samples', and by as many training images: the best to hope for."""
+    """Coverage of the held-out features by those of the samples, and by as many training images as a baseline."""
     return {
         "value": coverage(held_out, drawn, k),
         "baseline_of_real_images": coverage(held_out, train[: len(drawn)], k),
@@ -80,13 +80,13 @@ def measure_coverage(held_out: Tensor, drawn: Tensor, train: Tensor, k: int, spa
 
 
 def measure_memorised(drawn: Tensor, train: Tensor, held_out: Tensor, space: str) -> dict[str, Any]:
-    """Share of near-copies among samples, with the share that fresh images of the data would have."""
-    found = memorised_share(drawn, train, held_out, percentile=1)
+    """Share of near-copies among samples, with the share expected of fresh images from the data distribution."""
+    memorized = memorised_share(drawn, train, held_out, percentile=1)
     return {
-        "share": found.share,
+        "share": memorized.share,
         "expected_of_fresh_images": 0.01,
-        "threshold": found.threshold,
-        "median_distance_over_held_out": found.median_ratio,
+        "threshold": memorized.threshold,
+        "median_distance_over_held_out": memorized.median_ratio,
         "num_train": len(train),
         "num_held_out": len(held_out),
         "space": space,

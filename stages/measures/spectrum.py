@@ -1,10 +1,10 @@
-"""Power over frequency: does an image made of the first scales carry the frequencies that it should?
+"""Power spectra: which frequencies an image decoded from the first scales contains.
 
-What is notable here:
+Design notes:
 
-- frequencies are cycles per side of the image, so images of different sizes compare;
-- a Hann window, for the borders of photos do not meet: without it their jump hides what is missing at high
-  frequencies. It spreads every frequency over its two neighbours.
+- frequencies are in cycles per side of the image, so images of different sizes are comparable;
+- images are multiplied by a Hann window, because opposite borders of photos differ: without the window, this jump would
+  hide missing high frequencies. The window spreads every frequency over its two neighbors.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 SMALLEST_SIDE = 4
-"""Side in pixels of the smallest images that have a spectrum."""
+"""Smallest image side, in pixels, that has a spectrum."""
 FLOOR = 1e-12
-"""Power that counts as none: far below the rounding of 8-bit images."""
+"""Lower bound of power for logarithms, far below the rounding of 8-bit images."""
 
 
 def power_spectrum(pixels: Tensor) -> Tensor:
-    """Radially averaged power of uint8 images [N, C, s, s] below s / 2 cycles a side: float64 [R], 1, 2, … cycles.
+    """Radially averaged power of uint8 images [N, C, s, s]: float64 [R] at 1, 2, … cycles per side, below s / 2.
 
-    The mean over images, channels and the frequencies of each ring (rounded to whole radii) of the squared modulus of
-    the windowed Fourier transform, so normalised that a wave has the same power at every size. An image's own mean is
-    taken out. Pixels count in [-1, 1]; s / 2 itself is left out, for there a wave may be sampled at its zeros. Raises
-    ValueError for sides that differ or are under 4 px.
+    It is the squared modulus of the windowed Fourier transform, averaged over images, channels and the frequencies of
+    each ring (radii rounded to integers), and normalized so that a wave has the same power at every image size. The
+    mean of each image is subtracted, and pixels are scaled to [-1, 1]. The frequency s / 2 is left out, because a wave
+    may be sampled at its zeros there. Raises ValueError for images that are not square or smaller than 4 px.
     """
     side = pixels.shape[-1]
     if pixels.shape[-2] != side or side < SMALLEST_SIDE:
-        raise ValueError(f"a spectrum needs square images of 4 px or more, not {tuple(pixels.shape[-2:])}")
+        raise ValueError(f"images have {tuple(pixels.shape[-2:])} px; a spectrum needs square images of 4 px or more")
     slope = torch.sin(torch.pi * (torch.arange(side).double() + 0.5) / side).square()
     window = slope[:, None] * slope
     window = window / window.sum()
@@ -47,35 +47,38 @@ def power_spectrum(pixels: Tensor) -> Tensor:
 
 
 def octaves_of(spectrum: Tensor) -> Tensor:
-    """Power in the octaves [1, 2), [2, 4), … cycles a side of a spectrum [R]: float64 [bands], the last may be cut."""
+    """Power of a spectrum [R] in the octaves [1, 2), [2, 4), … cycles per side: float64 [bands].
+
+    The last octave may be incomplete.
+    """
     cycles = torch.arange(1, len(spectrum) + 1)
-    # a ring has as many frequencies as it is long
+    # the number of frequencies of a ring is proportional to its radius
     weighted = spectrum.double() * cycles
     band = cycles.double().log2().floor().long()
     return torch.zeros(int(band.max()) + 1, dtype=torch.float64).index_add(0, band, weighted)
 
 
 def decibels_over(spectrum: Tensor, other: Tensor) -> list[float]:
-    """10 log10 of the power [R] over the other's [S], as far as both reach."""
+    """10 log10 of the ratio of the powers ``spectrum`` [R] and ``other`` [S], up to the shorter length."""
     reach = min(len(spectrum), len(other))
-    both = (each[:reach].clamp(min=FLOOR).log10() for each in (spectrum, other))
+    both = (power[:reach].clamp(min=FLOOR).log10() for power in (spectrum, other))
     first, second = both
     return (10 * (first - second)).tolist()
 
 
 def measure_frequencies(images: Tensor, decoded: Tensor, wanted: Tensor) -> dict[str, Any] | None:
-    """Power of ``decoded`` and of what it should be (``wanted``, both uint8 [N, C, h, h]) over that of the images.
+    """Power of ``decoded`` and its target ``wanted`` (both uint8 [N, C, h, h]) relative to that of the full images.
 
-    ``images`` is the images' own spectrum [R]. In dB, at every whole frequency and in every octave; None for sides too
-    small or unequal.
+    ``images`` is the spectrum [R] of the full images. The result is in dB, at every integer frequency and in every
+    octave; None for images that are not square or too small.
     """
     height, width = decoded.shape[-2:]
     if height != width or height < SMALLEST_SIDE:
         return None
-    found: dict[str, Any] = {"image_size": [height, width]}
+    measured: dict[str, Any] = {"image_size": [height, width]}
     for name, pixels in (("decoded", decoded), ("wanted", wanted)):
         spectrum = power_spectrum(pixels)
         reach = min(len(spectrum), len(images))
-        found[name] = decibels_over(spectrum, images)
-        found[f"{name}_octaves"] = decibels_over(octaves_of(spectrum[:reach]), octaves_of(images[:reach]))
-    return found
+        measured[name] = decibels_over(spectrum, images)
+        measured[f"{name}_octaves"] = decibels_over(octaves_of(spectrum[:reach]), octaves_of(images[:reach]))
+    return measured

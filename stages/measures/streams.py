@@ -1,4 +1,4 @@
-"""Streams measured: how long they are, what their grammar saves, and the rate of every beginning of them."""
+"""Measures of streams: their length, the bits that their grammar saves, and the rate of every prefix of scales."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.grammar import Grammar
 
 
 def uniform_bits(grammar: Grammar, tokens: Tokens, strict: bool) -> Tensor:
-    """float64 [B, L]: bits of each element where all ids that may come are as likely, field by field."""
+    """Bits of each element if all allowed ids of each field are equally likely: float64 [B, L]."""
     assert tokens.notes is not None
     fields = range(tokens.ids.shape[2])
     masks = (grammar.allowed(tokens.notes, tokens.ids[..., :field], strict) for field in fields)
@@ -31,12 +31,15 @@ def measure_streams(
     prior: Prior | None,
     prompts: Prompts | None,
 ) -> dict[str, Any]:
-    """Mean cost of streams on the CPU, in bits an image, scale by scale.
+    """Mean cost of streams, in bits per image and per scale; ``tokens`` are on the CPU.
 
-    ``uniform``: every id that may come is as likely. ``prior``: under a prior with these prompts, on its device; None
-    from the first scale on of which the prior's ``max_length`` cuts anything. ``saved`` is what ids would cost besides
-    if those were allowed which only the elements before make impossible. ``header_bits`` [N] are counted in all but
-    ``scales``. ``illegal_probability`` is what the network gives, on average, to ids that cannot come.
+    - ``uniform``: bits if all allowed ids are equally likely;
+    - ``prior``: bits under the prior with these prompts, on its device. None from the first scale that the prior's
+      ``max_length`` truncates in any stream;
+    - ``saved``: extra bits if ids ruled out only by earlier elements were allowed;
+    - ``illegal_probability``: mean probability that the network gives to forbidden ids.
+
+    ``header_bits`` [N] are included in everything but ``scales``.
     """
     kinds = ["tokens", "uniform", "uniform_saved"]
     kinds += [] if prior is None else ["modelled", "prior", "prior_saved", "illegal"]
@@ -50,14 +53,14 @@ def measure_streams(
             device = next(prior.parameters()).device
             output = prior(part.to(device), prompts[start : start + batch_size].to(device))
             assert output.illegal is not None and output.saved is not None
-            bits = {"prior": output.nll.sum(-1), "prior_saved": output.saved}
-            values |= {kind: each.cpu().double() / math.log(2) for kind, each in bits.items()}
+            nats_by_kind = {"prior": output.nll.sum(-1), "prior_saved": output.saved}
+            values |= {kind: nats.cpu().double() / math.log(2) for kind, nats in nats_by_kind.items()}
             values |= {"illegal": output.illegal.cpu().double(), "modelled": torch.ones(output.illegal.shape).double()}
-        for kind, each in values.items():
-            width = each.shape[1]
+        for kind, per_element in values.items():
+            width = per_element.shape[1]
             numbers = grammar.scales(part)[:, :width]
-            sums[kind].index_add_(0, numbers.flatten(), (each * part.counted[:, :width]).flatten())
-    means = {kind: each / len(tokens) for kind, each in sums.items()}
+            sums[kind].index_add_(0, numbers.flatten(), (per_element * part.counted[:, :width]).flatten())
+    means = {kind: total / len(tokens) for kind, total in sums.items()}
     header = float(header_bits.mean())
     scales: list[dict[str, float | None]] = [
         {kind: float(means[kind][number]) for kind in kinds if kind in ("tokens", "uniform", "prior")}
@@ -76,16 +79,16 @@ def measure_streams(
         "scales": scales,
     }
     if prior is not None:
-        whole = (sums["modelled"] == sums["tokens"]).cumprod(0).bool()
-        alone = whole.clone()
+        complete = (sums["modelled"] == sums["tokens"]).cumprod(0).bool()
+        is_rate = complete.clone()
         if prior.order != "natural":
-            alone[:-1] = False  # what such a scale costs, given others that are finer, is no rate of the first scales
+            is_rate[:-1] = False  # finer scales may come first, so these costs are no rate of the first scales
         for entry, scale, bits_, kept in zip(
-            measured["prefixes"], scales, means["prior"].cumsum(0).tolist(), whole.tolist(), strict=True
+            measured["prefixes"], scales, means["prior"].cumsum(0).tolist(), complete.tolist(), strict=True
         ):
             scale["prior"] = scale["prior"] if kept else None
             entry["prior_bits"] = header + bits_ if kept else None
-        for entry, kept in zip(measured["prefixes"], alone.tolist(), strict=True):
+        for entry, kept in zip(measured["prefixes"], is_rate.tolist(), strict=True):
             entry["prior_bits"] = entry["prior_bits"] if kept else None
         measured |= {
             "cut_share": float((tokens.lengths > prior.max_length).double().mean()),

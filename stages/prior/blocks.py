@@ -1,4 +1,4 @@
-"""The priors' layers: self-attention with a cache, cross-attention to a memory, blocks of both, stacks of blocks."""
+"""Layers of the priors: self-attention with a cache, cross-attention to a memory, blocks and stacks of blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stages.layers import FusedLinear, HiddenLayers
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
-    """Type of the keys and values that layers with such a weight give, under autocast or without."""
+    """dtype of the keys and values of a layer with this weight, with or without autocast."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -28,9 +28,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | Spans | None = None, cache: Tensor | None = None, slots: Tensor | None = None
     ) -> Tensor:
-        """[B, L, D] → [B, L, D]; a mask bool [L, T], or spans, takes the place of causality.
+        """[B, L, D] → [B, L, D]; ``mask`` bool [L, T] or spans replace the causal mask.
 
-        With ``cache`` [2, B, H, T, D/H], keys and values go to its ``slots`` [L], and ``mask`` [L, T] says what counts.
+        With ``cache`` [2, B, H, T, D/H], keys and values are written to its ``slots`` [L], and ``mask`` [L, T] selects
+        the cached slots to attend to.
         """
         batch, length, width = x.shape
         qkv = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
@@ -44,7 +45,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the sequence to a memory that does not change while it grows."""
+    """Attention of the sequence to a fixed memory."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class CrossAttention(nn.Module):
         return self.key_value(memory).view(batch, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, remembered: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, D] → [B, L, D]; ``mask`` bool [B, 1, 1, M] says which of the memory counts, None all."""
+        """[B, L, D] → [B, L, D]; ``mask`` bool [B, 1, 1, M] selects the memory states to attend to; None: all."""
         batch, length, width = x.shape
         query = self.query(self.norm(x)).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
         key, value = remembered.to(query.dtype)
@@ -68,10 +69,10 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward layer of two branches, one of which gates the other (arXiv 2002.05202, section 2), without biases.
+    """Gated feed-forward layer without biases (arXiv 2002.05202, section 2).
 
-    Parameters and what they begin with are those of ``timm.layers.SwiGLU``. Importing that takes longer than importing
-    torch, and a prior needs nothing else of it.
+    Parameters and their initialization are those of ``timm.layers.SwiGLU``. Importing timm takes longer than importing
+    torch, and a prior needs nothing else from it.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -86,9 +87,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(HiddenLayers):
-    """Pre-norm block: attention, cross-attention where there is a memory, and SwiGLU.
+    """Pre-norm block: self-attention, optional cross-attention to a memory, and SwiGLU.
 
-    ``gated`` branches are scaled by numbers that start at zero (ReZero, arXiv 2003.04887): a new block does nothing.
+    ``gated`` branches are scaled by learned factors that start at zero (ReZero, arXiv 2003.04887), so a new block is
+    the identity.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Block(HiddenLayers):
         return x + self._branch(2, self.mlp(self.mlp_norm(x)))
 
     def remember(self, memory: Tensor) -> Tensor:
-        """Keys and values [2, B, H, M, D/H] of a memory [B, M, D]; for a block with cross-attention."""
+        """Keys and values [2, B, H, M, D/H] of a memory [B, M, D]; requires cross-attention."""
         assert self.cross is not None
         return self.cross.remember(memory)
 
@@ -135,7 +137,7 @@ class Block(HiddenLayers):
 
 
 class Decoder(nn.Module):
-    """Causal layers that look at what the encoder knows, and the logits of one field."""
+    """Causal layers with cross-attention to the encoder, and a head for the logits of one field."""
 
     def __init__(self, depth: int, sizes: tuple[int, int, float, float], vocabulary: int) -> None:
         super().__init__()
@@ -155,15 +157,15 @@ class Decoder(nn.Module):
         cache: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, n, D] of inputs [B, n, D]; with a cache [depth, 2, B, H, T, D/H] those of its ``slots``."""
+        """Hidden states [B, n, D] of inputs [B, n, D], which go to ``slots`` of the cache [depth, 2, B, H, T, D/H]."""
         mask = None
         if cache is not None and slots is not None:
             mask = torch.arange(cache.shape[4], device=x.device) <= slots[:, None]
         for index, block in enumerate(self.blocks):
-            mine = None if cache is None else cache[index]
-            x = block(x, mask, mine, slots, remembered[index], memory_mask)
+            layer_cache = None if cache is None else cache[index]
+            x = block(x, mask, layer_cache, slots, remembered[index], memory_mask)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [..., V] of hidden states [..., D]."""
+        """Logits float32 [..., V] of hidden states [..., D]."""
         return self.head(self.norm(hidden)).float()

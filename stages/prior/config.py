@@ -1,31 +1,31 @@
-"""Stage 2's config sections: ``prior`` (one dataclass a kind), ``prior_training`` and ``sampling``."""
+"""Config sections of stage 2: ``prior`` (one dataclass per kind), ``prior_training`` and ``sampling``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 FIXED_ORDERS = ("natural", "reversed", "interleaved", "luma_first", "scale")
-"""Orders of layouts of fixed length."""
+"""Orders for layouts of fixed length."""
 LIST_ORDERS = ("natural", "luma_first")
-"""Orders of lists. natural: as the code has it, coarse to fine; luma_first: all of plane 0 before the other planes."""
+"""Orders for lists. natural: the code's own order, coarse to fine; luma_first: plane 0 before the other planes."""
 PREFIX_ORDERS = ("natural", "scale")
-"""Orders in which the first scales come first: they may be given, and a prior may stop after them."""
+"""Orders in which the first scales come first: they can be given as a prefix, and sampling can stop after them."""
 AVERAGING = ("none", "replace", "mix", "learned")
-"""What may happen to half of the coordinates between a transformer's layers."""
+"""Kinds of moving averages that replace or mix into half of the features between transformer layers."""
 AVERAGING_BORDERS = ("sample", "scale", "grid")
-"""Where the windows of moving averages may stop."""
+"""Borders at which the windows of moving averages stop."""
 CONFIDENCE_NOISE = 4.5
-"""MaskGIT's choice temperature, as its code has it; the paper names no number."""
+"""Choice temperature of MaskGIT's code; the paper gives no value."""
 
 
 @dataclass
 class PriorConfig:
-    """What every prior's section has."""
+    """Keys common to all priors."""
 
     kind: str = "transformer"
-    """Which prior; picks the other keys of this section."""
+    """Kind of prior; determines the other keys of this section."""
     path: str = "${run}/prior/prior.safetensors"
-    """Exported weights: written by train-prior, read by eval and sample."""
+    """Exported weights; written by train-prior, read by eval and sample."""
 
 
 @dataclass
@@ -34,102 +34,103 @@ class TransformerPriorConfig(PriorConfig):
 
     kind: str = "transformer"
     depth: int = 12
-    """Layers."""
+    """Number of layers."""
     width: int = 768
-    """Features of a token."""
+    """Features per token."""
     heads: int = 12
     """Attention heads; must divide the width."""
     hidden_ratio: float = 8 / 3
-    """Hidden width of SwiGLU over the width; 8/3 has the parameters of a plain MLP of 4."""
+    """Hidden width of SwiGLU divided by the width; 8/3 has as many parameters as a plain MLP with ratio 4."""
     dropout: float = 0.1
     """Dropout on embeddings and residual branches."""
     checkpoint_gradients: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     max_length: int = 4096
-    """Elements of a stream that are modelled, a beginning where it is longer; a fixed length is always whole."""
+    """Maximum number of modeled elements of a stream; longer streams are truncated. Fixed lengths are never cut."""
     context: bool = True
-    """Streams: tell each slot what the grammar knows of the next place, beside the place itself."""
+    """Streams: also embed what the grammar knows about the next element, beside its place."""
     order: str = "natural"
-    """In layouts of fixed length: natural; reversed: from the last element to the first; interleaved: all scales of a
-    place together; luma_first: scales of luma before those of chroma; scale: whole scales at once
+    """Order in layouts of fixed length: natural; reversed: from the last element to the first; interleaved: all scales
+    of a place together; luma_first: luma scales before chroma scales; scale: whole scales at once
     (``stages/prior/scalewise.py``)."""
     averaging: str = "none"
-    """WaveletGPT: between layers half of the coordinates become moving averages over 2, 4, … slots. none; replace (the
-    paper's); mix (a fifth of the average, as replications did); learned (weighted windows, one for each length)."""
+    """WaveletGPT: between layers, half of the features become moving averages over 2, 4, … slots. none; replace (as in
+    the paper); mix (one fifth average, as in replications); learned (learned window weights, one set per length)."""
     averaging_borders: str = "sample"
-    """Where windows stop: sample (beginning of the sequence), scale (of each scale), or grid (squares of its grid)."""
+    """Where windows stop: sample (start of the sequence), scale (start of each scale), or grid (windows are squares in
+    the scale's grid)."""
     averaging_longest: int = 0
-    """Longest window, in slots or along a grid's side; 0: as long as the longest run of slots between borders."""
+    """Longest window, in slots or grid cells per side; 0: the longest run of slots between borders."""
 
 
 @dataclass
 class ChunkedPriorConfig(PriorConfig):
-    """Encoder and three decoders over lists."""
+    """Encoder and three decoders for lists."""
 
     kind: str = "chunked"
     width: int = 512
-    """Features of an element and of a patch."""
+    """Features per element and per patch."""
     heads: int = 8
     """Attention heads; must divide the width."""
     encoder_depth: int = 3
     """Layers of the encoder."""
     channel_depth: int = 3
-    """Layers of the decoder of channels."""
+    """Layers of the channel decoder."""
     position_depth: int = 3
-    """Layers of the decoder of positions."""
+    """Layers of the position decoder."""
     value_depth: int = 5
-    """Layers of the decoder of values."""
+    """Layers of the value decoder."""
     hidden_ratio: float = 8 / 3
-    """Hidden width of SwiGLU over the width."""
+    """Hidden width of SwiGLU divided by the width."""
     dropout: float = 0.1
     """Dropout on embeddings and residual branches."""
     chunk: int = 896
-    """Elements that the decoders predict at once; lists that are shorter are one chunk."""
+    """Elements per chunk, which the decoders predict at once; a shorter list is one chunk."""
     overlap: int = 128
-    """Elements before the chunk that the decoders see besides."""
+    """Elements before the chunk that the decoders also see."""
     patch: int = 2
-    """Side of the encoder's patches in blocks of luma."""
+    """Side of the encoder's patches, in luma blocks."""
     early_bias: float = 1.0
-    """Training takes chunk k = 1, 2, … of a list with probability proportional to k^-early_bias; 0: each as often."""
+    """Training samples chunk k = 1, 2, … of a list with probability proportional to k^-early_bias; 0: uniformly."""
     order: str = "natural"
-    """natural: coarse to fine; luma_first: all of luma before chroma, for colouring."""
+    """natural: coarse to fine; luma_first: luma before chroma, for colorization."""
 
 
 @dataclass
 class PriorTrainingConfig:
-    """Training of stage 2. Steps are optimiser steps."""
+    """Training of stage 2. Steps are optimizer steps."""
 
     max_steps: int = 10_000
-    """Updates."""
+    """Optimizer steps."""
     batch_size_per_device: int = 64
-    """Token sequences in one forward pass of one process."""
+    """Token sequences per forward pass of one process."""
     bucket_batches: int = 32
-    """Streams: so many batches are drawn together and dealt out by length, so that less is padding; 1 for none."""
+    """Streams: number of batches that are drawn together and grouped by length to reduce padding; 1 disables it."""
     shuffle_shards: int = 0
-    """Samples are mixed from so many shards at a time, in an order of shards that every epoch draws; 0: from all."""
+    """Number of shards that are mixed at a time, in a shard order drawn anew each epoch; 0 mixes all shards."""
     accumulate_batches: int = 1
-    """Forward passes per update."""
+    """Forward passes per optimizer step."""
     precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16; the cross entropy stays in float32. A run goes on in
-    what it began with."""
+    """auto (bf16 if the hardware supports bf16 multiplication), 32 or bf16; cross entropy stays in float32. A resumed
+    run keeps the precision it started with."""
     optimizer: str = "adamw"
-    """adamw, or muon, which is Muon for the matrices in the transformer's layers and AdamW for all else."""
+    """adamw, or muon: Muon for the matrices in the transformer layers and AdamW for all other parameters."""
     learning_rate: float = 1e-3
-    """Peak."""
+    """Peak learning rate."""
     matrix_learning_rate: float = 1e-2
-    """Peak, of the matrices that Muon updates; learning_rate is that of all else."""
+    """Peak learning rate of the matrices that Muon updates; learning_rate applies to all other parameters."""
     warmup_steps: int = 200
-    """Linear rise of the rates."""
+    """Steps of linear warm-up."""
     final_learning_rate_share: float = 0.05
-    """Cosine decay ends at this share of the peak."""
+    """Cosine decay ends at this fraction of the peak."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Adam's averaging factors."""
+    """Adam's betas."""
     weight_decay: float = 0.05
-    """Decoupled, on matrices only."""
+    """Decoupled weight decay, applied to matrices only."""
     gradient_clip_norm: float = 1.0
-    """Clip of the gradient norm."""
+    """Maximum gradient norm."""
     ema_decay: float = 0.999
-    """Averaging of the exported weights, with timm's warm-up."""
+    """EMA decay of the exported weights, with timm's warm-up."""
     log_every: int = 50
     """Steps between log entries."""
     checkpoint_every: int = 1_000
@@ -137,30 +138,30 @@ class PriorTrainingConfig:
     validate_every: int = 1_000
     """Steps between validations."""
     validation_samples: int = 2_048
-    """Held-out sequences in one validation."""
+    """Held-out sequences per validation."""
 
 
 @dataclass
 class SamplingConfig:
-    """How tokens are drawn: one config section, ``sampling``. Lists have one value, or one per scale."""
+    """The config section ``sampling``. Lists have one value, or one per scale."""
 
     temperature: list[float] = field(default_factory=lambda: [1.0])
     """Divides the logits; 0 takes the most probable id. One value or one per scale."""
     top_k: list[int] = field(default_factory=lambda: [0])
     """Keep the k most probable ids; 0 keeps all. One value or one per scale."""
     top_p: list[float] = field(default_factory=lambda: [1.0])
-    """Keep the most probable ids up to this mass. One value or one per scale."""
+    """Keep the most probable ids up to this probability mass. One value or one per scale."""
     guidance: float = 1.0
     """Classifier-free guidance: logits = unconditional + guidance * (conditional - unconditional); 1 is off."""
     guidance_schedule: str = "constant"
     """constant, linear or cosine: how guidance rises from 1 to its value over the sequence."""
     scales: int = 0
-    """Stop after this many scales, or bit-planes; 0 samples all. Needs a decoder of prefixes."""
+    """Stop after this many scales or bit-planes; 0 samples all. Needs a tokenizer that decodes prefixes."""
     rounds: list[int] = field(default_factory=list)
-    """Rounds in which prior.order=scale writes a scale. One value or one per scale; empty: 8, 2, then 1 for each."""
+    """Rounds per scale with prior.order=scale. One value or one per scale; empty: 8, 2, then 1 for all later scales."""
     confidence_noise: float = CONFIDENCE_NOISE
-    """prior.order=scale: Gumbel noise on the confidence that decides which elements stay, less from round to round."""
+    """prior.order=scale: scale of the Gumbel noise on the confidence that selects elements; decays over the rounds."""
     compile: bool = False
     """Compile the decoding step (GPU)."""
     precision: str = "auto"
-    """auto (bf16 where the hardware multiplies it), 32 or bf16: of tokenizer and prior while they are used."""
+    """auto (bf16 if the hardware supports bf16 multiplication), 32 or bf16; applies to tokenizer and prior."""

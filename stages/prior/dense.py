@@ -1,7 +1,7 @@
-"""The part of a list that is there already, as an image of patches for an encoder.
+"""Convert the known part of a list to an image of patches for an encoder.
 
-Coefficients of a patch (all channels of all planes at some neighbouring blocks) stand side by side, so chroma of half
-the resolution needs no padding: a patch of 2x2 blocks of luma has one block of each chroma.
+The coefficients of a patch (all channels of all planes at some neighboring blocks) are concatenated, so chroma at half
+resolution needs no padding: a patch of 2x2 luma blocks has one block of each chroma plane.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from stages.lists import ListGrammar
 
 
 class DenseImage(nn.Module):
-    """Tables from an element's channel and position to its patch and its place there.
+    """Look-up tables from an element's channel and position to its patch and its place in the patch.
 
-    ``patch`` is a patch's side in blocks of plane 0; raises ValueError where that cuts a block of another plane.
+    ``patch`` is the side of a patch in blocks of plane 0. Raises ValueError if it cuts a block of another plane.
     """
 
     slot_of: Tensor
@@ -31,7 +31,7 @@ class DenseImage(nn.Module):
         factors = [(height // rows, width // columns) for rows, columns in grammar.grids]
         if patch < 1 or any(patch % factor for pair in factors for factor in pair):
             least = max(factor for pair in factors for factor in pair)
-            raise InputError(f"prior.patch={patch}; allowed: multiples of {least}, for the planes share their patches")
+            raise InputError(f"prior.patch={patch}; allowed: multiples of {least}, as all planes share the patches")
         self.grid = (-(-height // patch), -(-width // patch))
         """(rows, columns) of patches."""
         shape = (grammar.end + 1, grammar.num_positions)
@@ -42,19 +42,19 @@ class DenseImage(nn.Module):
             (rows, columns), (down, right) = grammar.grids[plane], factors[plane]
             positions = torch.arange(rows * columns)
             row, column = positions // columns * down, positions % columns * right
-            found = {
+            table_values = {
                 "row": row,
                 "column": column,
                 "patch": row // patch * self.grid[1] + column // patch,
                 "inside": first + row % patch // down * (patch // right) + column % patch // right,
             }
-            for name, values in found.items():
+            for name, values in table_values.items():
                 tables[name][channel, : len(positions)] = values
             first += (patch // down) * (patch // right)
         self.width = first
-        """Coefficients of a patch."""
+        """Coefficients per patch."""
         tables["slot"] = tables["patch"] * first + tables.pop("inside")
-        tables["slot"][grammar.end] = self.num_patches * first  # the end element lies nowhere
+        tables["slot"][grammar.end] = self.num_patches * first  # the end element has no place
         for name, table in tables.items():
             self.register_buffer(f"{name}_of", table, persistent=False)
         self.largest = grammar.largest
@@ -65,7 +65,7 @@ class DenseImage(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Quantised values float32 [B, patches, width] of lists or parts of them, 0 where they have no element."""
+        """Quantized values float32 [B, patches, width] of lists or parts of lists; 0 where there is no element."""
         ids, nowhere = tokens.ids, self.num_patches * self.width
         slots = self.slot_of[ids[..., 0], ids[..., 1]].masked_fill(~tokens.counted, nowhere)
         image = torch.zeros(len(ids), nowhere + 1, device=ids.device)

@@ -1,7 +1,7 @@
-"""What the transformer sees of a sequence: one input embedding for layouts of fixed length, one for streams.
+"""Input embeddings of the transformer: one for layouts of fixed length, one for streams.
 
-Both say what an element *is* and, apart from it, where the *next* one belongs: the slot that predicts element t holds
-element t-1 and the place of element t.
+Both embed an element and, separately, the place of the *next* element: the slot that predicts element t holds element
+t-1 and the place of element t.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from stages.prior.blocks import SwiGLU
 
 
 class InputEmbedding(nn.Module, ABC):
-    """Elements and places as features of the transformer's width."""
+    """Embed elements and places with the transformer's width D."""
 
     @abstractmethod
     def elements(self, ids: Tensor, first: int, notes: Tensor | None) -> Tensor:
-        """[B, n, D] of the elements ids [B, n, F] that stand at ``first`` and after; ``notes`` [B, n, P] are theirs."""
+        """Embed elements ids [B, n, F] at positions ``first`` and after, with their ``notes`` [B, n, P]: [B, n, D]."""
 
     @abstractmethod
     def places(self, start: int, stop: int, notes: Tensor | None) -> Tensor:
-        """[n, D] or [B, n, D] of the places of elements ``start`` to ``stop``, whose ``notes`` are [B, n, P]."""
+        """Embed the places of elements ``start`` to ``stop``, with their ``notes`` [B, n, P]: [n, D] or [B, n, D]."""
 
     @abstractmethod
     def fields(self, hidden: Tensor, first: int, chosen: Tensor) -> Tensor:
-        """Hidden states [..., D] that also know the fields chosen [..., f] of the element at ``first``."""
+        """Add the chosen fields [..., f] of the element at ``first`` to hidden states [..., D]: [..., D]."""
 
     def common(self, header: Tensor, states: ConditionStates) -> Tensor | None:
-        """[B, 1, D] that every slot is told; None for nothing."""
+        """Features [B, 1, D] added to every slot; None for none."""
         return None
 
 
 class GridEmbedding(InputEmbedding):
-    """A table for each codebook and field, and learned positions: scale, row and column.
+    """One embedding table per codebook and field, plus learned embeddings of scale, row and column.
 
-    Elements come in the order of ``permutation`` (``stages/prior/order.py``).
+    Elements are in the order of ``permutation`` (``stages/prior/order.py``).
 
-    Fields of the same element chosen before are added to the hidden state, as large as that (embeddings are small at
-    first), and both go through a small network: a sum alone shifts the next field's logits by what was chosen, whatever
-    stood before the element, so it cannot learn a field that follows from both.
+    The embeddings of the element's fields chosen so far are normalized to the size of the hidden state (embeddings are
+    small at initialization), added to it, and passed through a small network. A sum alone would shift the next field's
+    logits by the chosen fields regardless of the preceding elements, so it cannot learn a field that depends on both.
     """
 
     offsets: Tensor
@@ -57,12 +57,12 @@ class GridEmbedding(InputEmbedding):
     def __init__(self, layout: TokenLayout, width: int, permutation: Sequence[int]) -> None:
         super().__init__()
         first_row: dict[tuple[int, int], int] = {}
-        rows = 0
+        num_rows = 0
         for codebook in layout.codebooks:
             for index, part in enumerate(layout.fields_of(codebook)):
-                first_row[codebook, index] = rows
-                rows += part.vocabulary_size
-        self.table = nn.Embedding(rows, width)
+                first_row[codebook, index] = num_rows
+                num_rows += part.vocabulary_size
+        self.table = nn.Embedding(num_rows, width)
         natural = [
             (number, *((divmod(index, scale.grid[1])) if scale.grid else (0, index)), scale.codebook)
             for number, scale in enumerate(layout.scales)
@@ -100,11 +100,11 @@ class GridEmbedding(InputEmbedding):
 
 
 class StreamEmbedding(InputEmbedding):
-    """One-hot token, where it stood and where the next one belongs, header and condition: concatenated and projected.
+    """Concatenate and project the one-hot token, its place, the next place, the header and the condition.
 
-    No table of tokens and no additive positions, after Mattar et al. (arXiv 2406.19997, section 4). A projection of
-    what is concatenated is the sum of the parts' projections, so the parts may come at different times. With
-    ``context`` the next place also says what the grammar knows there: which ids may come, and of its neighbours.
+    There is no token table and there are no additive positions, after Mattar et al. (arXiv 2406.19997, section 4). The
+    projection of a concatenation is the sum of the parts' projections, so parts can be computed separately. With
+    ``context`` the next place also holds what the grammar knows there: which ids are allowed, and the neighbors.
     """
 
     def __init__(self, layout: TokenLayout, grammar: PlacedGrammar, width: int, context: bool) -> None:
@@ -134,5 +134,5 @@ class StreamEmbedding(InputEmbedding):
 
     def common(self, header: Tensor, states: ConditionStates) -> Tensor:
         parts = [functional.one_hot(header[:, index], size) for index, size in enumerate(self.header_sizes)]
-        told = self.header(torch.cat(parts, dim=-1).to(self.header.weight.dtype))
-        return (told + self.condition(states.prefix.mean(1))).unsqueeze(1)
+        header_features = self.header(torch.cat(parts, dim=-1).to(self.header.weight.dtype))
+        return (header_features + self.condition(states.prefix.mean(1))).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""What logits say of given elements, where a grammar says which ids may come."""
+"""Score elements under logits and a grammar's allowed ids."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from stages.contract import FORBIDDEN
 
 
 def judge(logits: Tensor, ids: Tensor, allowed: Tensor, loosely: Tensor, counted: Tensor) -> tuple[Tensor, ...]:
-    """(nll, legal_nll, saved) of one field, float32 [B, L], as ``PriorOutput`` has them; 0 where not ``counted``.
+    """(nll, legal_nll, saved) of one field, each float32 [B, L], as defined in ``PriorOutput``.
 
-    logits [B, L, V] of ids [B, L], of which ``allowed`` bool [B, L, V] may come, a part of ``loosely``.
+    ``logits`` are [B, L, V] and ``ids`` [B, L]. ``allowed`` bool [B, L, V] marks the ids that the grammar allows, a
+    subset of ``loosely`` bool [B, L, V]. The results are 0 where ``counted`` is False.
     """
     everything = logits.logsumexp(-1)
     legal = logits.masked_fill(~allowed, FORBIDDEN).logsumexp(-1)

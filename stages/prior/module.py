@@ -1,4 +1,4 @@
-"""Stage 2 as a LightningModule: cross entropy of cached tokens, conditions dropped at random for guidance."""
+"""Stage 2 as a LightningModule: cross entropy on cached tokens, with random condition dropout for guidance."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ NATS_PER_BIT = math.log(2)
 
 
 class PriorModule(L.LightningModule):
-    """Trains ``prior`` on batches {ids [B, L, F], label [B], index [B]}.
+    """Train ``prior`` on batches {ids [B, L, F], label [B], index [B]}.
 
-    Captions add text and text_length, streams add length [B], header [B, S] and notes [B, L, P].
+    Captions add text and text_length; streams add length [B], header [B, S] and notes [B, L, P].
     """
 
     def __init__(self, prior: Prior, training: PriorTrainingConfig, seed: int) -> None:
@@ -43,28 +43,28 @@ class PriorModule(L.LightningModule):
         self.prior = prior
         self.average = build_average(prior, training.ema_decay)
         self.names: NamesSamples = lambda indices: [str(index) for index in indices]
-        """Names samples for error messages; the command knows where they come from."""
+        """Maps sample indices to names for error messages; the command sets it."""
         self.batches_seen = 0
-        """Micro-batches this process has trained on; the data stream resumes there."""
-        # one for all scales together, and one for each worth reporting
+        """Micro-batches that this process has trained on; the data stream resumes there."""
+        # one metric for all scales together, then one per reported scale
         self.validation = torch.nn.ModuleList([MeanMetric() for _ in (0, *prior.layout.prefixes)])
 
     @property
     def quantity(self) -> str:
-        """Name of the loss in logs: what masked elements cost is no rate."""
+        """Name of the loss in logs; the loss of masked elements is not a rate, so it has its own name."""
         return "bits_per_token" if self.prior.likelihood else "masked_bits_per_token"
 
     @property
     def step(self) -> int:
-        """Optimiser updates so far."""
+        """Optimizer updates so far."""
         return self.batches_seen // self.config.accumulate_batches
 
     def configure_model(self) -> None:
-        """Leave this process its share of weights and average, where the strategy has a mesh of processes for that."""
+        """Shard the weights and their average if the strategy has a device mesh."""
         if self.device_mesh is not None:
             for network in (self.prior, self.average.module):
                 shard(network, self.device_mesh["data_parallel"])
-            self.average.foreach = False  # no such kernel for shares
+            self.average.foreach = False  # foreach kernels do not support sharded tensors
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config
@@ -78,7 +78,7 @@ class PriorModule(L.LightningModule):
         tokens = Tokens.from_batch(batch).prefix(self.prior.max_length)
         output = self.prior(tokens, prompts)
         judged = tokens.counted if output.judged is None else output.judged
-        # of all processes together: the mean of their gradients is that of the joint batch
+        # average the count over all processes, so that the mean gradient is that of the joint batch
         count = self.trainer.strategy.reduce(judged.sum().float(), reduce_op="mean").clamp(min=1)
         nll = output.nll
         terms = {"nll": nll.sum() / (count * nll.shape[2])}
@@ -102,18 +102,18 @@ class PriorModule(L.LightningModule):
         return bool(self.trainer.strategy.reduce_boolean_decision(true_here, all=False))
 
     def _by_scale(self, nll: Tensor, tokens: Tokens, counted: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, mean bits of an element, elements) of all scales together and of each worth reporting.
+        """Yield (name, mean bits per element, elements) for all scales together and for each reported scale.
 
-        ``counted`` [B, L] weighs elements.
+        ``counted`` [B, L] holds the weights of the elements.
         """
         counted = counted.float()
         bits = nll.sum(2) / NATS_PER_BIT * counted
         yield "all", bits.sum() / counted.sum().clamp(min=1), counted.sum()
         scales = scale_ids(tokens, self.prior.layout, self.prior.grammar)
         for number in self.prior.layout.prefixes:
-            here = counted * (scales == number - 1)
+            weights_here = counted * (scales == number - 1)
             name = self.prior.layout.scales[number - 1].name
-            yield name, (bits * (scales == number - 1)).sum() / here.sum().clamp(min=1), here.sum()
+            yield name, (bits * (scales == number - 1)).sum() / weights_here.sum().clamp(min=1), weights_here.sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         step = self.trainer.global_step
@@ -136,8 +136,8 @@ class PriorModule(L.LightningModule):
         tokens = Tokens.from_batch(batch).prefix(prior.max_length)
         output: PriorOutput = prior(tokens, Prompts.from_batch(batch))
         judged = tokens.counted if output.judged is None else output.judged
-        found = self._by_scale(output.nll, tokens, judged * batch["weight"][:, None])
-        for metric, (_, mean, elements) in zip(self.validation, found, strict=True):
+        bits_by_scale = self._by_scale(output.nll, tokens, judged * batch["weight"][:, None])
+        for metric, (_, mean, elements) in zip(self.validation, bits_by_scale, strict=True):
             metric.update(mean, elements)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:

@@ -1,12 +1,13 @@
-"""A prior whose weights lie in parts on all processes: fully sharded data parallel (FSDP, arXiv 2304.11277).
+"""Fully sharded data parallel training of a prior (FSDP, arXiv 2304.11277).
 
-What is notable here:
+Design notes:
 
-- each layer is gathered for its own forward and backward pass and given back; what stands outside the layers
-  (embeddings, heads, norms) is one more part, gathered for the whole pass;
-- gradients, the moments of Adam and the averaged copy are parts like the weights, so a process keeps 1 / world size of
-  all five;
-- weights are built whole, from one seed on every process, and cut then: they are those of one process.
+- each layer is gathered for its own forward and backward pass and then freed; the parameters outside the layers
+  (embeddings, heads, norms) form one more group, gathered for the whole pass;
+- gradients, both Adam moments and the averaged copy are sharded like the weights, so each process stores
+  1 / world size of all five;
+- every process builds the full weights from the same seed and then shards them, so they equal those of a
+  single-process run.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ from stages.prior.blocks import Block
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave this process its part of every weight; ``mesh`` [world size] are the processes that have the others."""
+    """Shard every weight over the processes of ``mesh`` [world size]."""
     for block in network.modules():
         if isinstance(block, Block):
             fully_shard(block, mesh=mesh)
             register_fsdp_forward_method(block, "remember")
-    # else the last part stays gathered when a pass forward has no pass backward: in a validation
+    # without this the last group stays gathered after a forward pass without a backward pass, as in validation
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def sharded_parts(network: nn.Module) -> tuple[list[int], int]:
-    """How many parameters are gathered together: those of each layer, and all others."""
+    """Parameter counts of the groups that are gathered together: (each layer, all other parameters)."""
     layers = [
-        sum(each.numel() for each in block.parameters()) for block in network.modules() if isinstance(block, Block)
+        sum(parameter.numel() for parameter in block.parameters())
+        for block in network.modules()
+        if isinstance(block, Block)
     ]
-    return layers, sum(each.numel() for each in network.parameters()) - sum(layers)
+    return layers, sum(parameter.numel() for parameter in network.parameters()) - sum(layers)
 
 
 def whole_state(network: nn.Module) -> Mapping[str, Tensor]:
-    """The whole state on the CPU of the first process, sharded or not; empty on the others, which must ask, too."""
+    """Full state dict on the CPU of rank 0, sharded or not; empty on other ranks. All ranks must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(Mapping[str, Tensor], get_model_state_dict(network, options=options))

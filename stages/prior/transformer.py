@@ -1,16 +1,16 @@
-"""The prior: a decoder-only transformer over layouts of fixed length and over streams with a grammar.
+"""Decoder-only transformer prior for layouts of fixed length and for streams with a grammar.
 
-What is notable here:
+Design notes:
 
-- pre-norm RMSNorm, SwiGLU, no biases; one head for each codebook and field;
-- what it sees of elements and places is an input embedding of its own (``stages/prior/embeddings.py``);
-- the states of the condition stand before the tokens, or every layer looks at them by cross-attention;
-- the slot that predicts element t holds element t-1 and the position (scale, row, column) of element t: the model is
-  told what it is asked for, whatever the order;
-- the order is a permutation that is stored with the weights: tokens come and go in the layout's own;
-- a field is predicted given the earlier fields of its element, so codes of two fields need no joint softmax;
-- between layers half of the coordinates may become moving averages (``stages/prior/averaging.py``);
-- one code path for training's full pass, prefill and single steps: ``_blocks`` with or without a preallocated cache.
+- pre-norm RMSNorm, SwiGLU, no biases; one head per codebook and field;
+- an input embedding embeds elements and places (``stages/prior/embeddings.py``);
+- condition states are a prefix of the sequence, or every layer attends to them by cross-attention;
+- the slot that predicts element t holds element t-1 and the position (scale, row, column) of element t, so the model
+  knows which element it predicts in any order;
+- the order is a permutation stored with the weights; input and output tokens are in the layout's order;
+- each field is predicted given the earlier fields of its element, so codes with two fields need no joint softmax;
+- between layers, half of the features can become moving averages (``stages/prior/averaging.py``);
+- training, prefill and single steps share one code path: ``_blocks`` with or without a preallocated cache.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from stages.prior.judge import judge
 from stages.prior.order import permutation_of, reordered, scales_of
 
 FIRST_SLOTS = 256
-"""Slots of a stream's first key-value cache; it doubles when it is full."""
+"""Initial slots of a stream's key-value cache; the cache doubles when it is full."""
 
 
 Memory = tuple[Tensor, Tensor]
-"""Keys and values [depth, 2, B, H, M, D/H] of the condition's memory, and which count, bool [B, 1, 1, M]."""
+"""Keys and values [depth, 2, B, H, M, D/H] of the condition's memory, and its mask bool [B, 1, 1, M]."""
 
 
 class DecodingState:
-    """A sequence while it is sampled: how far it is, what was computed, and the last hidden state."""
+    """State of a batch of sequences during sampling: position, caches and last hidden state."""
 
     def __init__(
         self,
@@ -60,29 +60,29 @@ class DecodingState:
         averaged: list[Tensor] | None = None,
     ) -> None:
         self.averaged = averaged
-        """What the moving averages keep, for each layer [B, 1 + T, D / 2]; None without them."""
+        """State of the moving averages, [B, 1 + T, D / 2] per layer; None without them."""
         self.cache = cache
-        """[depth, 2, B, H, T, D/H]; T grows in streams"""
+        """Keys and values [depth, 2, B, H, T, D/H]; T grows in streams."""
         self.memory = memory
         self.common = common
-        """[B, 1, D] that every slot is told, or None."""
+        """Features [B, 1, D] added to every slot, or None."""
         self.stream = stream
-        """What the grammar knows, or None without one."""
+        """State of the grammar, or None without a grammar."""
         self.position = position
         """Index of the next element."""
         self.hidden = hidden
-        """[B, D], which predicts the next element"""
+        """Hidden state [B, D] that predicts the next element."""
 
 
 class TransformerPrior(Prior):
-    """Decoder-only transformer. Raises ValueError for layouts of lists, or heads that do not divide."""
+    """Decoder-only transformer. Raises ValueError for layouts of lists, or if ``heads`` does not divide ``width``."""
 
     permutation: Tensor
-    """int64 [L]: the element of the layout that it writes at each position."""
+    """int64 [L]: layout element at each position of the prior's order."""
     positions: Tensor
-    """int64 [L]: the inverse."""
+    """int64 [L]: inverse of ``permutation``."""
     causal = True
-    """Whether a slot looks at those before it alone."""
+    """Whether a slot attends only to itself and earlier slots."""
 
     def __init__(
         self,
@@ -94,7 +94,9 @@ class TransformerPrior(Prior):
     ) -> None:
         super().__init__()
         if config.width % config.heads:
-            raise InputError(f"prior.width={config.width} is no multiple of prior.heads={config.heads}")
+            raise InputError(
+                f"prior.width={config.width} is no multiple of prior.heads={config.heads}; change one of them"
+            )
         self.config = config
         self.condition_config = condition
         self.layout = layout
@@ -104,15 +106,15 @@ class TransformerPrior(Prior):
         self.grammar = build_grammar(layout)
         self.order = config.order
         self.written = permutation_of(layout, self.order)
-        """``permutation`` as plain numbers."""
+        """``permutation`` as a list."""
         if self.grammar is None:
             self.register_buffer("permutation", torch.tensor(self.written))
             inverse = sorted(self.written, key=self.written.__getitem__)
             self.register_buffer("positions", torch.tensor(inverse), persistent=False)
         if not (self.grammar is None or isinstance(self.grammar, PlacedGrammar)):
             raise InputError(
-                "prior.kind=transformer must know where an element belongs before it comes, and lists do "
-                "not tell; set prior.kind=chunked"
+                "prior.kind=transformer needs the place of each element in advance, which lists do not give; set "
+                "prior.kind=chunked"
             )
         self.inputs: InputEmbedding = (
             GridEmbedding(layout, config.width, self.written)
@@ -127,7 +129,7 @@ class TransformerPrior(Prior):
             }
         )
         self.scales = scales_of(layout, self.written) if self.grammar is None else []
-        """The scale at each position."""
+        """Scale at each position."""
         self.codebook_places = _places_of_codebooks(layout, self.scales)
         self.embedding_dropout = nn.Dropout(config.dropout)
         sizes = (config.width, config.heads, config.hidden_ratio, config.dropout, self.condition.cross)
@@ -156,7 +158,7 @@ class TransformerPrior(Prior):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         key, errors = f"{prefix}permutation", args[-1]
         if self.grammar is None and key not in state and self.order == "natural":
-            state[key] = self.permutation  # weights from before orders were stored
+            state[key] = self.permutation  # weights saved before orders were stored
         elif self.grammar is None and key not in state:
             errors.append(f"prior.order={self.order} was trained before orders were stored; train it again")
         elif self.grammar is None and not torch.equal(state[key].cpu(), self.permutation.cpu()):
@@ -166,19 +168,20 @@ class TransformerPrior(Prior):
     # ------------------------------------------------------------------ the pass
 
     def _slots(self, states: Tensor, ids: Tensor, notes: Tensor | None, common: Tensor | None) -> Tensor:
-        """Input [B, P + n, D]: states [B, P, D] and elements ids [B, n, F]; the last slot predicts element n.
+        """Input [B, P + n, D] from condition states [B, P, D] and elements ids [B, n, F]; the last slot predicts
+        element n.
 
-        ``notes`` [B, n + 1, ...] reach to the element that is predicted.
+        ``notes`` [B, n + 1, ...] include those of the predicted element.
         """
-        upto = ids.shape[1]
-        elements = self.inputs.elements(ids, 0, None if notes is None else notes[:, :upto])
+        count = ids.shape[1]
+        elements = self.inputs.elements(ids, 0, None if notes is None else notes[:, :count])
         x = torch.cat([states, elements.to(states.dtype)], dim=1)
-        predicted = self.inputs.places(0, upto + 1, notes)
+        predicted = self.inputs.places(0, count + 1, notes)
         x = x + functional.pad(predicted, (0, 0, x.shape[1] - predicted.shape[-2], 0))
         return x if common is None else x + common
 
     def _remember(self, states: ConditionStates) -> Memory | None:
-        """What the layers keep of the condition's memory; None where there is none."""
+        """Keys and values of the condition's memory for all layers; None without a memory."""
         if states.memory is None or states.memory_mask is None:
             return None
         remembered = torch.stack([block.remember(states.memory) for block in self.blocks])  # type: ignore[operator]
@@ -195,17 +198,17 @@ class TransformerPrior(Prior):
     ) -> Tensor:
         x = self.embedding_dropout(x)
         for index, block in enumerate(self.blocks):
-            seen = (None, None) if memory is None else (memory[0][index], memory[1])
+            layer_memory = (None, None) if memory is None else (memory[0][index], memory[1])
             if self.config.checkpoint_gradients and self.training and cache is None:
-                x = checkpoint(block, x, mask, None, None, *seen, use_reentrant=False)
+                x = checkpoint(block, x, mask, None, None, *layer_memory, use_reentrant=False)
             else:
-                x = block(x, mask, None if cache is None else cache[index], slots, *seen)
+                x = block(x, mask, None if cache is None else cache[index], slots, *layer_memory)
             if self.averages is not None:
                 x = self.averages[index](x, None if averaged is None else averaged[index], slots)
         return self.norm(x)
 
     def _field_logits(self, hidden: Tensor, codebook: int, first: int, chosen: Tensor) -> Tensor:
-        """Logits [..., V] of field ``chosen.shape[-1]`` at ``first``, given the fields chosen [..., f]."""
+        """Logits float32 [..., V] of field f = ``chosen.shape[-1]`` at ``first``, given the chosen fields [..., f]."""
         return self.heads[f"{codebook}-{chosen.shape[-1]}"](self.inputs.fields(hidden, first, chosen)).float()
 
     @property
@@ -224,9 +227,9 @@ class TransformerPrior(Prior):
         given = [element for element in range(self.layout.length) if self.layout.scale_at(element) in whole]
         given = given or list(range(count))
         if given != sorted(self.written[:count]):
-            mend = "give its first scales" if self.writes_prefixes else "train a prior with prior.order=natural"
+            remedy = "give its first scales" if self.writes_prefixes else "train a prior with prior.order=natural"
             raise InputError(
-                f"prior.order={self.order} writes other elements before these, so they cannot be given to it; {mend}"
+                f"prior.order={self.order} writes other elements before these, so they cannot be given to it; {remedy}"
             )
         return replace(tokens, ids=tokens.ids[:, [given.index(element) for element in self.written[:count]]])
 
@@ -246,12 +249,12 @@ class TransformerPrior(Prior):
         if self.order == "natural":
             return output
         confidence, hit = (
-            None if each is None else each[:, self.positions] for each in (output.confidence, output.hit)
+            None if values is None else values[:, self.positions] for values in (output.confidence, output.hit)
         )
         return replace(output, nll=output.nll[:, self.positions], confidence=confidence, hit=hit)
 
     def _forward(self, tokens: Tokens, prompts: Prompts) -> PriorOutput:
-        """What it says of tokens in its own order."""
+        """Score tokens that are in the prior's own order."""
         notes = tokens.notes
         if self.grammar is not None and notes is None:
             notes = self.grammar.annotate(tokens).to(tokens.ids.device)
@@ -259,50 +262,51 @@ class TransformerPrior(Prior):
         length = ids.shape[1]
         states = self.condition(prompts)
         if not length:
-            # nothing to say, but training may go backwards through it, with other processes, through every weight
+            # no elements to score, but with several processes the backward pass must reach every weight
             hidden = self._blocks(states.prefix, memory=self._remember(states))
-            others = [each for name, each in self.named_parameters() if not name.startswith("blocks.")]
-            nothing = torch.zeros(ids.shape, device=ids.device) + 0 * sum(each.sum() for each in (hidden, *others))
-            return PriorOutput(nothing, nothing[..., 0], nothing[..., 0])
+            others = [parameter for name, parameter in self.named_parameters() if not name.startswith("blocks.")]
+            empty = torch.zeros(ids.shape, device=ids.device) + 0 * sum(part.sum() for part in (hidden, *others))
+            return PriorOutput(empty, empty[..., 0], empty[..., 0])
         x = self._slots(states.prefix, ids[:, :-1], notes, self.inputs.common(tokens.header, states))
         hidden = self._blocks(x, memory=self._remember(states))[:, -length:]
         if self.grammar is not None and notes is not None:
             logits = self._field_logits(hidden, self.layout.codebooks[0], 0, ids[..., :0])
-            none = ids[..., :0]
-            allowed, loosely = (self.grammar.allowed(notes, none, strict) for strict in (True, False))
+            no_fields = ids[..., :0]
+            allowed, loosely = (self.grammar.allowed(notes, no_fields, strict) for strict in (True, False))
             nll, legal_nll, saved = judge(logits, ids[..., 0], allowed, loosely, tokens.counted)
             return PriorOutput(nll.unsqueeze(-1), legal_nll, saved)
         costs: list[Tensor] = []
-        sure: list[Tensor] = []
-        right: list[Tensor] = []
+        confidences: list[Tensor] = []
+        hits: list[Tensor] = []
         judged: list[int] = []
         for codebook, all_places in self.codebook_places.items():
             places = [place for place in all_places if place < length]
             if not places:
                 continue
             judged += places
-            there: Any = slice(places[0], places[-1] + 1)
-            if there.stop - there.start > len(places):
-                there = torch.tensor(places, device=ids.device)
-            part, states_there = ids[:, there], hidden[:, there]
-            for index in range(part.shape[2]):
-                logits = self._field_logits(states_there, codebook, places[0], part[..., :index])
-                wanted = part[..., index]
-                each = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-                costs.append(each.view(wanted.shape))
+            selection: Any = slice(places[0], places[-1] + 1)
+            if selection.stop - selection.start > len(places):
+                selection = torch.tensor(places, device=ids.device)
+            ids_here, hidden_here = ids[:, selection], hidden[:, selection]
+            for index in range(ids_here.shape[2]):
+                logits = self._field_logits(hidden_here, codebook, places[0], ids_here[..., :index])
+                targets = ids_here[..., index]
+                losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+                costs.append(losses.view(targets.shape))
                 if not self.training:
-                    most, likely = logits.max(-1)
-                    sure.append((most - logits.logsumexp(-1)).exp())
-                    right.append(likely == wanted)
+                    top_logit, top_id = logits.max(-1)
+                    confidences.append((top_logit - logits.logsumexp(-1)).exp())
+                    hits.append(top_id == targets)
 
-        def together(values: list[Tensor]) -> Tensor:
+        def in_order(values: list[Tensor]) -> Tensor:
+            """Values of all codebooks [B, L, F], in the order of the elements."""
             fields = range(ids.shape[2])
-            found = torch.stack([torch.cat(values[field :: len(fields)], dim=1) for field in fields], dim=-1)
-            return found if judged == sorted(judged) else found[:, torch.tensor(judged, device=ids.device).argsort()]
+            joined = torch.stack([torch.cat(values[field :: len(fields)], dim=1) for field in fields], dim=-1)
+            return joined if judged == sorted(judged) else joined[:, torch.tensor(judged, device=ids.device).argsort()]
 
         if self.training:
-            return PriorOutput(together(costs))
-        return PriorOutput(together(costs), confidence=together(sure), hit=together(right))
+            return PriorOutput(in_order(costs))
+        return PriorOutput(in_order(costs), confidence=in_order(confidences), hit=in_order(hits))
 
     # ------------------------------------------------------------------ one element at a time
 
@@ -313,20 +317,20 @@ class TransformerPrior(Prior):
         notes = common = stream = None
         if self.grammar is not None:
             if prefix is None:
-                raise InputError("a stream begins with its header; give it as the prefix")
+                raise InputError("got no prefix, but a stream begins with its header; give it as the prefix")
             stream = self.grammar.start(prefix.header)
-            found = [stream.notes.clone()]
+            all_notes = [stream.notes.clone()]
             for position in range(ids.shape[1]):
                 self.grammar.advance(stream, ids[:, position])
-                found.append(stream.notes.clone())
-            notes = torch.stack(found, dim=1).to(ids.device)
+                all_notes.append(stream.notes.clone())
+            notes = torch.stack(all_notes, dim=1).to(ids.device)
             common = self.inputs.common(prefix.header, states)
         memory = self._remember(states)
         x = self._slots(states.prefix, ids, notes, common)
         cache = self._allocate(batch, self.condition.num_states + length - 1, x.shape[1])
         averaged = None
         if self.averages is not None:
-            averaged = [each.room(batch, cache.shape[4], x.device) for each in self.averages]  # type: ignore[operator]
+            averaged = [layer.room(batch, cache.shape[4], x.device) for layer in self.averages]  # type: ignore[operator]
         slots = torch.arange(x.shape[1], device=x.device)
         hidden = self._prefill(x, slots, cache[..., : x.shape[1], :], memory, averaged)
         return DecodingState(cache, ids.shape[1], hidden, memory, common, stream, averaged)
@@ -336,7 +340,7 @@ class TransformerPrior(Prior):
         return self._step != self._prefill
 
     def _allocate(self, batch: int, size: int, filled: int) -> Tensor:
-        """Room for keys and values of ``size`` slots; streams begin with less, for most end early."""
+        """Cache for the keys and values of ``size`` slots; streams start with a smaller one, as most end early."""
         weight = self.norm.weight
         dtype = cache_dtype(weight)
         if self.grammar is not None and not self._compiled:
@@ -347,7 +351,7 @@ class TransformerPrior(Prior):
         if cache is None or (cache.shape, cache.dtype, cache.device) != (shape, dtype, weight.device):
             cache = torch.zeros(shape, device=weight.device, dtype=dtype)
             if self._compiled:
-                # a CUDA graph writes to one address: the next batch of the same shape takes the same memory
+                # a CUDA graph writes to a fixed address, so the next batch of the same shape reuses this memory
                 torch._dynamo.mark_static_address(cache)
                 self._compiled_cache = cache
         return cache
@@ -355,12 +359,12 @@ class TransformerPrior(Prior):
     def _prefill(
         self, x: Tensor, slots: Tensor, cache: Tensor, memory: Memory | None, averaged: list[Tensor] | None = None
     ) -> Tensor:
-        """Last hidden state [B, D] of new slots x [B, n, D], whose keys and values go into the cache."""
+        """Last hidden state [B, D] of new slots x [B, n, D]; their keys and values are written to the cache."""
         mask = torch.arange(cache.shape[4], device=x.device) <= slots[:, None]
         return self._blocks(x, mask, cache, slots, memory, averaged)[:, -1]
 
     def compile_step(self) -> None:
-        """Compile the step of one element: its shapes never change (CUDA graphs on a GPU)."""
+        """Compile the single-element step, whose shapes never change (CUDA graphs on a GPU)."""
         self._step = torch.compile(self._prefill, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def logits(self, state: DecodingState, partial: Tensor) -> Tensor:
@@ -388,24 +392,24 @@ class TransformerPrior(Prior):
             if state.position >= self.max_length or not state.stream.going.any():
                 return
             if slot >= state.cache.shape[4]:
-                grown = state.cache.shape[4]
-                state.cache = functional.pad(state.cache, (0, 0, 0, grown))
+                num_new = state.cache.shape[4]
+                state.cache = functional.pad(state.cache, (0, 0, 0, num_new))
                 if state.averaged is not None:
-                    state.averaged = [functional.pad(each, (0, 0, 0, grown)) for each in state.averaged]
+                    state.averaged = [functional.pad(room, (0, 0, 0, num_new)) for room in state.averaged]
         elif slot >= state.cache.shape[4]:
             return  # the last element of the sequence predicts nothing
         x = self.inputs.elements(element.unsqueeze(1), position, before)
         x = x + self.inputs.places(position + 1, position + 2, after)
         x = x if state.common is None else x + state.common
-        # a CUDA graph writes its next result to the same place
         slots = torch.tensor([slot], device=element.device)
-        # compiled shapes never change; else slots that are still empty need not be looked at
+        # a compiled step needs a fixed shape; otherwise skip the slots that are still empty
         cache = state.cache if self._compiled else state.cache[..., : slot + 1, :]
+        # clone, because a CUDA graph overwrites its result in the next step
         state.hidden = self._step(x, slots, cache, state.memory, state.averaged).clone()
 
 
 def _places_of_codebooks(layout: TokenLayout, scales: Sequence[int]) -> dict[int, list[int]]:
-    """The positions of each codebook's elements, given the scale at each position."""
+    """Positions of each codebook's elements, given the scale at each position."""
     return {
         codebook: [place for place, scale in enumerate(scales) if layout.scales[scale].codebook == codebook]
         for codebook in layout.codebooks

@@ -1,4 +1,4 @@
-"""Captions: where they are found, what is said when they do not fit, and that they cost nothing where none are."""
+"""Captions: their sources, the errors for captions that do not fit, and no cost for images without captions."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.data.test_images_sources import encoded, write_files, write_tar
 
 @pytest.fixture(autouse=True)
 def own_data_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept indexes of shards belong to one test."""
+    """Stored shard indexes belong to one test."""
     monkeypatch.setenv("OCTAVES_DATA", str(tmp_path / "home"))
 
 
@@ -30,13 +30,13 @@ def sides() -> list[ImageSource]:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Four images, one of them in no class."""
+    """Four images, one of them without a class."""
     write_files(tmp_path / "images", "cat/a.png cat/b.jpg dog/c.png d.png")
     return tmp_path / "images"
 
 
 def texts(source: ImageSource) -> dict[str, str]:
-    """Captions by name; both ways to ask for one give the same."""
+    """Captions by name; ``text`` and ``__getitem__`` give the same."""
     found = {source.key(index): source.text(index) for index in range(len(source))}
     assert list(found.values()) == [source[index].text for index in range(len(source))]
     return found
@@ -130,7 +130,7 @@ def test_the_fingerprint_follows_captions(images: Path) -> None:
 
 
 def test_a_folder_without_captions_is_opened_by_its_walk_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file is opened, and the two listings are all that is asked for beside the walk."""
+    """No file is opened; beside the walk, only the two possible listings are looked up."""
     for number in range(2_000):
         (tmp_path / f"{number}.png").touch()
     asked: list[str] = []

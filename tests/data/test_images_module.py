@@ -1,4 +1,4 @@
-"""The data module: what a training loop sees of it."""
+"""The image data module as a training loop uses it."""
 
 import warnings
 from collections.abc import Callable
@@ -204,7 +204,7 @@ def test_an_image_that_does_not_fit_the_view_is_named() -> None:
 
 
 class Counter(L.LightningModule):
-    """Learns nothing, notes what it sees, and counts batches through checkpoints."""
+    """Learns nothing, passes each batch to ``note``, and counts batches across checkpoints."""
 
     def __init__(self, note: Callable[[dict[str, Tensor]], None]) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from pipeline.photos import PhotosConfig, PhotosError, choose_crops, gather_phot
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One package with six pictures and one that cannot be had."""
+    """One package with six pictures and one package that is not available."""
     monkeypatch.setenv("OCTAVES_DATA", str(tmp_path / "home"))
     generator = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()

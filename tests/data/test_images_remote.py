@@ -1,4 +1,4 @@
-"""Shards at URLs: fetched once, whole or not at all, the same images as from the disk."""
+"""Shards at URLs: downloaded once, completely or not at all, with the same images as from disk."""
 
 import errno
 import shutil
@@ -24,7 +24,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stored(tmp_path):
-    """Two shards of three images and their labels."""
+    """Two shards, each with three labeled images."""
     for number in range(2):
         members = {}
         for row in range(3):
@@ -55,7 +55,7 @@ def test_a_pipe_gives_the_images_of_the_disk_and_runs_once(stored, home, tmp_pat
     assert sorted(path.suffix for path in home.iterdir()) == [".lock", ".lock", ".tar", ".tar"]
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset asks curl")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset needs curl")
 def test_a_web_server_is_asked_once_by_two_at_a_time(stored, home):
     asked = []
 

@@ -1,4 +1,4 @@
-"""Sources: what is found where, which side it falls on, and what is said when it is missing."""
+"""Image sources: files and classes, the train and validation splits, and the errors for missing data."""
 
 import io
 import os
@@ -20,13 +20,13 @@ from data.images.sources import open_source
 
 @pytest.fixture(autouse=True)
 def own_data_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Kept indexes of shards belong to one test; the Fashion-MNIST files are wherever the user has them."""
+    """Stored shard indexes belong to one test; the Fashion-MNIST files are in the user's own folder."""
     if "fashion" not in request.keywords:
         monkeypatch.setenv("OCTAVES_DATA", str(tmp_path / "home"))
 
 
 def encoded(value: int, ending: str = "png") -> bytes:
-    """A 4 x 4 picture of one grey value."""
+    """A 4 x 4 picture of one gray value."""
     stored = io.BytesIO()
     Image.new("RGB", (4, 4), (value, value, value)).save(stored, "jpeg" if ending == "jpg" else ending, lossless=True)
     return stored.getvalue()

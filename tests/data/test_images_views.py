@@ -1,4 +1,4 @@
-"""Views: any picture becomes uint8 [C, size, size], and chance depends on (seed, epoch, index) alone."""
+"""Views: any picture becomes uint8 [C, size, size]; randomness depends only on (seed, epoch, index)."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The index stream: the same batches for one process or many, from the start or in the middle."""
+"""Index stream: the same batches for one or several processes, and when resumed."""
 
 from itertools import chain, islice
 
@@ -73,7 +73,7 @@ def test_buckets_hold_the_same_samples_sorted_by_length() -> None:
 
     assert padding(bucketed(48)) < padding(bucketed(48, window=1)) / 3
     means = [np.mean([LENGTHS[index] for _, index in batch]) for batch in bucketed(16)]
-    assert means[:8] != sorted(means[:8])  # not always from short to long
+    assert means[:8] != sorted(means[:8])  # batches are not always in order of length
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -1,4 +1,4 @@
-"""Encoded captions in the token cache: what is written is read, damage is refused."""
+"""Encoded captions in the token cache: written data is read back, damage is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def caption(spec: dict[str, Any], length: int, seed: int) -> np.ndarray:
 def write_captioned(
     folder: Path, spec: dict[str, Any], layout: str = "one field", counts: tuple[int, ...] = (5, 5, 0, 3)
 ) -> list[Block]:
-    """The cache of ``write_cache`` with captions of 0 to 6 tokens, the samples without text among them."""
+    """The cache of ``write_cache`` with captions of 0 to 6 tokens; some samples have no text."""
     write_cache(folder, LAYOUTS[layout], counts=(1,))
     manifest, blocks = Manifest.load(folder), []
     for number, count in enumerate(counts):
@@ -117,7 +117,7 @@ def test_a_cache_without_captions_says_so_and_older_manifests_load(tmp_path: Pat
 
 
 def damage(folder: Path, members: dict[str, bytes | None]) -> None:
-    """Replace or drop (None) members of every record of the train shard; the manifest believes the new bytes."""
+    """Replace or drop (None) members of every record of the train shard, and update the manifest accordingly."""
     path, kept = folder / "train" / "000000.tar", []
     with tarfile.open(path) as tar:
         for member in tar:

@@ -1,4 +1,4 @@
-"""Token shards: what is written is read, damage is refused, nothing is unpickled."""
+"""Token shards: written data is read back, damage is refused, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ragged_layout() -> TokenLayout:
 
 
 def make_block(layout: TokenLayout, number: int, start: int, count: int, views: int = 2) -> Block:
-    """Random tokens; the key is the source index."""
+    """Random tokens; the keys contain the source indices."""
     generator = np.random.default_rng(number)
     length, limits = layout.length, [field.vocabulary_size for field in layout.scales[0].fields]
     ids = np.stack([generator.integers(0, limit, (count, views, length)) for limit in limits], axis=-1)
@@ -59,7 +59,7 @@ def make_block(layout: TokenLayout, number: int, start: int, count: int, views: 
 
 
 def write_cache(folder: Path, layout: TokenLayout, counts: tuple[int, ...] = (5, 5, 0, 3)) -> list[Block]:
-    """A cache with two blocks a shard, the same in train and val."""
+    """A cache with two blocks per shard, the same in train and val."""
     blocks = [make_block(layout, n, sum(counts[:n]), count) for n, count in enumerate(counts)]
     splits = {}
     for split in ("train", "val"):
@@ -229,7 +229,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 def test_order_is_a_permutation_that_never_changes() -> None:
     order = source_order(1000, 3)
     assert sorted(order) == list(range(1000)) and not np.array_equal(order, source_order(1000, 4))
-    # These values are part of the format: another order would tear continued caches apart.
+    # these values are part of the format: another order would break caches that are continued
     assert source_order(12, 0).tolist() == [6, 4, 11, 7, 3, 10, 8, 1, 2, 0, 5, 9]
     assert [block_size(n) for n in (10, 5000, 60_000, 1_281_167)] == [16, 19, 234, 1024]
     bits = random_bits(0, np.arange(10_000), 5)

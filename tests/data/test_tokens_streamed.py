@@ -1,4 +1,4 @@
-"""Tokens at a URL: the same samples as from the folder, through few bytes, and one line for what does not come."""
+"""Tokens at a URL: the same samples as from a folder, limited local storage, one-line errors for failed downloads."""
 
 import gc
 import os
@@ -23,8 +23,8 @@ from tests.data.test_tokens import LAYOUTS, write_cache
 from tests.data.token_server import asked, fail, serving
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset asks curl")
-COUNTS = (5, 5, 4, 3, 5, 5, 2, 5, 5, 1)  # two blocks a shard: five shards
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset needs curl")
+COUNTS = (5, 5, 4, 3, 5, 5, 2, 5, 5, 1)  # two blocks per shard: five shards
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stored(tmp_path):
-    """A cache of five shards that a server gives, and its URL."""
+    """A cache of five shards, and the URL at which a server provides it."""
     folder = tmp_path / "store"
     write_cache(folder, LAYOUTS["two fields and header"], COUNTS)
     with serving(folder) as url:
@@ -44,7 +44,7 @@ def stored(tmp_path):
 
 
 def kept(home):
-    """Bytes of all copies at one moment: where one gets its name or goes meanwhile, all are looked at again."""
+    """Bytes of all local copies at one moment; if a copy is renamed or removed during the scan, scan again."""
     while True:
         with suppress(FileNotFoundError):
             return sum(path.stat().st_size for path in home.iterdir() if ".tar" in path.name and path.suffix != ".lock")
@@ -145,7 +145,7 @@ def test_a_damaged_copy_comes_again_whoever_opens_it(stored, home, workers):
         copy = streamed.store.path(streamed.shards[number])
         copy.write_bytes(change(copy.read_bytes()))
     place = {"batch_size": 8, "num_workers": workers, "seed": 0, "validation_samples": 4}
-    batches = islice(TokenDataModule(url, **place).train_dataloader(), 8)  # an epoch and more
+    batches = islice(TokenDataModule(url, **place).train_dataloader(), 8)  # more than one epoch
     wanted = islice(TokenDataModule(folder, **place).train_dataloader(), 8)
     assert all(same(one, other) for one, other in zip(batches, wanted, strict=True))
     fetched = [asked(folder).count(f"/train/{number:06d}.tar") for number in range(5)]
@@ -153,7 +153,7 @@ def test_a_damaged_copy_comes_again_whoever_opens_it(stored, home, workers):
     assert same(StreamedReader(url, "train", GIGABYTE).read(everything), local.read(everything))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps (Linux)")
 def test_a_reader_lets_go_of_a_copy_that_has_come_again(stored, home):
     _, url = stored
     one, other = StreamedReader(url, "train", GIGABYTE), StreamedReader(url, "train", GIGABYTE)
@@ -188,7 +188,7 @@ def test_what_never_comes_is_one_line_and_leaves_nothing(stored, home, monkeypat
     fail(folder, _000001=(fault, 99))
     streamed = StreamedReader(url, "train", GIGABYTE)
     with pytest.raises(CacheError, match=said) as caught:
-        streamed.read(np.asarray([12]))  # the third of the second shard
+        streamed.read(np.asarray([12]))  # the third sample of the second shard
     line = str(caught.value)
     assert f"{url}/train/000001.tar" in line and "\n" not in line
     assert asked(folder).count("/train/000001.tar") == (1 if fault == "missing" else 3)
@@ -209,7 +209,7 @@ def test_without_a_server_or_manifest_there_is_one_line(tmp_path, stored):
 
 
 def test_stores_have_programs_of_their_own(stored, tmp_path, monkeypatch):
-    """``aws`` as it is asked to write an object to its output, played by a script; and any pipe."""
+    """A script stands in for ``aws`` writing an object to its standard output; pipes and file URLs work too."""
     folder, _ = stored
     program = tmp_path / "bin/aws"
     program.parent.mkdir()

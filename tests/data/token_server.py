@@ -1,4 +1,4 @@
-"""A web server in a process of its own that gives a folder's files, and fails where it is told to."""
+"""A web server in its own process that serves a folder's files, and fails for files named in ``faults.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAULTS = "faults.json"
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """``faults.json`` says how often what goes wrong with which file: {path: [fault, times]}."""
+    """Serves files; ``faults.json`` maps a path to its fault and how often it occurs: {path: [fault, times]}."""
 
     def do_GET(self) -> None:
         folder = Path(self.directory)
@@ -45,7 +45,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.wfile.write(content[half:])
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Do not log."""
 
 
 def _serve(folder: Path, port: Connection) -> None:
@@ -57,7 +57,7 @@ def _serve(folder: Path, port: Connection) -> None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """The URL of ``folder``."""
+    """Serve ``folder``; yields its URL."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("forkserver").Process(target=_serve, args=(folder, there), daemon=True)
     process.start()
@@ -69,11 +69,11 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 def asked(folder: Path) -> list[str]:
-    """What was asked of the server so far."""
+    """Paths requested from the server so far."""
     return (folder / "asked.txt").read_text().splitlines()
 
 
 def fail(folder: Path, **faults: tuple[str, int]) -> None:
-    """Make files of the train split fail: ``name=(fault, times)``."""
+    """Make shards of the train split fail: ``_name=(fault, times)``."""
     named = {f"/train/{name[1:]}.tar": fault for name, fault in faults.items()}
     (folder / FAULTS).write_text(json.dumps(named))

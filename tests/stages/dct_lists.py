@@ -1,4 +1,4 @@
-"""Small codecs of DCT lists, images and priors for tests."""
+"""Small DCT list codecs, images and priors for tests."""
 
 import torch
 
@@ -13,7 +13,7 @@ def codec(size=(16, 16), channels=3, **keys):
 
 
 def noise(count=4, size=(16, 16), channels=3, seed=0):
-    """Images in [-1, 1] of every strength, from gray to noise at full range."""
+    """Images in [-1, 1] with increasing noise, from plain gray to the full range."""
     generator = torch.Generator().manual_seed(seed)
     strength = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
     whole = (strength * 255 * (torch.rand(count, channels, *size, generator=generator) - 0.5)).round()
@@ -21,7 +21,7 @@ def noise(count=4, size=(16, 16), channels=3, seed=0):
 
 
 def chunked(layout, seed=0, classes=("a", "b"), **keys):
-    """A small prior with weights and gates large enough that every element matters."""
+    """A small prior with large weights and gates, so that every element matters."""
     torch.manual_seed(seed)
     sizes = {"width": 32, "heads": 4, "encoder_depth": 1, "channel_depth": 2, "position_depth": 1, "value_depth": 2}
     config = ChunkedPriorConfig(**{**sizes, "dropout": 0.0, "chunk": 7, "overlap": 3, **keys})

@@ -1,4 +1,4 @@
-"""Trains every kind of quantiser on its features, on one of several ranks."""
+"""Train every kind of quantizer on one of several ranks."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from stages.tokenizer.quantizers import (
     SimVQConfig,
 )
 
-GIVEN = {  # what begins from given codes is the same for any number of ranks
+GIVEN = {  # codes are given at the start, so results are equal for any number of ranks
     "fsq": FSQConfig(levels=[4, 4]),
     "lfq": LFQConfig(bits=6, entropy_group_bits=3),
     "lfq, 18 bits": LFQConfig(bits=18),
@@ -25,7 +25,7 @@ GIVEN = {  # what begins from given codes is the same for any number of ranks
     "simvq": SimVQConfig(codes=16, code_dim=6, gradient="rotation"),
     "residual": ResidualVQConfig(codes=8, code_dim=6, depth=2, revive_every=0),
 }
-BORN = {  # codes that come from the first rank's features
+BORN = {  # codes are initialized from the first rank's features
     "cosine, revived": CosineVQConfig(codes=16, code_dim=6, revive_every=2, revive_below=2.0),
     "residual, revived": ResidualVQConfig(codes=8, code_dim=6, depth=2, revive_every=2, revive_below=2.0),
 }
@@ -33,20 +33,20 @@ WEIGHTS = {"commitment": 0.25, "codebook": 1.0, "entropy": 0.5}
 
 
 def train(config, world, rank):
-    """(state after four updates, entropy terms) of the quantiser on this rank's part of the joint batches."""
+    """(state after four updates, entropy terms) of the quantizer on this rank's part of the joint batches."""
     torch.manual_seed(0)
     quantizer = build_quantizer(config, 8, 8).train()
     if config in GIVEN.values():
         for name, buffer in quantizer.named_buffers():
             if name.endswith("started"):
                 buffer.fill_(True)
-    # buffers are agreed upon by the quantiser itself, not copied from the first rank
+    # the quantizer synchronizes its buffers itself; they are not copied from the first rank
     model = DistributedDataParallel(quantizer, broadcast_buffers=False) if world > 1 else quantizer
     optimizer = torch.optim.SGD(quantizer.parameters(), 0.2)
     terms = []
     for step in range(4):
         joint = torch.randn(8, 10, 8, generator=torch.Generator().manual_seed(step)) + 0.5
-        torch.manual_seed(100 * step + rank)  # what is drawn differs between ranks
+        torch.manual_seed(100 * step + rank)  # random numbers differ between ranks
         x = joint.chunk(world)[rank]
         result = model(x)
         loss = (result.features - x).square().mean()
@@ -59,7 +59,7 @@ def train(config, world, rank):
 
 
 def run(folder: Path, world: int, rank: int) -> None:
-    """Leave what became of every quantiser in ``folder``."""
+    """Save the trained state of every quantizer in ``folder``."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)

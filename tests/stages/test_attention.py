@@ -1,4 +1,4 @@
-"""Attention over spans: the pairs that a mask of all of them would allow."""
+"""Attention over spans equals attention with the corresponding mask."""
 
 import torch
 
@@ -16,7 +16,7 @@ def test_spans_are_the_mask_they_stand_for():
 
 
 def test_one_span_is_not_copied(monkeypatch):
-    """Keys and values of a single run are views; those of two runs are put together, and so are the answers."""
+    """Keys and values of a single run are views; those of two runs are concatenated, and so are the outputs."""
     query, key, value = torch.randn(3, 1, 2, 6, 4).unbind(0)
     joined, cat = [], torch.cat
     monkeypatch.setattr(torch, "cat", lambda parts, dim: (joined.append(len(parts)), cat(parts, dim=dim))[1])

@@ -1,4 +1,4 @@
-"""Moving averages between the prior's layers: against sums by hand, causal, inside their borders, and cached."""
+"""Moving averages between the prior's layers: equal to the definition, causal, within borders, and cached."""
 
 import math
 
@@ -38,7 +38,7 @@ def module(kind, borders, width=24, **keys):
 
 
 def by_hand(averages, x, kind):
-    """The definition, slot by slot and coordinate by coordinate."""
+    """The definition, computed slot by slot and feature by feature."""
     found = x.clone()
     half = x.shape[2] // 2
     for segment in averages.segments:
@@ -64,7 +64,7 @@ def test_averages_are_those_of_the_definition(kind, borders):
     averages = module(kind, borders)
     x = torch.randn(2, averages.size, 24)
     wanted = by_hand(averages, x, kind)
-    assert torch.allclose(averages(x), wanted, atol=1e-5)  # learned windows begin as boxes
+    assert torch.allclose(averages(x), wanted, atol=1e-5)  # learned windows are initialized as boxes
     assert torch.equal(averages(x)[..., :12], x[..., :12])
     assert averages.size == STATES + layout().length - 1
 
@@ -127,7 +127,7 @@ def test_sums_stay_in_float32_under_autocast():
 @pytest.mark.parametrize(("kind", "borders"), LEGAL)
 @pytest.mark.parametrize("attend", [None, "prefix", "cross"])
 def test_the_prior_with_averages_samples_what_it_says(kind, borders, attend):
-    """Cached sampling and the full pass agree, with one state before the tokens and with several."""
+    """Cached sampling and the full pass agree, with one or several condition states before the tokens."""
     torch.manual_seed(0)
     letters = {"encoder": "words", "max_tokens": 3, "width": 0, "empty_length": 0, "vocabulary": ["a", "b", "c"]}
     config = TransformerPriorConfig(depth=3, width=32, heads=4, dropout=0.0, averaging=kind, averaging_borders=borders)
@@ -178,7 +178,7 @@ def test_averages_of_streams_grow_with_the_cache():
     [
         ({"averaging": "ema"}, "averaging='ema'; allowed: none, replace, mix, learned"),
         ({"averaging": "mix", "averaging_borders": "row"}, "averaging_borders='row'; allowed: sample, scale, grid"),
-        ({"averaging": "learned", "averaging_borders": "grid"}, "set averaging_borders=scale or sample"),
+        ({"averaging": "learned", "averaging_borders": "grid"}, "set prior.averaging_borders=scale or sample"),
         ({"averaging": "mix", "averaging_longest": 99}, "averaging_longest=99; allowed: 2 to 23"),
         ({"averaging": "mix", "averaging_longest": 1}, "averaging_longest=1; allowed: 2 to"),
     ],

@@ -1,4 +1,4 @@
-"""Bit-planes: known figures, an oracle written from the paper, round trips, starts, and what must be refused."""
+"""Bit-planes: known figures, a reference implementation of the paper, round trips, starts, and invalid input."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def matrix_of(pixels, wavelet="haar"):
     ("wavelet", "longest", "mean"), [("bior4.4", 3098, 1723.91), ("haar", 3217, 1822.47)], ids=["bior4.4", "haar"]
 )
 def test_the_papers_figures_on_all_70_000_images(wavelet, longest, mean):
-    """The paper: at most 3098 tokens (bior4.4), 1822.5 on average (Haar). The other two figures are this code's own."""
+    """The paper: at most 3098 tokens (bior4.4), 1822.5 on average (Haar). The other figures are from this code."""
     sources = [open_fashion(split) for split in ("train", "val")]
     tokenizer = codec(side=32, wavelet=wavelet)
     lengths = []
@@ -55,7 +55,7 @@ def open_fashion(split):
 
 
 def test_the_papers_arithmetic():
-    """a = -17.45 with T = 16: negative, 24 from 0; found to lie above 16 and below 24, it becomes -20 one plane on."""
+    """a = -17.45 with T = 16 is Negative and decodes to -24; in the next plane 16 < |a| < 24 refines it to -20."""
     tokenizer = codec(side=64, final_threshold=8.0)
     values = np.zeros((1, 64 * 64))
     values[0, 0] = -17.45
@@ -68,11 +68,11 @@ def test_the_papers_arithmetic():
     assert tokenizer.decode_coefficients(tokens.prefix(1))[0, 0] == -24
 
 
-# --------------------------------------------------------------------------------------------------- an oracle
+# ------------------------------------------------------------------------------------- reference implementation
 
 
 def scan_by_hand(side):
-    """The coarse 4x4 corner, then level by level the bands high along y, along x, along both; blocks of groups."""
+    """The coarse 4x4 corner, then per level the bands high along y, along x and along both, as blocks of groups."""
     corner = [(y + top, x + left) for top, left in ((0, 0), (2, 0), (0, 2), (2, 2)) for y in (0, 1) for x in (0, 1)]
     blocks = [[corner[i : i + 4] for i in range(0, 16, 4)]]
     half = 4
@@ -166,7 +166,7 @@ def test_transforms_are_pywavelets_own():
     for wavelet in ("haar", "bior4.4"):
         found = nested_dwt(pixels, wavelet)
         assert np.array_equal(found, matrix_of(pixels, wavelet))
-        assert np.abs(nested_idwt(found, wavelet) - pixels).max() < 1e-10  # bior4.4: its filters are given to 12 digits
+        assert np.abs(nested_idwt(found, wavelet) - pixels).max() < 1e-10  # bior4.4 filters are given to 12 digits
 
 
 def test_the_scan_knows_parents_children_and_neighbours():
@@ -176,7 +176,7 @@ def test_the_scan_knows_parents_children_and_neighbours():
     row, column = np.divmod(flat, 16)
     one = {(c, y, x): index for index, (c, y, x) in enumerate(zip(channel, row, column, strict=True))}
     names = dict(zip(NEIGHBOURS, scan.neighbours.T, strict=True))
-    # (channel 1, row 9, column 3) lies in the finest band high along y: rows 8 to 15, columns 0 to 7
+    # (channel 1, row 9, column 3) is in the finest band high along y: rows 8 to 15, columns 0 to 7
     place = one[1, 9, 3]
     assert (scan.level[place], scan.band[place]) == (3, 1)
     assert scan.parent[place] == one[1, 4, 1] and scan.child[one[1, 4, 1]] == one[1, 8, 2]
@@ -184,7 +184,7 @@ def test_the_scan_knows_parents_children_and_neighbours():
     expected = {"left": (1, 9, 2), "right": (1, 9, 4), "up": (1, 8, 3), "down": (1, 10, 3), "parent": (1, 4, 1)}
     expected |= {"next band": (1, 1, 11), "last band": (1, 9, 11), "next plane": (2, 9, 3), "last plane": (0, 9, 3)}
     assert {name: names[name][place] for name in expected} == {name: one[at] for name, at in expected.items()}
-    # at the border of a band there is nobody
+    # there are no neighbors across the border of a band
     assert names["up"][one[1, 8, 3]] == -1 and names["right"][one[1, 9, 7]] == -1
     assert np.allclose(scan.place[place], [1.5 / 8, 3.5 / 8])
 
@@ -232,7 +232,7 @@ def test_every_prefix_decodes_and_planes_come_closer(variant):
         )
         assert torch.equal(stopped.encode(to_float(pixels)).lengths, part.lengths)
     assert errors[0] > 100 * errors[-1]
-    # the coarsest planes already have colour: blocks of the three colour planes come in turn
+    # the coarsest planes already have color, as blocks of the three color planes are interleaved
     half = tokenizer.decode(tokens.prefix(int(tokens.lengths.min()) // 3))
     assert (half[:, 0] - half[:, 2]).abs().max() > 0.1
 
@@ -259,7 +259,7 @@ def test_a_fixed_start_gives_every_image_all_planes():
     tokenizer = codec(start_threshold=4.0, wavelet="haar")
     tokens = tokenizer.encode(to_float(torch.cat([smooth(2), torch.zeros(1, 1, 16, 16, dtype=torch.uint8)])))
     assert tokens.header.flatten().tolist() == [7, 7, 7] == [tokenizer.planes] * 3
-    assert tokens.lengths[2] == 7 * 16  # a black image is one token a block and plane
+    assert tokens.lengths[2] == 7 * 16  # a black image has one token per block and plane
     own = codec(wavelet="haar").encode(to_float(smooth(2)))
     assert (own.lengths <= tokens.lengths[:2]).all()
     high = codec(start_threshold=2.0)
@@ -267,7 +267,7 @@ def test_a_fixed_start_gives_every_image_all_planes():
         high.encode(to_float(torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 16, 16)))
 
 
-# --------------------------------------------------------------------------------------------- how images begin
+# -------------------------------------------------------------------------------------------------------- starts
 
 
 def test_starts_are_drawn_from_what_was_measured():
@@ -298,7 +298,7 @@ def test_starts_are_drawn_from_what_was_measured():
     assert 5 < float(tokenizer.header_bits(never, labels[:1])) < 20
 
 
-# --------------------------------------------------------------------------------------------------- wrong input
+# ------------------------------------------------------------------------------------------------- invalid input
 
 
 @pytest.mark.parametrize(

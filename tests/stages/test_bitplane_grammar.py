@@ -1,4 +1,4 @@
-"""The grammar of bit-planes: every stream that can be, what cannot, and what is known before each token."""
+"""Grammar of bit-planes: legal and illegal streams, and the notes before each token."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.stages.bitplanes import VARIANTS, codec, noise, smooth
 
 
 def draw_streams(tokenizer, count, seed):
-    """Complete legal streams in which every allowed id is as likely."""
+    """Complete legal streams; all allowed ids are equally likely."""
     generator = torch.Generator().manual_seed(seed)
     header = torch.randint(0, tokenizer.planes + 1, (count, 1), generator=generator)
     state = tokenizer.grammar.start(header)
@@ -37,13 +37,13 @@ def test_ten_thousand_random_legal_streams(ten_thousand):
     tokenizer, tokens = ten_thousand
     values = tokenizer.decode_coefficients(tokens)
     again = tokenizer.encode_coefficients(values, tokens.header[:, 0].numpy())
-    # the same header gives the same coefficients, and because nothing impossible was drawn, the same tokens
+    # the same header gives the same coefficients and, as nothing impossible was drawn, the same tokens
     assert np.array_equal(tokenizer.decode_coefficients(again), values)
     assert torch.equal(again.lengths, tokens.lengths) and torch.equal(again.ids, tokens.ids)
     cut = (tokens.lengths * torch.rand(10_000, generator=torch.Generator().manual_seed(2))).long()
     prefix = Tokens(tokens.ids, cut, tokens.header)
     assert tokenizer.decode(prefix).isfinite().all()
-    # the whole vocabulary is there
+    # the whole vocabulary occurs
     assert tokens.ids[tokens.counted].unique().tolist() == list(range(len(tokenizer.grammar.names)))
 
 
@@ -107,7 +107,7 @@ def test_an_empty_stream_is_black_and_may_not_go_on():
 
 
 def after(tokenizer, names):
-    """What may come after some tokens: (with, without) what they make impossible."""
+    """Names of the ids allowed after some tokens: (strict, not strict)."""
     state = tokenizer.grammar.start(torch.full((1, 1), tokenizer.planes))
     for name in names:
         tokenizer.grammar.advance(state, torch.tensor([[tokenizer.grammar.names.index(name)]]))
@@ -135,7 +135,7 @@ ANY = {"Insignificant", *SIGNS}
         ("blocks", ["Group2x2"], {"Group2x2", *ANY}, {"Group2x2", *ANY}),
         ("blocks", ["Group2x2"] * 3, ANY, {"Group2x2", *ANY}),
         ("blocks", [*["Group2x2"] * 3, *["Insignificant"] * 3], SIGNS, ANY),
-        # the next plane: what was found is refined, and a block that holds it promises nothing
+        # next plane: a found coefficient is refined, and a block that contains one guarantees no further one
         (
             "blocks",
             ["Positive", *["Insignificant"] * 3, *["Group2x2"] * 3, *["Group4x4"] * 3],
@@ -151,11 +151,11 @@ ANY = {"Insignificant", *SIGNS}
         ),
         ("zerotree", [], ANY, ANY),
         ("zerotree", ["Insignificant"] * 4, {"ZeroTree", *ANY}, {"ZeroTree", *ANY}),
-        # scaling coefficients promise nothing; the first detail is Insignificant above something, the others are empty
+        # scaling coefficients guarantee nothing; the first detail has a significant descendant, the others do not
         ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11, ANY, ANY),
         ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11 + ["Insignificant"] * 3, SIGNS, ANY),
         ("zerotree", ["Insignificant"] * 5 + ["ZeroTree"] * 11 + ["Positive", *["Insignificant"] * 2], ANY, ANY),
-        # the second detail was significant itself: its four children promise nothing
+        # the first detail was significant itself, so its four children guarantee nothing
         ("zerotree", [*["Insignificant"] * 4, "Positive", *["ZeroTree"] * 11, *["Insignificant"] * 3], ANY, ANY),
     ],
 )
@@ -183,7 +183,7 @@ def test_notes_are_the_same_token_by_token_and_at_once(variant, channels):
 
 
 def test_notes_know_the_neighbours():
-    """Right of a coefficient of 5 (found at T=4): 1 while its plane lasts; then it is 2 planes up."""
+    """Right of a coefficient of -5, which is found at T=4: -1 in that plane, -2 and -3 in the next ones."""
     tokenizer = codec(side=8, final_threshold=1.0)
     values = np.zeros((1, 64))
     values[0, :2] = -5.0, 1.5
@@ -193,4 +193,4 @@ def test_notes_know_the_neighbours():
     there = (notes[0, :, 0] == 1) & tokens.counted[0]
     assert notes[0, there, left].tolist() == [-1, -2, -3]
     assert notes[0, there, 1].tolist() == [p + tokenizer.planes - 3 for p in range(3)]
-    assert notes[0, there, 4].tolist() == [0, 0, 0]  # itself, before it is found
+    assert notes[0, there, 4].tolist() == [0, 0, 0]  # the coefficient itself, before it is found

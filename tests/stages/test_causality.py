@@ -1,4 +1,4 @@
-"""Causality: codes whose dependence is known give the R² that follows from it, and chance gives none."""
+"""Causality: codes with known dependence give the expected R², and independent codes give 0."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.stages.test_nested import make, pixels
 
 
 def walk(count=4000, length=6, width=2, share=0.6):
-    """Codes [n, L, D]: each is ``share`` of the variance of the one before, the rest is new."""
+    """Codes [n, L, D]: a ``share`` of the variance of each code comes from the previous code, the rest is new."""
     generator = torch.Generator().manual_seed(0)
     new = torch.randn(count, length, width, dtype=torch.float64, generator=generator)
     codes = [new[:, 0]]
@@ -39,7 +39,7 @@ def test_scale_and_shift_of_codes_change_nothing():
 
 
 def test_the_ridge_is_not_chosen_on_the_images_that_are_measured(monkeypatch):
-    """Of many ridges on pure noise the best one for the measured images would look better than chance."""
+    """On pure noise, choosing the best of many ridges on the measured images would look better than chance."""
     monkeypatch.setattr(causality, "RIDGES", tuple(10.0**power for power in range(-6, 6)))
     found = []
     for seed in range(60):
@@ -50,7 +50,7 @@ def test_the_ridge_is_not_chosen_on_the_images_that_are_measured(monkeypatch):
 
 def test_more_inputs_than_images_do_not_look_like_order():
     codes = torch.randn(80, 30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert max(predictability(codes, codes)) < 0.3  # without a ridge it would be far below zero or near one
+    assert max(predictability(codes, codes)) < 0.3  # without a ridge it would be far below 0 or near 1
     assert min(predictability(codes, codes)) > -0.5
 
 

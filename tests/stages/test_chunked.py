@@ -1,4 +1,4 @@
-"""The prior over lists: chunks and their past, cached steps against the full pass, orders, and what cannot come."""
+"""The prior over lists: chunks and their past, cached steps against the full pass, orders, and illegal elements."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def made(channels, size=(16, 16), **keys):
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_cached_steps_equal_the_full_pass(order, channels, chunk):
     coder, tokens = made(channels, (8, 8))
-    assert tokens.lengths[2] > 5 and tokens.lengths[3] > 9 + 3 * 7  # several chunks, but for the longest
+    assert tokens.lengths[2] > 5 and tokens.lengths[3] > 9 + 3 * 7  # several chunks, except for the longest chunk size
     prior = chunked(coder.layout, order=order, chunk=chunk)
     with torch.no_grad():
         full = prior(tokens, PROMPTS)
@@ -53,7 +53,7 @@ def test_cached_steps_equal_the_full_pass(order, channels, chunk):
 
 
 def test_a_step_may_skip_the_logits():
-    """What is forced is not asked for, and must be seen all the same."""
+    """Forced elements need no logits, but the decoders must still see them."""
     coder, tokens = made(3)
     prior = chunked(coder.layout)
     one = tokens[3:4]
@@ -70,7 +70,7 @@ def test_a_step_may_skip_the_logits():
 
 
 def test_the_decoders_keep_as_much_whatever_the_size_of_the_image():
-    """Full chunks, long enough for the fused kernel, which keeps no matrix of all pairs."""
+    """Full chunks, long enough for the fused kernel, which stores no matrix of all pairs."""
     kept = []
     for side in (32, 64):
         coder = codec((side, side), quality=90)
@@ -104,7 +104,7 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once():
         "first": 5 * 8 * 4,
         "second": 0,
         "rest": 5 * 8 * 4,
-    }  # exp keeps its result, which second needs, too
+    }  # exp saves its result, which second also needs
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -125,7 +125,7 @@ def test_a_chunk_and_its_past_are_the_whole_list(channels, patch):
 
 
 def test_patches_hold_the_blocks_of_one_place():
-    coder = codec((32, 32))  # 4x4 blocks of luma, 2x2 of each chroma
+    coder = codec((32, 32))  # 4x4 luma blocks, 2x2 blocks of each chroma plane
     dense = DenseImage(coder.grammar, 2)
     assert dense.num_patches == 4 and dense.width == 4 * 64 + 2 * 64
     patches = torch.arange(4)
@@ -140,7 +140,7 @@ def test_patches_hold_the_blocks_of_one_place():
 
 @pytest.mark.parametrize(("order", "channels"), KINDS)
 def test_illegal_continuations_have_no_probability(order, channels):
-    """At random places of real lists: every id that the masks forbid breaks the list, every other continues it."""
+    """At random places of real lists: ids that the masks forbid are illegal, and all others are legal."""
     coder, tokens = made(channels)
     prior = chunked(coder.layout, order=order)
     arranged, generator = prior.to_own_order(tokens), torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def test_what_is_sampled_is_a_list_and_does_not_depend_on_its_batch(order, chann
     prior = chunked(coder.layout, order=order)
     settings = SamplingConfig(guidance=guidance, temperature=[0.7])
     drawn = sample(prior, PROMPTS, settings, [3, 4, 5, 6])
-    coder.grammar.annotate(drawn)  # in natural order, or this raises
+    coder.grammar.annotate(drawn)  # raises unless it is in natural order
     ends = drawn.ids[torch.arange(4), drawn.lengths - 1, 0]
     assert (ends == coder.grammar.end).all() and len(set(drawn.lengths.tolist())) > 1
     for row in range(4):
@@ -191,7 +191,7 @@ def test_what_is_sampled_is_a_list_and_does_not_depend_on_its_batch(order, chann
 def test_prefixes_are_kept_and_closed_scales_stay_closed():
     coder, tokens = made(3)
     prior, tokens, prompts = chunked(coder.layout), tokens[2:], PROMPTS[2:]
-    prefix = tokens.prefix(2)  # of many more that these scales could have
+    prefix = tokens.prefix(2)  # these scales could have many more elements
     assert (scale_ids(prefix, coder.layout)[prefix.counted] < 2).all()
     drawn = sample(prior, prompts, SamplingConfig(), range(2), prefix=prefix, whole=[0, 1])
     for row in range(2):
@@ -199,7 +199,7 @@ def test_prefixes_are_kept_and_closed_scales_stay_closed():
         assert torch.equal(drawn.ids[row, :length], prefix.ids[row, :length])
     first, given = coder.first_scales(drawn, 2), coder.first_scales(prefix, 2)
     assert torch.equal(first.lengths, given.lengths)
-    # without that, more of them may come
+    # without ``whole``, these scales may get more elements
     hot = SamplingConfig(temperature=[4.0])
     free = [sample(prior, prompts, hot, range(s, s + 2), prefix=prefix) for s in range(0, 40, 2)]
     assert any((coder.first_scales(each, 2).lengths > given.lengths).any() for each in free)
@@ -287,7 +287,7 @@ def test_a_header_is_seen():
 
 
 def test_new_gates_are_closed():
-    """With gates of zero every decoder passes its input on; their gradients are not zero."""
+    """With zero gates every decoder returns its input; the gradients of the gates are not zero."""
     coder, tokens = made(1)
     torch.manual_seed(0)
     config = ChunkedPriorConfig(width=32, heads=4, dropout=0.0, chunk=50, overlap=2)

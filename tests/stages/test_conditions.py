@@ -1,4 +1,4 @@
-"""Captions and classes as conditions: what counts, what does not, and what guidance drops."""
+"""Captions and classes as conditions: masking, the empty caption, condition dropout and guidance."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def test_dropping_takes_the_given_share_and_leaves_nothing_of_a_caption():
     assert abs((dropped.text_lengths == 0).float().mean() - 0.1) < 0.02
     both = text_prior(both=True).condition.drop(many)
     label, text = both.labels < 0, both.text_lengths == 0
-    # each alone with 0.1, and both at once with 0.1
+    # each alone is dropped with 0.1, and both together with 0.1
     for share, expected in ((label, 0.19), (text, 0.19), (label & text, 0.1 + 0.9 * 0.01)):
         assert abs(share.float().mean() - expected) < 0.025
 

@@ -1,4 +1,4 @@
-"""The adversary of stage 1: its networks, losses and regularisers, alone and inside one training step."""
+"""The discriminator of stage 1: networks, losses and regularizers, alone and in a training step."""
 
 import math
 
@@ -87,7 +87,7 @@ def test_every_layer_is_spectrally_normalised_and_stays_so_while_it_trains():
     discriminator.eval()
     layers = [layer for layer in discriminator.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     assert len(layers) == 1 + 3 * 2 + 3
-    for layer in layers:  # one power iteration a pass runs a little behind the weights
+    for layer in layers:  # one power iteration per pass lags slightly behind the weights
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.1)
 
 
@@ -122,7 +122,7 @@ def test_the_deviation_compares_neighbours_in_groups(batch, group):
 
 
 def test_real_and_generated_images_never_share_a_statistic():
-    """Two images each: a group of four would hold both halves."""
+    """With two images each, a group of four would mix both halves."""
     discriminator = style().eval()
     real = images(2, 3, 16, 16)
     (alone,) = discriminator(real)
@@ -138,7 +138,7 @@ def test_the_patch_discriminator_gives_each_batch_its_own_logits():
         torch.testing.assert_close(logits, discriminator(batch)[0])
 
 
-# ---------------------------------------------------------------------- losses and regularisers
+# ---------------------------------------------------------------------- losses and regularizers
 
 
 def test_logistic_losses():
@@ -150,13 +150,13 @@ def test_logistic_losses():
     assert generator(fake).item() == pytest.approx((math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(3))) / 2)
     undecided = torch.zeros(3)
     assert discriminator(undecided, undecided).item() == pytest.approx(2 * math.log(2))
-    sure = torch.tensor([-200.0], requires_grad=True)  # a generator that is found out still learns
+    sure = torch.tensor([-200.0], requires_grad=True)  # a generator that is always detected still gets gradients
     generator(sure).backward()
     assert sure.grad.item() == pytest.approx(-1)
 
 
 def test_r1_is_the_mean_squared_gradient():
-    """A linear discriminator's penalty is the squared norm of its weight; a style one's is what differences give."""
+    """Linear discriminator: squared norm of its weight. Style discriminator: equal to finite differences."""
     weight = images(1, 3, 8, 8)
     pixels = images(5, 3, 8, 8, seed=1).requires_grad_()
     penalty = gradient_penalty((pixels * weight).sum((1, 2, 3)), pixels)
@@ -196,7 +196,7 @@ def test_lecam_pulls_to_the_other_mean_and_is_zero_there():
     assert lecam.real.item() == pytest.approx(0.99 * 0.02 + 0.04)
     assert lecam.fake.item() == pytest.approx(-(0.99 * 0.01 + 0.03))
     assert lecam(lecam.fake.expand(3), lecam.real.expand(3)) == 0
-    assert lecam(lecam.fake.expand(3) - 5, lecam.real.expand(3) + 5) == 0  # the wrong way round is no overfitting
+    assert lecam(lecam.fake.expand(3) - 5, lecam.real.expand(3) + 5) == 0  # the wrong direction is not overfitting
     real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-2.0, 0.0])
     oracle = sum((x - lecam.fake.item()) ** 2 for x in (1.0, 3.0)) + sum((lecam.real.item() - x) ** 2 for x in (-2, 0))
     assert lecam(real, fake).item() == pytest.approx(oracle / 2)
@@ -205,7 +205,7 @@ def test_lecam_pulls_to_the_other_mean_and_is_zero_there():
     assert torch.equal(restored(real, fake), lecam(real, fake))
 
 
-# ---------------------------------------------------------------------- inside one training step
+# ---------------------------------------------------------------------- within one training step
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -217,7 +217,7 @@ def test_r1_comes_every_nth_update_and_counts_n_times(tiny, accumulate):
     for module.batches_seen in range(7 * accumulate):
         terms, logs, _ = module.loss_terms(pixels)
         due.append("r1" in terms)
-        assert logs["loss/r1"] > 0  # the latest one, in every log entry
+        assert logs["loss/r1"] > 0  # every log entry has the latest value
     assert due == [step % 3 == 0 for step in range(7) for _ in range(accumulate)]
     needing = pixels.clone().requires_grad_()
     penalty = gradient_penalty(module.discriminator(needing)[0], needing)
@@ -226,9 +226,9 @@ def test_r1_comes_every_nth_update_and_counts_n_times(tiny, accumulate):
 
 
 def test_one_backward_pass_gives_each_network_its_own_loss_only(tiny):
-    """The gradients of the sum are those of the generator's and of the discriminator's terms taken apart."""
+    """Gradients of the summed loss equal those of the generator's and the discriminator's terms separately."""
     module = module_of(tiny).eval()
-    module.batches_seen = 4  # the adversary speaks, and R1 is due
+    module.batches_seen = 4  # the adversarial loss is active, and R1 is due
     module.lecam.update(torch.tensor(3.0), torch.tensor(-3.0))
     pixels = images(4, 3, 16, 16)
 
@@ -248,7 +248,7 @@ def test_one_backward_pass_gives_each_network_its_own_loss_only(tiny):
         for a, b in zip(ours, apart, strict=True):
             torch.testing.assert_close(a, b)
     without = gradients({"discriminator"})[1]
-    for name in ("r1", "lecam"):  # each of them does something
+    for name in ("r1", "lecam"):  # each of them has an effect
         other = gradients({"discriminator", name})[1]
         assert any(not torch.allclose(a, b, atol=1e-7) for a, b in zip(without, other, strict=True))
 
@@ -318,7 +318,7 @@ def test_a_resumed_training_has_the_means_and_weights_of_an_uninterrupted_one(tm
 
 
 def test_two_processes_train_like_one_on_the_joined_batch(tmp_path, tiny):
-    """Four images a process: its group of the minibatch deviation is then a group of the joined batch, too."""
+    """With four images per process, its minibatch deviation group is also a group of the joint batch."""
     without_codebook(tiny)
     common = [*STYLE, "tokenizer_training.max_steps=3", "tokenizer_training.adversarial_start=0"]
     (one,) = run_ddp(tmp_path, tiny, "one", *common, "tokenizer_training.batch_size_per_device=8")

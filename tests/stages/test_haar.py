@@ -1,4 +1,4 @@
-"""Haar wavelets: equal to PyWavelets, perfectly inverted, differentiable."""
+"""Haar wavelets: equal to PyWavelets, exactly invertible, differentiable."""
 
 import numpy as np
 import pytest

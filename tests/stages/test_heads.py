@@ -1,4 +1,4 @@
-"""The decoder for any resolution: one-sided spectra, one function at all sizes, tiles that meet, tokens untouched."""
+"""Arbitrary-resolution head: one-sided spectra, one function at all sizes, seamless tiles, unchanged tokens."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def make(kind="sit", attention="sit", **keys):
 
 
 def field_of(head, family, extent=16.0, points=256):
-    """One cell's band-pass part over [-extent, extent)²: complex [points, points], as the products leave it."""
+    """Band-pass part of one cell over [-extent, extent)², after the products: complex [points, points]."""
     axis = (torch.arange(points) - points / 2) * (2 * extent / points)
     y, x = axis[:, None].expand(points, points), axis.expand(points, points)
     shape = (1, 2, 2, head.carriers.shape[1], points, points)
@@ -53,7 +53,7 @@ def field_of(head, family, extent=16.0, points=256):
     out = head.out.detach().clone()
     out[1 - family] = 0
     values = []
-    # the real part of -i z is the imaginary part of z
+    # the imaginary part of z is the real part of -i z
     for weights in (out, torch.stack([out[:, 1], -out[:, 0]], dim=1)):
         head.out.data = weights
         values.append(head.band_pass(place, strength, y, x)[0, 0])
@@ -61,7 +61,7 @@ def field_of(head, family, extent=16.0, points=256):
 
 
 def spectrum_of(field, extent=16.0):
-    """(frequencies in radians a cell, shares of the energy [points, points])."""
+    """(frequencies in radians per cell, shares of energy [points, points])."""
     energy = torch.fft.fft2(field).abs().square()
     return torch.fft.fftfreq(len(field), 2 * extent / len(field)) * 2 * torch.pi, energy / energy.sum()
 
@@ -76,11 +76,11 @@ def test_the_band_pass_part_is_one_sided_and_squares_stay_there(family, square):
     along = frequencies[:, None].expand_as(share) if family == 0 else frequencies.expand_as(share)
     across = frequencies.expand_as(share) if family == 0 else frequencies[:, None].expand_as(share)
     assert share[along <= 0].sum() < 1e-4
-    # nearly all lies within the quarter of the plane of its carriers, widened by two deviations of an atom's energy
+    # nearly all energy is in the carriers' quarter of the plane, widened by two standard deviations of an atom's energy
     assert share[across.abs() <= along * (1 + 4 * SHARPNESS)].sum() > 0.98
     low = (along**2 + across**2).sqrt() < head.carriers.norm(dim=-1).min() * 0.1
     assert share[low].sum() < 1e-4
-    # why it is complex: the square of what is real falls back to low frequencies
+    # why the field is complex: the square of a real field has low frequencies
     assert spectrum_of(field.square())[1][low].sum() < 1e-4
     assert spectrum_of(field.real.square())[1][low].sum() > 1e-3
 
@@ -142,7 +142,7 @@ def test_a_smaller_output_is_the_mean_of_its_pixels(side):
     assert error < 0.5 * (points - wanted).square().mean()
 
 
-# ---------------------------------------------------------------------- training and refusals
+# ---------------------------------------------------------------------- training and invalid input
 
 
 @pytest.mark.parametrize("kind", ["sit", "nested"])
@@ -156,7 +156,7 @@ def test_its_loss_reaches_the_head_alone_and_all_of_it(kind):
 
 @pytest.mark.parametrize("crop", [8, 64])
 def test_what_it_should_be_is_the_part_of_the_larger_image_that_it_renders(monkeypatch, crop):
-    """Images that say where they are: rows in red, columns in green."""
+    """Images encode position: rows in red, columns in green."""
     tokenizer = make(crop=crop)
     ramp = torch.linspace(-1, 1, 96)
     large = torch.stack([ramp[:, None].expand(96, 96), ramp.expand(96, 96), torch.zeros(96, 96)]).expand(2, 3, 96, 96)
@@ -231,7 +231,7 @@ def test_a_tile_is_one_compiled_graph(backend):
     wanted = tokenizer.render(tokens, (40, 40))
     plain, places = tokenizer.decode_places(tokens)
     found = tokenizer.head.surroundings(places, plain)
-    torch.compiler.reset()  # what other tests have compiled is nothing to this one
+    torch.compiler.reset()  # remove what other tests have compiled
     traced = torch.compile(tokenizer.head.tile, backend=backend, fullgraph=True, dynamic=False)
     torch.testing.assert_close(traced(found, (40, 40), (0, 0, 40, 40)).clamp(-1, 1), wanted, atol=1e-4, rtol=0)
 

@@ -1,4 +1,4 @@
-"""Coordinate networks: complex arithmetic on pairs, spectra in their cones, atoms on edges, fits that get better."""
+"""Coordinate networks: complex arithmetic on pairs, spectra within cones, atoms on edges, fits that improve."""
 
 import math
 
@@ -25,7 +25,7 @@ from stages.inr.split import (
 from stages.inr.variants import VARIANTS
 
 LEAK = 1e-3
-"""Share of the energy that may lie where there should be none; the bound for one atom is 2.7e-4."""
+"""Tolerated share of energy outside the allowed region; the bound for one atom is 2.7e-4."""
 
 
 def random_pair(*shape):
@@ -33,13 +33,13 @@ def random_pair(*shape):
 
 
 def picture(height=16, width=16):
-    """Smooth colours and one edge, uint8 [3, height, width]."""
+    """Smooth colors and one edge, uint8 [3, height, width]."""
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     return (255 * torch.stack((x, y, (x + y > 1).float()))).round().to(torch.uint8)
 
 
 def step_edge(column=20, side=32):
-    """float [3, side, side] in [-1, 1], dark before a column and bright from it on."""
+    """float [3, side, side] in [-1, 1]: dark left of a column, bright from that column on."""
     return torch.where(torch.arange(side) < column, -0.5, 0.5).expand(3, side, side).contiguous()
 
 
@@ -75,7 +75,7 @@ def test_siren_begins_as_in_its_paper():
     for layer in (*network.hidden, network.last):
         bound = math.sqrt(6 / 64) / SIREN_FREQUENCY
         assert 0.9 * bound < layer.weight.abs().max() <= bound
-    # its hidden layers then keep the arcsine distribution of sines: a variance of a half
+    # hidden layers keep the arcsine distribution of sines, with variance 1/2
     x = coordinates((32, 32))
     for layer in (network.first, *network.hidden):
         x = (SIREN_FREQUENCY * layer(x)).sin()
@@ -93,7 +93,7 @@ def test_all_variants_have_about_as_many_parameters(hidden, layers):
 
 
 def shaken_network(axis):
-    """Wavelets of one cone as training might leave them: many would have left the cone, or become low."""
+    """Wavelets of one cone with perturbed weights; unconstrained, many would leave the cone or have low frequencies."""
     torch.manual_seed(axis)
     atoms = ProgressiveAtoms(placed_anywhere(8, (10, 10)), axis)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def shaken_network(axis):
 
 
 def spectrum(values, reach):
-    """Share of the energy at each frequency (y, x) of values [n, n] over [-reach, reach)², and the frequencies [n]."""
+    """(share of energy [n, n] at each frequency (y, x), frequencies [n]) of values [n, n] over [-reach, reach)²."""
     window = torch.hann_window(len(values), dtype=torch.float64)
     energy = torch.fft.fft2(values * window * window[:, None]).abs().square()
     return energy / energy.sum(), 2 * math.pi * torch.fft.fftfreq(len(values), 2 * reach / len(values))
@@ -122,7 +122,7 @@ def test_products_of_wavelets_stay_in_their_half_plane_and_above_their_factors(a
     low = torch.hypot(frequencies[:, None], frequencies) < LOWEST / 2
     assert share[low].sum() < LEAK
     assert spectrum(real.reshape(side, side), reach)[0][low].sum() < LEAK
-    # what the cone is for: the square of real wavelets is low to a good part
+    # why the cone is needed: the square of real wavelets has much low-frequency energy
     assert spectrum(first.reshape(side, side).square(), reach)[0][low].sum() > 0.1
 
 
@@ -180,7 +180,7 @@ def test_atoms_begin_on_edges_and_elsewhere():
     count = round(SINGULAR_SHARE * 40)
     assert near[:count].all() and near[count:].sum() < 10
     assert placement.angles[:count].abs().max() < 1e-3
-    # no edge of such a direction
+    # there is no edge in this direction
     across = placed_on_singularities(step_edge(), 40, axis=1)
     assert ((across.places[:, 0] - 0.25).abs() < 2 / 32).sum() < 10
 

@@ -1,4 +1,4 @@
-"""Properties of the measures: known answers, and the order in which a measure must put known damages."""
+"""Properties of the measures: known values and plausible behavior."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_frechet_refuses_what_it_cannot_measure() -> None:
         fit_gaussian(torch.full((3, 3), torch.nan))
 
 
-# ---------------------------------------------------------------------- neighbours
+# ---------------------------------------------------------------------- neighbors
 
 
 def test_nearest_equals_brute_force_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_a_copy_has_distance_zero_even_in_bytes_far_from_the_origin() -> None:
     pixels = torch.randint(200, 256, (60, 3, 8, 8), generator=generator(), dtype=torch.uint8)
     found = nearest(pixels[[5, 9]], pixels)
     assert found.indices[:, 0].tolist() == [5, 9] and found.distances.max() == 0
-    with pytest.raises(ValueError, match="neighbours"):
+    with pytest.raises(ValueError, match="neighbors"):
         nearest(pixels, pixels[:2], 3)
 
 
@@ -128,7 +128,7 @@ def test_code_use_and_rate_per_scale() -> None:
 
 
 def test_joint_use_of_fields_that_tell_of_each_other() -> None:
-    """The second field follows from the first: jointly they cost what one does."""
+    """The second field follows from the first, so their joint entropy is that of one field."""
     fields = (Field("a", 4), Field("b", 4))
     layout = TokenLayout((Scale("one", 4, (2, 2), 0, fields, (8, 8)),))
     first = torch.arange(4).repeat(20, 1)
@@ -163,7 +163,7 @@ def test_psnr_of_a_known_error_and_of_equal_images() -> None:
 
 
 def stripes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy horizontal or vertical stripes, three of the first kind for one of the second."""
+    """Noisy horizontal and vertical stripes, in a ratio of three to one."""
     labels = (torch.arange(count) % 4 == 0).long()
     wave = ((torch.arange(28) // 3) % 2) * 160.0
     images = torch.where(labels[:, None, None] == 0, wave[None, :, None], wave[None, None, :]).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: the packaged weights, its features, and the perceptual distance made of them."""
+"""EfficientNet-Lite0: the packaged weights, the features, and the perceptual distance based on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_weights = pytest.mark.skipif(importlib.util.find_spec(backbones.PACKAGE) i
 
 
 def picture(size: int, seed: int = 0) -> torch.Tensor:
-    """A photo-like image [1, 3, size, size] in [-1, 1]: energy falls with frequency, and there are edges."""
+    """A photo-like image [1, 3, size, size] in [-1, 1], with edges and with energy that decreases with frequency."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(1, 3, size, size)
     for level in range(2, size.bit_length()):
@@ -127,7 +127,7 @@ def test_lpips_with_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     distance = build_perceptual("lpips-vgg")
     assert distance is not None
     prediction = picture(32).requires_grad_()
-    # predictions are not clamped while training
+    # predictions are not clamped in training
     value = distance(prediction[:, :1] * 1.5, picture(32, 1)[:, :1])
     assert value.shape == (1,) and value.item() > 0
     value.sum().backward()

@@ -1,4 +1,4 @@
-"""Distances of features with known answers, what they must see and overlook, and torch-fidelity's as an oracle."""
+"""Distances of features: known values, sensitivity and invariance, and torch-fidelity as the reference."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def normal(count: int, width: int, seed: int) -> Tensor:
 
 
 def modes(count: int, seed: int, kept: int = 4) -> Tensor:
-    """Points of four far modes in 16 dimensions, of which the first ``kept`` are drawn from."""
+    """Points from the first ``kept`` of four distant modes in 16 dimensions."""
     centres = normal(4, 16, 99) * 10
     return centres[torch.arange(count) % kept] + normal(count, 16, seed)
 
 
-# ---------------------------------------------------------------------- oracle
+# ---------------------------------------------------------------------- reference
 
 
 def correlated(count: int, width: int, seed: int, shift: float) -> Tensor:
@@ -57,10 +57,10 @@ def test_kernel_distance_agrees_with_torch_fidelity() -> None:
         *(side.double() for side in sides), kid_subsets=200, kid_subset_size=125, verbose=False
     )
     mean, std = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
-    # other random subsets: means agree within their errors, spreads roughly
+    # random subsets differ: means agree within their standard errors, spreads roughly
     assert ours.mean == pytest.approx(mean, abs=4 * std / math.sqrt(100))
     assert ours.std == pytest.approx(std, rel=0.3)
-    # one subset of everything has nothing random left, and is theirs exactly
+    # a single subset of everything is not random, so it agrees exactly
     both = [torch.cat([side[:250], side[:250]]) for side in sides]
     whole = fidelity.kid_features_to_metric(
         *(side.double() for side in both), kid_subsets=1, kid_subset_size=500, verbose=False
@@ -78,11 +78,11 @@ def test_precision_and_recall_agree_with_torch_fidelity() -> None:
     assert (found.precision, found.recall) == (pytest.approx(precision), pytest.approx(recall))
 
 
-# ---------------------------------------------------------------------- known answers
+# ---------------------------------------------------------------------- known values
 
 
 def test_kernel_distance_of_a_shift_is_its_expectation() -> None:
-    """k(x, y) = (x·y / d + 1)^3 has a closed mean for Gaussians: with s = x·y, E s, E s² and E s³ are known."""
+    """k(x, y) = (x·y / d + 1)^3 has a closed-form mean for Gaussians, from E s, E s² and E s³ of s = x·y."""
     width, shift = 4, 1.0
     real, judged = normal(800, width, 1), normal(800, width, 2) + shift
     m = width * shift**2
@@ -115,13 +115,13 @@ def test_kernel_distance_is_unbiased_where_frechet_is_not(monkeypatch: pytest.Mo
 def test_copies_are_perfect_in_every_figure_and_far_ones_worthless() -> None:
     real = normal(300, 8, 1)
     assert manifolds(real, real, 5)[:2] == (1, 1)
-    # every point lies in its own neighbourhood and on average in k others'
+    # every point is in its own neighborhood and on average in those of k others
     assert manifolds(real, real, 5).density == pytest.approx(1.2)
     assert manifolds(real, real + 100, 5) == (0, 0, 0)
 
 
 def test_density_of_one_distribution_is_one() -> None:
-    """Naeem et al. 2020, lemma 1: the expectation is 1 whatever the distribution."""
+    """Naeem et al. 2020, lemma 1: the expected density is 1 for any distribution."""
     found = [manifolds(normal(500, 4, 2 * seed), normal(500, 4, 2 * seed + 1), 5).density for seed in range(4)]
     assert sum(found) / 4 == pytest.approx(1, abs=0.06)
 
@@ -133,11 +133,11 @@ def test_lost_modes_lower_recall_and_coverage_alone_and_noise_precision_alone() 
     assert full.precision > 0.85 and full.recall > 0.85
     assert dropped.precision > 0.85 and dropped.recall <= 0.5
     assert coverage(real, modes(400, 3, kept=2), 5) <= 0.5 < coverage(real, good, 5)
-    # half of the samples far away: quality falls by half, variety stays
+    # half of the samples are far away: precision falls by half
     strays = torch.cat([good[:200], normal(200, 16, 4) + 200 * normal(200, 16, 5)])
     noisy = manifolds(real, strays, 5)
     assert noisy.precision == pytest.approx(full.precision / 2, abs=0.05)
-    # one real outlier with a wide ball makes strays precise, and hardly dense
+    # one real outlier with a large ball raises the precision of strays, but hardly their density
     outlier = torch.cat([real, torch.full((1, 16), 60.0)])
     fooled = manifolds(outlier, strays * 0 + 55, 5)
     assert fooled.precision == 1 and fooled.density == pytest.approx(1 / 5)
@@ -150,7 +150,7 @@ def test_neighbourhoods_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPa
     assert manifolds(real, fake, 3) == whole
 
 
-# ---------------------------------------------------------------------- in company
+# ---------------------------------------------------------------------- reported entries
 
 
 def test_few_images_are_named_with_their_number() -> None:

@@ -1,4 +1,4 @@
-"""The ladder of resolutions, upsampling and editing: measures against numbers computed another way."""
+"""Resolution ladder, upsampling and editing: measures compared with independent computations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def images(count: int = 12) -> Tensor:
 
 
 def shaken(config: SITConfig) -> SIT:
-    """A tokenizer with weights so large that every token matters, and measured statistics."""
+    """A tokenizer with large weights, so that every token matters, and fitted statistics."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(config, (16, 16), 3)
     assert isinstance(tokenizer, SIT)
@@ -66,7 +66,7 @@ def agreement(tokenizer: SIT, pixels: Tensor) -> dict:
 @pytest.mark.parametrize("quantizer", [FSQConfig(), CosineVQConfig(codes=64, code_dim=8)])
 def test_small_images_give_the_first_tokens_of_the_large_ones(attention: str, quantizer) -> None:
     found = agreement(sit(attention, quantizer), images())
-    # 12 images; 4 tokens at the first rung, 8 at the second
+    # 12 images with 4 tokens at the first rung and 8 at the second
     assert found["positions"] == 12 * (4 + 8)
     assert found["mismatches"] == found["mismatches_that_are_ties"]
     assert found["agreeing_share"] == 1 - found["mismatches"] / found["positions"]
@@ -75,7 +75,7 @@ def test_small_images_give_the_first_tokens_of_the_large_ones(attention: str, qu
 @pytest.mark.parametrize("quantizer", [FSQConfig(), CosineVQConfig(codes=64, code_dim=8)])
 def test_tokens_of_a_dense_encoder_do_not_agree_and_are_no_ties(quantizer) -> None:
     pixels, causal, dense = images(), sit("sit-sce", quantizer), sit("sit", quantizer)
-    # the same weights and the same promise, but every token looks at all scales
+    # the same weights and the same layout, but every token attends to all scales
     dense.layout = causal.layout
     found = agreement(dense, pixels)
     assert found["agreeing_share"] < 0.9
@@ -84,7 +84,7 @@ def test_tokens_of_a_dense_encoder_do_not_agree_and_are_no_ties(quantizer) -> No
 
 
 def test_images_rounded_to_bytes_are_not_what_the_encoder_sees() -> None:
-    """The check can tell reduced images from nearly equal ones."""
+    """The check distinguishes reduced images from nearly equal ones."""
     tokenizer, pixels = sit("sit-sce"), images(200)
     assert agreement(tokenizer, pixels)["mismatches"] == agreement(tokenizer, pixels)["mismatches_that_are_ties"]
     whole = tokenizer.reference
@@ -103,14 +103,14 @@ def test_margins_are_distances_to_another_choice() -> None:
     with torch.no_grad():
         values = torch.tanh(quantizer.project_in(features)[..., 0]) * 2.002
     distance = (values.unsqueeze(-1) - torch.tensor([-1.5, -0.5, 0.5, 1.5])).abs().amin(-1)
-    inside = values.abs() < 2  # beyond the last value there is no border
+    inside = values.abs() < 2  # there is no boundary beyond the last value
     torch.testing.assert_close(quantizer.margins(features)[inside], distance[inside], atol=1e-6, rtol=0)
     tokenizer = sit("sit-sce", CosineVQConfig(codes=64, code_dim=8))
     assert tokenizer.margins(to_float(images(2))).shape == (2, 12)
     first = tokenizer.quantizers[0]
     assert isinstance(first, CosineVQ)
     first.codebook.weight.data[:] = first.codebook.weight.data[0].clone()
-    # one code, 64 times: all choices tie
+    # 64 equal codes: all choices tie
     assert tokenizer.margins(to_float(images(2)))[:, :4].abs().max() < 1e-6
 
 
@@ -135,7 +135,7 @@ def test_rungs_beside_a_baseline_equal_an_independent_computation() -> None:
             # halves may be rounded up or down
             assert found[who]["psnr_mean_of_images"] == pytest.approx(expected, abs=0.01)
         assert found["tokenizer"]["tokens_per_image"] == 4 * num_scales and found["baseline"]["tokens_per_image"] == 16
-        # 1000 and 9 codes; the baseline spends all of its tokens on every rung
+        # 1000 and 9 codes; the baseline uses all of its tokens at every rung
         assert found["tokenizer"]["fixed_length_bits_per_pixel"] == pytest.approx(
             4 * num_scales * math.log2(1000) / side**2
         )

@@ -1,4 +1,4 @@
-"""Power spectra of waves and of low-passed images; calibration of predictors that know, and that boast."""
+"""Power spectra of waves and of low-passed images; calibration of calibrated and overconfident predictors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def wave(side: int, cycles: int, amplitude: float = 100) -> Tensor:
 
 
 def low_passed(pixels: Tensor, below: float) -> Tensor:
-    """The images without frequencies of ``below`` cycles a side or more."""
+    """The images without frequencies of ``below`` or more cycles per side."""
     side = pixels.shape[-1]
     frequency = torch.fft.fftfreq(side, 1 / side)
     kept = (frequency[:, None].square() + frequency.square()).sqrt() < below
@@ -34,7 +34,7 @@ def test_a_wave_has_its_power_at_its_frequency_at_every_size() -> None:
     found = {side: power_spectrum(wave(side, 5)) for side in (32, 64)}
     for side, spectrum in found.items():
         assert len(spectrum) == side // 2 - 1 and int(spectrum.argmax()) == 4
-        # the window spreads it over its neighbours only
+        # the window spreads it over its neighbors only
         far = torch.cat([spectrum[:2], spectrum[7:]])
         assert far.max() < 1e-4 * spectrum.max()
     torch.testing.assert_close(found[32][3:6], found[64][3:6], rtol=0.02, atol=0)
@@ -44,7 +44,7 @@ def test_a_wave_has_its_power_at_its_frequency_at_every_size() -> None:
 
 def test_noise_is_flat_and_a_constant_image_has_no_power() -> None:
     spectrum = power_spectrum(noise(64, 32, 0))
-    # what is taken out with the mean is a part of the lowest frequency
+    # subtracting the mean also removes a part of the lowest frequency
     assert spectrum[1:].max() / spectrum[1:].min() < 1.1
     assert float(power_spectrum(torch.full((2, 3, 16, 16), 77, dtype=torch.uint8)).max()) < 1e-20
     assert all(abs(each) < 1e-9 for each in decibels_over(spectrum, spectrum))
@@ -75,7 +75,7 @@ def test_a_smaller_image_is_compared_at_the_frequencies_it_has() -> None:
     found = measure_frequencies(power_spectrum(images), small, small)
     assert found is not None and found["image_size"] == [16, 16]
     assert len(found["decoded"]) == 7 and found["decoded"] == found["wanted"]
-    # averaging of two pixels takes cos²(πf/32) of a wave's power along its axis
+    # averaging two pixels scales a wave's power by cos²(πf/32) along its axis
     assert all(-0.6 < value < 0.1 for value in found["decoded"][:3])
     assert measure_frequencies(power_spectrum(images), small[..., :2, :2], small[..., :2, :2]) is None
 
@@ -84,7 +84,7 @@ def test_a_smaller_image_is_compared_at_the_frequencies_it_has() -> None:
 
 
 def predictions(count: int, honest: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Confidences in [0.2, 0.8], right with ``honest`` times that probability."""
+    """Confidences in [0.2, 0.8], correct with ``honest`` times that probability."""
     generator = torch.Generator().manual_seed(seed)
     confidence = 0.2 + 0.6 * torch.rand(count, generator=generator)
     return confidence, torch.rand(count, generator=generator) < honest * confidence
@@ -93,7 +93,7 @@ def predictions(count: int, honest: float, seed: int = 0) -> tuple[Tensor, Tenso
 def test_a_calibrated_predictor_has_no_error_and_a_boaster_his_excess() -> None:
     honest, boaster = calibrate(*predictions(60_000, 1)), calibrate(*predictions(60_000, 0.5))
     assert honest.expected_error < 0.01
-    # mean confidence 0.5, half of it true
+    # mean confidence 0.5, accuracy half of that
     assert boaster.expected_error == pytest.approx(0.25, abs=0.01)
     assert all(a < c for a, c in zip(boaster.accuracy, boaster.confidence, strict=True))
     assert boaster.confidence == sorted(boaster.confidence) and sum(boaster.count) == 60_000
@@ -102,7 +102,7 @@ def test_a_calibrated_predictor_has_no_error_and_a_boaster_his_excess() -> None:
 
 
 def test_small_probabilities_do_not_share_one_bin() -> None:
-    """Half of the tokens at 1 %, half at 5 %, with accuracies exchanged: bins of equal width would see nothing."""
+    """Half of the tokens at 1 %, half at 5 %, with accuracies exchanged; bins of equal width would not detect it."""
     confidence = torch.tensor([0.01, 0.05]).repeat_interleave(30_000)
     hit = torch.rand(60_000, generator=torch.Generator().manual_seed(0)) < confidence.flip(0)
     assert calibrate(confidence, hit).expected_error == pytest.approx(0.04, abs=0.005)
@@ -123,7 +123,7 @@ def test_equal_bins_agree_with_torchmetrics_where_the_data_makes_them_equal() ->
 
 
 def test_calibration_is_told_by_scale_and_by_position() -> None:
-    """The first scale is calibrated, the second one boasts."""
+    """The first scale is calibrated, the second one is overconfident."""
     honest, boasting = (predictions(4000 * 2, share, seed) for share, seed in ((1, 1), (0.5, 2)))
     confidence, hit = (
         torch.cat([a.view(4000, 2, 1), b.view(4000, 2, 1)], dim=1) for a, b in zip(honest, boasting, strict=True)

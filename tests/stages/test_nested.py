@@ -1,4 +1,4 @@
-"""Nested spectral tokens: prefixes are low-passed images, and nothing later reaches anything earlier."""
+"""Nested spectral tokens: prefixes decode to low-passed images, and later tokens do not affect earlier ones."""
 
 import math
 
@@ -22,7 +22,7 @@ def make(quantizer=None, size=(32, 32), channels=3, **keys):
     torch.manual_seed(0)
     keys = {"num_tokens": N, "patch": 8, "quantizer": quantizer or FSQConfig(), **keys}
     tokenizer = build_tokenizer(NestedConfig(encoder=SMALL, decoder=SMALL, **keys), size, channels)
-    with torch.no_grad():  # fresh weights are near zero: larger ones make every token matter
+    with torch.no_grad():  # new weights are near zero; with larger ones every token matters
         for parameter in tokenizer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     tokenizer.fit([(pixels(size=size, channels=channels), None)])
@@ -86,7 +86,7 @@ def test_an_equal_share_of_energy_a_token():
 
 def test_information_is_what_water_filling_spends():
     variances = torch.tensor([[64.0, 16.0], [4.0, 0.25]], dtype=torch.float64)
-    # at a distortion of 1: 3 + 2 + 1 bits, and nothing for what lies below it
+    # at a distortion of 1: 3 + 2 + 1 bits, and 0 bits for variances below it
     torch.testing.assert_close(information(variances, 6.0), torch.tensor([[3.0, 2.0], [1.0, 0.0]]).double())
     for bits in (0.5, 3.0, 40.0):
         spent = information(variances, bits)
@@ -97,7 +97,7 @@ def test_information_is_what_water_filling_spends():
 
 
 def test_a_finer_code_reaches_further():
-    """More tokens spend on more frequencies: the share of tokens for the lowest ones falls."""
+    """With more tokens, more frequencies get bits, so the share of tokens for the lowest ones falls."""
     slope = 1.0 / (torch.arange(32)[:, None] + torch.arange(32) + 1.0) ** 2
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * slope.sqrt()
     matrix = dct_matrix(32).float()
@@ -200,7 +200,7 @@ def test_every_frequency_is_shared_out_once_inside_its_ring(size, widths):
             reach = max(row, column) + 1
             ring = widths[widths >= reach].min()
             assert (widths[owners] == ring).all()
-    for width in widths.unique():  # equal parts, but for rounding
+    for width in widths.unique():  # equal parts, up to rounding
         tokens = of_token[widths == width].unique()
         parts = torch.stack([(of_frequency == token).sum() for token in tokens])
         assert parts.max() - parts.min() <= 1
@@ -262,7 +262,7 @@ def test_the_deviations_of_frequencies_are_measured():
     normalised = (smooth.double() - tokenizer.pixel_mean) / tokenizer.pixel_std
     wanted = (matrix @ normalised @ matrix.T).square().mean((0, 1)).sqrt()
     torch.testing.assert_close(tokenizer.rings.deviation[:4, :4].double(), wanted[:4, :4], rtol=1e-3, atol=0)
-    assert (tokenizer.rings.deviation[4:] == 1e-3).all()  # what never occurs is not divided by nothing
+    assert (tokenizer.rings.deviation[4:] == 1e-3).all()  # a floor for frequencies that never occur
 
 
 # ---------------------------------------------------------------------- training
@@ -308,7 +308,7 @@ def test_the_last_token_is_starved_without_the_balance():
     assert reached[0] < 1.1 / N and reached[1] > 0.5
 
 
-# ---------------------------------------------------------------------- layout and refusals
+# ---------------------------------------------------------------------- layout and invalid input
 
 
 def test_the_layout_is_one_scale_a_token_with_few_to_report():

@@ -1,4 +1,4 @@
-"""Muon: its update, what it leaves to AdamW, and rates in proportion."""
+"""Muon: its update, the parameters left to AdamW, and proportional learning rates."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ class Hidden(HiddenLayers):
 
 
 def updated(network, optimizer, steps=3):
-    """The network's weights after some updates with random gradients, the same ones for every optimiser."""
+    """The network's weights after some updates with random gradients, equal for every optimizer."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         for parameter in network.parameters():
@@ -48,7 +48,7 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 1e-6), ("32", 1e-3)])
 def test_matrices_move_as_pytorch_has_it(precision, tolerance):
-    """PyTorch's computes in bfloat16; weights move by about 6e-3 here."""
+    """PyTorch's Muon computes in bfloat16; weights move by about 6e-3 here."""
     torch.manual_seed(0)
     network = Hidden(*(nn.Linear(*sides, bias=False) for sides in ((24, 24), (16, 48), (48, 16), (24, 24))))
     before = [parameter.detach().clone() for parameter in network.parameters()]

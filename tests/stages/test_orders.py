@@ -1,4 +1,4 @@
-"""Orders of the prior: permutations, the likelihood under them, sampling in them, and what is stored of them."""
+"""Orders of the prior: permutations, likelihood, sampling and storage."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ ORDERS = ("natural", "reversed", "interleaved", "luma_first")
 
 
 def colours(num_fields=1):
-    """Y0 C0 Y1 C1: luma on 2x2 places, chroma on two; chroma has a codebook of its own."""
+    """Y0 C0 Y1 C1: luma on 2x2 places, chroma on two places; chroma has its own codebook."""
     books = [tuple(Field(f"{name}{index}", 7 + book) for index in range(num_fields)) for book, name in enumerate("yc")]
 
     def scale(name, length, grid, planes, k):
@@ -93,8 +93,8 @@ def test_interleaving_that_is_the_natural_order_is_refused():
 
 
 def by_hand(model):
-    """A natural prior over the permuted layout, each element a scale of its own; the same weights, put where it has
-    them."""
+    """A natural-order prior over the permuted layout, in which each element is its own scale, with the same weights
+    moved to the matching parameters."""
     of = model.layout
     homes = [(number, place) for number, scale in enumerate(of.scales) for place in range(scale.length)]
     homes = [homes[element] for element in model.permutation.tolist()]
@@ -185,7 +185,7 @@ def test_luma_given_is_a_beginning_in_luma_first_alone():
     assert torch.equal(keep_scales(made, of, luma).ids, beginning.ids)
     keep = torch.tensor([of.scales[of.scale_at(place)].planes == "luma" for place in range(of.length)]).expand(3, -1)
     assert torch.equal(sample(model, LABELS, SamplingConfig(), range(3), known=given, keep=keep).ids, made.ids)
-    # chroma is drawn as the full pass says of it, given the luma
+    # chroma is drawn from the probabilities of the full pass, given the luma
     greedy = sample(model, LABELS, SamplingConfig(temperature=[0.0]), range(3), prefix=beginning, whole=luma)
     assert bool(model(greedy, LABELS).hit[:, [4, 5, 10, 11]].all())
     first = keep_scales(given, of, [0])
@@ -199,7 +199,7 @@ def test_luma_given_is_a_beginning_in_luma_first_alone():
 
 @pytest.mark.parametrize("order", ["natural", "scale"])
 def test_a_beginning_is_not_taken_for_another(order):
-    """Where the first scales come first, scales that are not the first ones are refused, whatever their number."""
+    """In orders that start with the first scales, a prefix of other scales is refused."""
     of = layout()
     model, given = prior(of, order=order), tokens(of)
     for whole in ([1], [0, 2]):
@@ -220,7 +220,7 @@ def test_parts_that_an_order_does_not_have_are_refused(order):
         sample(model, LABELS, SamplingConfig(scales=1), range(3))
     assert sample(model, LABELS, SamplingConfig(scales=4), range(3)).ids.shape == given.ids.shape
     uneven = replace(given.prefix(4), lengths=torch.tensor([4, 2, 4]))
-    with pytest.raises(InputError, match=f"of 2 to 4 elements; allowed with prior.order={order}: as many in every row"):
+    with pytest.raises(InputError, match=f"have 2 to 4 elements; .* prior.order={order}: the same number in every row"):
         sample(model, LABELS, SamplingConfig(), range(3), prefix=uneven)
 
 
@@ -255,7 +255,7 @@ def test_the_order_is_stored_with_the_weights(tmp_path):
 
 @pytest.mark.parametrize("order", ["natural", "reversed"])
 def test_weights_from_before_orders_were_stored(tmp_path, order):
-    """Natural ones are the same; reversed ones counted their scales from the end and are refused."""
+    """Natural-order weights still load; reversed ones counted their scales from the end and are refused."""
     model, path = prior(layout(), order=order), tmp_path / "prior.safetensors"
     expected = model.nll(tokens(layout()), LABELS)
     save_prior(path, model, model.config, model.condition_config, {})

@@ -1,4 +1,4 @@
-"""Precision is the machine's: what resolves to what, and models that compute in their own."""
+"""Precision: resolution of ``auto`` by machine, and models that compute in their own precision."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A CPU with given capabilities and seconds for a product in float32 and bfloat16."""
+    """Simulate a CPU with given capabilities and given seconds for a product in float32 and bfloat16."""
 
     def play(capabilities, single, half, architecture="x86_64"):
         precision._fastest.cache_clear()
@@ -36,14 +36,14 @@ def machine(monkeypatch):
     ("capabilities", "single", "half", "architecture", "expected"),
     [
         ({"avx2": True}, 1.0, 130.0, "x86_64", "32"),
-        ({"avx2": True}, 1.0, 0.1, "x86_64", "32"),  # the hardware rules it out, whatever the clock says
+        ({"avx2": True}, 1.0, 0.1, "x86_64", "32"),  # the hardware lacks bf16, so timing does not matter
         ({"amx_bf16": True}, 1.0, 0.2, "x86_64", "bf16"),
-        ({"amx_bf16": True}, 1.0, 130.0, "x86_64", "32"),  # a library that does not use it
+        ({"amx_bf16": True}, 1.0, 130.0, "x86_64", "32"),  # the library does not use the hardware support
         ({"avx512_bf16": True}, 1.0, 0.6, "x86_64", "bf16"),
         ({"avx512_bf16": True}, 1.0, 1.0, "x86_64", "32"),
         ({"neon": True, "bf16": True}, 1.0, 0.5, "aarch64", "bf16"),
         ({"neon": True}, 1.0, 9.0, "aarch64", "32"),
-        ({}, 1.0, 0.5, "riscv64", "bf16"),  # cannot be asked: the clock alone decides
+        ({}, 1.0, 0.5, "riscv64", "bf16"),  # capabilities are unknown, so timing decides
     ],
 )
 def test_the_hardware_may_rule_bf16_out_and_the_clock_decides(
@@ -65,7 +65,7 @@ def test_what_emulation_costs_is_said(machine):
 
 @pytest.mark.parametrize(("durations", "least"), [([0.2], 0.2), ([0.009, 0.005, 0.018], 0.005)])
 def test_the_fastest_of_the_products_that_begin_in_time_counts(monkeypatch, durations, least):
-    """On a clock by which each product takes as long as it is told."""
+    """Uses a simulated clock with given durations of the products."""
     moments = [0.0, 0.0]
     for duration in durations:
         moments += [moments[-1] + duration] * 2

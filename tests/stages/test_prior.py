@@ -54,7 +54,7 @@ def test_the_likeliest_id_is_told_with_the_likelihood(num_fields, order):
     said = model(sample, asked)
     likelihood = (-said.nll).exp()
     assert said.confidence.shape == said.hit.shape == said.nll.shape and 0 < said.hit.sum() < said.hit.numel()
-    # the id given is the likeliest one exactly where its probability is the highest
+    # the given id is the most likely one exactly where its probability equals the confidence
     torch.testing.assert_close(likelihood[said.hit], said.confidence[said.hit])
     assert (likelihood[~said.hit] < said.confidence[~said.hit]).all()
     assert model.train()(sample, asked).confidence is None
@@ -62,7 +62,7 @@ def test_the_likeliest_id_is_told_with_the_likelihood(num_fields, order):
 
 @pytest.mark.parametrize("num_fields", [1, 2])
 def test_the_likelihood_is_normalised(num_fields):
-    """Over all values of the last element the probabilities sum to one: nothing peeks at its own answer."""
+    """Probabilities of all values of the last element sum to one, so no element sees its own target."""
     model = prior(layout(vocabulary=3, num_fields=num_fields, scales=1))
     sizes = [field.vocabulary_size for field in model.layout.scales[0].fields]
     values = torch.cartesian_prod(*[torch.arange(size) for size in sizes]).view(-1, num_fields)
@@ -173,7 +173,7 @@ def test_foreign_files_are_refused(tmp_path, content):
 
 
 def test_a_field_can_follow_from_the_earlier_one_and_from_what_stood_before():
-    """code2 of an element is the sum of code1 there and code1 before, modulo 16: neither alone says anything of it."""
+    """code2 of an element is the sum of its code1 and the previous code1, modulo 16; each alone is uninformative."""
     size = 16
     fields = (Field("code1", size), Field("code2", size))
     two = TokenLayout((Scale("one", 4, (2, 2), 0, fields, (8, 8)),))
@@ -188,7 +188,7 @@ def test_a_field_can_follow_from_the_earlier_one_and_from_what_stood_before():
         optimizer.zero_grad()
         nll.mean().backward()
         optimizer.step()
-    # what cannot be known costs all of log 16
+    # unpredictable fields cost the full log 16
     assert nll[:, 1:, 1].mean() < 0.3 < 2.5 < nll[..., 0].mean()
 
 

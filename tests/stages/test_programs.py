@@ -1,4 +1,4 @@
-"""Exported programs: equal to the tokenizer, for any batch, in a process that knows torch alone."""
+"""Exported programs: equal to the tokenizer for any batch, in a process that imports only torch."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_programs_are_the_tokenizer_for_any_batch(kind):
 
 
 def test_exporting_leaves_the_tokenizer_as_it_was():
-    """Transforms keep what they computed once; a tensor of the tracer among it would break every later call."""
+    """Transforms cache computed matrices; a cached tensor of the tracer would break every later call."""
     tokenizer, fresh = build("nested"), noise(3)
     before = tokenizer.encode(fresh)
     dct_matrix.cache_clear()

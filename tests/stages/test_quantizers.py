@@ -1,4 +1,4 @@
-"""Quantisers: ids and features agree, gradients pass, codes live, large vocabularies are several fields."""
+"""Quantizers: ids and features agree, gradients pass, codes stay in use, large vocabularies become several fields."""
 
 import math
 from itertools import pairwise
@@ -47,7 +47,7 @@ def noise(seed, batch=16):
 
 
 def train(quantizer, steps=150, weights=WEIGHTS):
-    """Teach a quantiser of width 16 to say what it was given; returns (mean squared error, ids) of other features."""
+    """Train a quantizer of width 16 to reconstruct its input; returns (mean squared error, ids) of other features."""
     optimizer = torch.optim.Adam(quantizer.train().parameters(), 3e-3)
     for step in range(steps):
         x = noise(step)
@@ -87,7 +87,7 @@ def test_lookup_of_ids_is_what_was_quantised(config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_id_is_a_code_of_its_own_that_is_chosen_for_itself(config):
-    """Sums of a residual quantiser's codes may lie nearer to another first code: there the ids are not unique."""
+    """For the residual quantizer, a sum of codes may be closer to another first code, so its ids are not unique."""
     quantizer = make(config).eval()
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(field.vocabulary_size, (1, 500), generator=generator) for field in quantizer.fields]
@@ -122,7 +122,7 @@ def test_fsq_reaches_every_code_and_each_id_is_another_vector():
 
 @pytest.mark.parametrize("levels", [[1200, 8], [2048, 8], [1001, 5], [8, 5]])
 def test_saturated_numbers_take_the_outermost_values_of_any_number_of_levels(levels):
-    """The bound 1.001 (L - 1) / 2 lies past a rounding border where L is large."""
+    """For large L, the bound 1.001 (L - 1) / 2 is past a rounding boundary."""
     quantizer = make(FSQConfig(levels=levels), width_out=2).eval()
     quantizer.project_in = quantizer.project_out = torch.nn.Identity()
     features = torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(1)) * 60
@@ -149,7 +149,7 @@ def test_autocast_changes_neither_ids_nor_losses(config):
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
 def test_no_tf32_on_gpus_while_a_quantiser_works_and_the_setting_comes_back(allowed):
-    """The setting is the process's, so it can be looked at where there is no GPU."""
+    """The setting is global to the process, so it can be tested without a GPU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)
     try:
@@ -167,14 +167,14 @@ def test_no_tf32_on_gpus_while_a_quantiser_works_and_the_setting_comes_back(allo
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_compiled_quantiser_is_one_graph_with_the_same_ids(config):
     quantizer = make(config).eval()
-    torch.compiler.reset()  # one function of many classes would pass the limit of recompilations
+    torch.compiler.reset()  # otherwise one function of many classes exceeds the recompile limit
     compiled = torch.compile(quantizer.ids, backend="eager", fullgraph=True)
     assert torch.equal(compiled(noise(0)), quantizer.ids(noise(0)))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_what_moves_less_than_its_margin_keeps_its_id(config):
-    """A margin is 0 at a border: an encoding that is moved towards another choice changes there and not before."""
+    """A margin is 0 at a decision boundary: an encoding moved towards another code changes its id only there."""
     quantizer = make(config).eval()
     with torch.no_grad():
         start, end = (quantizer.encodings(noise(seed)) for seed in (1, 2))
@@ -209,7 +209,7 @@ def test_numbers_are_cut_into_the_fewest_and_most_even_fields(sizes, most, lengt
 
 @pytest.mark.parametrize("config", [LFQConfig(bits=18), BSQConfig(bits=18), FSQConfig(levels=[8] * 6)])
 def test_2_to_the_18_codes_are_two_fields_of_512(config):
-    """Each of 2^18 codes has its pair of ids, and both directions are exact."""
+    """Each of the 2^18 codes has its own pair of ids, and both directions are exact."""
     quantizer = make(config)
     assert [field.vocabulary_size for field in quantizer.fields] == [512, 512]
     every = torch.stack(torch.meshgrid(torch.arange(512), torch.arange(512), indexing="ij"), dim=-1).view(1, -1, 2)
@@ -243,7 +243,7 @@ def test_codebooks_start_from_data_and_revive_dead_codes(config):
     for revives in found:
         for step in range(600):
             x = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(step))
-            if step == 0:  # most of the first codebook starts where no data will ever be
+            if step == 0:  # most rows of the first codebook start far from all data
                 quantizer(x)
                 first = quantizer.codebook if config is CosineVQConfig else quantizer.codebooks[0]
                 first.config.revive_every = 5 * revives
@@ -277,7 +277,7 @@ def test_simvq_begins_with_the_codes_that_were_drawn():
 
 
 def test_simvq_moves_all_codes_where_a_learned_codebook_leaves_most_behind():
-    """Both begin far from the data; without revival only the chosen rows of a learned codebook move."""
+    """Both start far from the data; without revival only the chosen rows of a learned codebook move."""
     learned = make(ResidualVQConfig(codes=64, code_dim=8, depth=1, revive_every=0), 16)
     learned.codebooks[0].started.fill_(True)
     moved = make(SimVQConfig(codes=64, code_dim=8), 16)
@@ -311,7 +311,7 @@ def test_residual_codes_are_sums_of_what_is_left_at_every_stage():
 
 @pytest.mark.parametrize("config", [LFQConfig, BSQConfig])
 def test_the_entropy_term_brings_unused_codes_into_use(config):
-    """From a start where every token has the same signs."""
+    """Starts from a state in which every token has the same signs."""
     found = []
     for weight in (0.0, 0.1):
         quantizer = make(config(bits=6), 16)
@@ -324,7 +324,7 @@ def test_the_entropy_term_brings_unused_codes_into_use(config):
     assert found[1] > 1.3 * found[0] > 10
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- invalid input
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -1,4 +1,4 @@
-"""The entropy term of signs against sums over all codes."""
+"""The entropy term of sign quantizers, checked against sums over all codes."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ def every_code(bits):
 
 
 def soft(numbers, temperature):
-    """Probability [M, 2^bits] of all codes, by their squared distances."""
+    """Probabilities [M, 2^bits] of all codes from their squared distances."""
     codes = every_code(numbers.shape[1])
     distances = (numbers[:, None] - codes).square().sum(-1)
     return (-distances / temperature).softmax(-1)
@@ -46,7 +46,7 @@ def test_groups_are_the_codes_of_their_own_bits(groups):
     used = sum(entropy(soft(part, 1.0).mean(0)) for part in x.split(groups, 1))
     found = entropy_loss(x, groups, 1.0, agree=False)
     torch.testing.assert_close(found, own - used)
-    # several groups never claim less entropy than there is
+    # with several groups the entropy is never underestimated
     assert found <= entropy_loss(x, [5], 1.0, agree=False) + 1e-9
 
 
@@ -65,7 +65,7 @@ def test_mean_use_is_a_distribution_over_codes():
 
 
 def test_bounds_are_bits():
-    """Sure and evenly used: minus all bits. Undecided everywhere, or always the same: nothing."""
+    """Confident, uniformly used codes: minus all bits. Undecided codes, or always the same code: 0."""
     codes = every_code(4)
     for groups in ([4], [1] * 4):
         for x, wanted in ((100 * codes, -4 * math.log(2)), (0 * codes, 0.0), (100 * codes[:1].expand(9, -1), 0.0)):
@@ -85,7 +85,7 @@ def test_18_bits_need_no_table_of_2_to_the_18():
 
 
 def test_bsq_is_the_papers_closed_form():
-    """arXiv 2406.07548: sigmoid of 2 τ u c with c = 1/√d, the entropies of every bit summed; τ = 2 d / temperature."""
+    """arXiv 2406.07548: sigmoid of 2 τ u c with c = 1/√d, entropies summed over bits; τ = 2 d / temperature."""
     torch.manual_seed(0)
     temperature, bits = 0.8, 6
     quantizer = build_quantizer(BSQConfig(bits=bits, entropy_group_bits=1, temperature=temperature), 5, 5).double()

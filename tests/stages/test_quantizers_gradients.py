@@ -1,4 +1,4 @@
-"""What the encoder is told: straight-through and the rotation trick against matrices built on purpose."""
+"""Gradients at the encoder: straight-through and the rotation trick, checked against explicit matrices."""
 
 import math
 
@@ -24,14 +24,14 @@ def pairs(dim=6, count=50):
 
 
 def backward(function, encodings, chosen, gradient):
-    """(value, gradient at the encodings) of a function whose value has ``gradient``."""
+    """(value, gradient at the encodings) of a function, given the ``gradient`` at its value."""
     encodings = encodings.clone().requires_grad_()
     value = function(encodings, chosen)
     return value.detach(), torch.autograd.grad(value, encodings, gradient)[0]
 
 
 def plane_rotation(a, b):
-    """The rotation of a's direction into b's, from its angle and an orthonormal basis of the plane."""
+    """Matrix that rotates the direction of a to that of b, from the angle and an orthonormal basis of the plane."""
     u = a / a.norm()
     v = b - (b @ u) * u
     v = v / v.norm()
@@ -96,14 +96,14 @@ def test_rotation_of_an_encoding_near_zero_gives_the_code_and_a_bounded_gradient
     )
     value, found = backward(rotation, length * directions, chosen, gradient)
     assert torch.equal(value, chosen)
-    if length < 1e-3:  # no direction to turn
+    if length < 1e-3:  # no direction to rotate
         assert torch.equal(found, gradient)
     else:
         torch.testing.assert_close(found.norm(dim=-1), torch.full((50,), 1 / length))
 
 
 def bounded(quantizer, features):
-    """What is rounded, in units of the codes: without the rounding."""
+    """The encodings before rounding, in units of the codes."""
     encodings = quantizer.encodings(features)
     kind = quantizer.config.kind if hasattr(quantizer, "config") else "fsq"
     if kind == "fsq":
@@ -124,7 +124,7 @@ def bounded(quantizer, features):
     ids=lambda config: config.kind,
 )
 def test_the_encoder_is_told_what_it_would_be_told_without_the_rounding(config):
-    """Numerically: the decoder's gradient at the code, times differences of the encodings themselves."""
+    """Compared numerically: the decoder's gradient at the code times finite differences of the encodings."""
     torch.manual_seed(0)
     quantizer = build_quantizer(config, 5, 7).eval()
     features = torch.randn(2, 3, 5, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Two real processes: equal to each other bit for bit, and to one process with the joint batch."""
+"""Two real processes: bitwise equal to each other, and equal to one process with the joint batch."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.waiting import PATIENCE
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(states of one process, of rank 0 of two, of rank 1 of two), by kind."""
+    """States by kind: [one process, rank 0 of two, rank 1 of two]."""
     folder = tmp_path_factory.mktemp("ranks")
     places = ((1, 0), (2, 0), (2, 1))
     processes = [CONTEXT.Process(target=run, args=(folder, *place)) for place in places]
@@ -36,10 +36,10 @@ def test_two_ranks_train_like_one_process_on_the_joint_batch(trained, name):
     for key, value in first.items():
         if key != "entropy":
             torch.testing.assert_close(value, one[key], atol=1e-5, rtol=1e-4)
-    # each rank has its own tokens' entropies, and both the entropy of the joint mean
+    # each rank has the entropies of its own tokens, but both share the entropy of the joint mean
     torch.testing.assert_close((first["entropy"] + second["entropy"]) / 2, one["entropy"], atol=1e-5, rtol=1e-5)
 
 
 def test_the_entropy_term_made_a_difference(trained):
-    """Else equality would say nothing of it."""
+    """Otherwise equality would not test the entropy term."""
     assert all((trained[0][name]["entropy"] < -0.1).all() for name in GIVEN if "lfq" in name or name == "bsq")

@@ -96,11 +96,11 @@ def test_kept_elements_stay_and_the_others_follow_what_stands_before_them():
 def test_the_reversed_order_draws_with_each_scales_settings_and_keeps_what_it_should():
     model = prior(layout(), order="reversed")
     prompts = Prompts.of_labels(torch.tensor([0, 1]))
-    greedy = SamplingConfig(guidance=1.0, temperature=[0.0, 1.0, 1.0])  # the coarsest scale, which comes last
+    greedy = SamplingConfig(guidance=1.0, temperature=[0.0, 1.0, 1.0])  # greedy in the coarsest scale, which comes last
     first, second = (sample(model, prompts, greedy, seeds).ids for seeds in ([0, 1], [0, 1]))
     assert torch.equal(first, second)
     nll = model.nll(Tokens.fixed(first), prompts)[:, :4, 0].detach()
-    for row in range(2):  # no other choice of one of its elements is likelier
+    for row in range(2):  # no other id of any of its elements is more likely
         for place in range(4):
             others = first[row : row + 1].repeat(11, 1, 1)
             others[:, place, 0] = torch.arange(11)

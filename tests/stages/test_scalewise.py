@@ -1,4 +1,4 @@
-"""``prior.order=scale``: nothing leaks, rounds with a cache are the full pass, and what is known has its say."""
+"""``prior.order=scale``: no leaks, cached rounds equal the full pass, and known elements influence the others."""
 
 import math
 from dataclasses import replace
@@ -25,7 +25,7 @@ OPEN = torch.tensor([[0, 2, 3, 5, 7, 8, 11], [1, 2, 3, 4, 5, 6, 9], [0, 1, 2, 3,
 
 
 def masked():
-    """bool [3, 12]: some of each scale, seven of each row."""
+    """bool [3, 12]: some elements of each scale, seven in each row."""
     return torch.zeros(3, 12, dtype=torch.bool).scatter_(1, OPEN, True)
 
 
@@ -41,7 +41,7 @@ def test_order_scale_is_a_prior_of_its_own():
     assert isinstance(model, ScalewisePrior) and model.writes_prefixes and not model.likelihood
     output = model(tokens(layout()), LABELS)
     assert torch.equal(output.nll[..., 0] > 0, output.judged) and 0 < output.judged.sum() < 36
-    assert torch.equal(output.nll, model(tokens(layout()), LABELS).nll)  # held-out masks are always the same
+    assert torch.equal(output.nll, model(tokens(layout()), LABELS).nll)  # held-out masks are fixed
     with pytest.raises(ValueError, match="no likelihood"):
         model.nll(tokens(layout()), LABELS)
     with pytest.raises(ValueError, match="12 elements|end inside a scale"):
@@ -49,11 +49,11 @@ def test_order_scale_is_a_prior_of_its_own():
 
 
 def test_no_tensor_of_a_training_pass_is_larger_or_smaller_for_its_mask():
-    """Ever other sizes fragment a CPU's memory: 33 MB an update were lost so."""
+    """Varying tensor sizes fragment CPU memory: they lost 33 MB per update."""
     model, given = prior(layout(), order="scale").train(), tokens(layout())
 
     def judge(seed):
-        """(how many elements were judged, the shapes of all that the backward pass needs)"""
+        """(number of judged elements, shapes of all tensors saved for the backward pass)"""
         shapes = []
         torch.manual_seed(seed)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (shapes.append(x.shape), x)[1], lambda x: x):
@@ -71,13 +71,13 @@ def test_the_cost_of_a_sample_does_not_know_its_batch():
         some = model(given[rows], LABELS[rows])
         assert torch.equal(some.judged, together.judged[rows])
         torch.testing.assert_close(some.nll, together.nll[rows], atol=1e-5, rtol=1e-5)
-    assert len(together.judged.unique(dim=0)) == 3  # each has a mask of its own
+    assert len(together.judged.unique(dim=0)) == 3  # each sample has its own mask
     assert len(model(given[:0], LABELS[:0]).nll) == 0
 
 
 @pytest.mark.parametrize("place", [0, 1, 4, 6, 8, 9])
 def test_nothing_leaks(place):
-    """Another id at a place changes its own cost, and that of others only where the place is seen: bit for bit."""
+    """Another id at a place changes its own cost, and the cost of others only if they see the place: bit for bit."""
     model, given, open_ = prior(layout(), order="scale"), tokens(layout()), masked()
     other = Tokens.fixed(given.ids.clone())
     other.ids[:, place] = (other.ids[:, place] + 1) % 11
@@ -96,7 +96,7 @@ def test_nothing_leaks(place):
 
 
 def test_a_scale_of_which_nothing_is_masked_is_its_clean_copy():
-    """Masks of coarser scales do not matter to a finer one: it sees their clean copies."""
+    """Masks of coarser scales do not affect a finer scale: it sees their clean copies."""
     model, given, open_ = prior(layout(), order="scale"), tokens(layout()), masked()
     less = open_.clone()
     less[:, :8] = False
@@ -117,7 +117,7 @@ def test_cached_rounds_equal_the_full_pass(of, num_fields, forced):
     generator = torch.Generator().manual_seed(0)
     for number in range(forced, 3):
         start, stop = of.prefix_length(number), of.prefix_length(number + 1)
-        for _ in range(0 if number == 1 and not forced else 3):  # a scale that is known needs no look
+        for _ in range(0 if number == 1 and not forced else 3):  # a known scale needs no call of look
             open_ = random_mask(3, [of.scales[number].length], torch.device("cpu"), generator)
             everywhere = torch.zeros(3, of.length, dtype=torch.bool)
             everywhere[:, start:stop] = open_
@@ -138,7 +138,7 @@ def test_each_round_computes_its_own_scale_alone(monkeypatch):
     monkeypatch.setattr(model, "_blocks", lambda x, *a, **k: (seen.append(x.shape[1]), blocks(model, x, *a, **k))[1])
     sample(model, LABELS, SamplingConfig(rounds=[3, 2, 1]), range(3))
     states = model.condition.num_states
-    # the condition with the first round; a finished scale with the first round of the next one
+    # the first round adds the condition; a finished scale is added in the first round of the next one
     assert seen == [states + 4, 4, 4, 4 + 4, 4, 4 + 4]
 
 
@@ -150,7 +150,7 @@ def test_seeds_do_not_know_the_batch(num_fields):
     alone = [sample(model, LABELS[row : row + 1], settings, [row]).ids for row in range(3)]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together, sample(model, LABELS, settings, range(3, 6)).ids)
-    # nor whether other rows have less to write
+    # nor on how many elements other rows write
     keep = torch.zeros(3, 12, dtype=torch.bool)
     keep[0, :6], keep[1, 5:9] = True, True
     known = tokens(layout(num_fields=num_fields))
@@ -171,13 +171,13 @@ def test_what_is_given_stays_and_a_part_of_the_scales_is_the_same():
     other = sample(model, LABELS, SamplingConfig(), range(3), prefix=known.prefix(4)).ids
     assert torch.equal(other[:, :4], known.ids[:, :4]) and not torch.equal(other[:, 4:], full[:, 4:])
     assert torch.equal(sample(model, LABELS, SamplingConfig(), range(3), prefix=known).ids, known.ids)
-    # a prefix may end inside a scale: here that is a place kept like any other
+    # a prefix may end inside a scale: its elements are kept like any others
     inside = sample(model, LABELS, SamplingConfig(), range(3), prefix=known.prefix(6)).ids
     assert torch.equal(inside[:, :6], known.ids[:, :6])
 
 
 def test_what_is_kept_behind_a_place_has_a_say_in_it():
-    """Unlike in token order: with the last place of a scale kept, its first ones are drawn given it."""
+    """Unlike in token order, the first places of a scale are drawn given its kept last place."""
     model, known = prior(layout(scales=1), order="scale"), tokens(layout(scales=1))
     keep = torch.zeros(3, 4, dtype=torch.bool)
     keep[:, 3] = True
@@ -212,12 +212,12 @@ def test_the_law_of_masks(held_out):
     counts = [masks[:, :16].sum(1), masks[:, 16:].sum(1)]
     for count, length in zip(counts, (16, 64), strict=True):
         assert int(count.min()) >= 1 and int(count.max()) == length
-        # of ceil(length cos(π u / 2)), u uniform: half a place above 2/π
+        # mean of ceil(length cos(π u / 2)) for uniform u: 2/π of the length, plus half a place
         assert float(count.double().mean() / length) == pytest.approx(2 / math.pi + 0.5 / length, abs=0.015)
-        below = (count.double() / length <= 0.5).double().mean()  # where u > 2/3
+        below = (count.double() / length <= 0.5).double().mean()  # happens for u > 2/3
         assert float(below) == pytest.approx(1 / 3, abs=0.03)
-    assert abs(float(torch.corrcoef(torch.stack(counts).double())[0, 1])) < 0.06  # each scale has its own share
-    assert masks.double().mean(0).std() < 0.02  # every place as often
+    assert abs(float(torch.corrcoef(torch.stack(counts).double())[0, 1])) < 0.06  # shares of the scales are independent
+    assert masks.double().mean(0).std() < 0.02  # every place is masked equally often
 
 
 def test_rounds_keep_the_most_confident_and_decide_all_in_the_end():
@@ -293,7 +293,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 
 def source(count, generator):
-    """Images of a toy world: the class and one coin decide the first scale, and every place doubles the one above."""
+    """Toy images: class and one coin flip decide the first scale, which decides the others place by place."""
     labels = torch.randint(3, (count,), generator=generator)
     first = labels[:, None] + 3 * torch.randint(2, (count, 1), generator=generator) + torch.arange(4)
     ids = torch.cat([first, (first * 2) % 11, (first * 3 + 1) % 11], dim=1) % 11
@@ -301,7 +301,7 @@ def source(count, generator):
 
 
 def test_it_learns_a_toy_world():
-    """All is known but one coin of a sequence: the cost falls to it, and samples are possible ones of their class."""
+    """Only one coin flip per sequence is random: the cost falls to its entropy, and samples fit their class."""
     torch.manual_seed(0)
     model = prior(layout(), order="scale", width=48).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -317,7 +317,7 @@ def test_it_learns_a_toy_world():
     output = model.eval()(given, prompts)
     bits = output.nll.detach()[..., 0] / math.log(2)
     mean = [float(bits[:, a : a + 4][output.judged[:, a : a + 4]].mean()) for a in (0, 4, 8)]
-    # uniform ids cost log2(11) = 3.5 bits and more; the coin is open only where all of the first scale is masked
+    # uniform ids cost log2(11) = 3.5 bits or more; the coin is unknown only if the whole first scale is masked
     assert mean[0] < 0.8 and max(mean[1:]) < 0.1
     made = sample(model, prompts, SamplingConfig(rounds=[4, 2, 1]), range(400)).ids[..., 0]
     coins = (made[:, 0] - prompts.labels) % 11
@@ -333,7 +333,7 @@ def gradients(model, given, prompts, open_, count):
 
 
 class Judge(torch.nn.Module):
-    """What DDP wraps: its forward is ``judge_masked``."""
+    """Module for DDP whose ``forward`` is ``judge_masked``."""
 
     def __init__(self, prior):
         super().__init__()
@@ -344,7 +344,7 @@ class Judge(torch.nn.Module):
 
 
 def rank(number, folder):
-    """One of two processes, with one and two of three sequences' worth of masks: their shares differ."""
+    """One of two processes, each with two sequences; their numbers of masked elements differ."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
     model = DistributedDataParallel(Judge(prior(layout(), order="scale")))
     given, open_ = four()
@@ -352,7 +352,7 @@ def rank(number, folder):
     count = open_[mine].sum().float()
     distributed.all_reduce(count)
     prompts = Prompts.of_labels(torch.tensor([0, 2, -1, 1]))[mine]
-    gradients(model, given[mine], prompts, open_[mine], count / 2)  # the mean, as the LightningModule has it
+    gradients(model, given[mine], prompts, open_[mine], count / 2)  # the mean count, as in the LightningModule
     torch.save([parameter.grad for parameter in model.module.prior.parameters()], f"{folder}/{number}.pt")
     distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""SIT: geometry, scale causality, prefixes and the refusals that go with them."""
+"""SIT: geometry, scale causality, prefixes and their errors."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def make(attention="sit", quantizer=None, **keys):
     torch.manual_seed(0)
     config = SITConfig(attention=attention, encoder=SMALL, decoder=SMALL, quantizer=quantizer or FSQConfig(), **keys)
     tokenizer = build_tokenizer(config, (32, 32), 3)
-    with torch.no_grad():  # fresh weights are near zero: larger ones make every token matter
+    with torch.no_grad():  # new weights are near zero; with larger ones every token matters
         for parameter in tokenizer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     tokenizer.fit([(pixels(), None)])
@@ -81,7 +81,7 @@ def test_a_small_image_gives_the_first_scales(num_scales):
     full = tokenizer.encode(pixels()).ids
     small = tokenizer.encode(tokenizer.reference(pixels(), num_scales)).ids
     assert small.shape[1] == tokenizer.layout.prefix_length(num_scales)
-    assert (small == full[:, : small.shape[1]]).float().mean() > 0.999  # rounding may move a tie
+    assert (small == full[:, : small.shape[1]]).float().mean() > 0.999  # rounding may change a tie
 
 
 @pytest.mark.parametrize("num_scales", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""SIT with luma and chroma apart: geometry, who sees whom, prefixes, and what colouring needs."""
+"""SIT with separate luma and chroma: geometry, attention masks, prefixes, and colorization."""
 
 import pytest
 import torch
@@ -38,12 +38,12 @@ def gray_of(x):
 
 
 def of_planes(tokenizer, planes):
-    """bool [L]: the tokens of luma, or of chroma."""
+    """bool [L]: the tokens of ``planes`` (luma or chroma)."""
     lengths = torch.tensor([scale.length for scale in tokenizer.layout.scales])
     return torch.tensor([scale.planes == planes for scale in tokenizer.layout.scales]).repeat_interleave(lengths)
 
 
-# ---------------------------------------------------------------------- colours
+# ---------------------------------------------------------------------- colors
 
 
 def test_planes_are_jpegs_in_the_range_of_pixels():
@@ -100,7 +100,7 @@ def test_the_raster_baseline_has_planes_too():
     assert tokenizer.decode(tokenizer.encode(pixels())).shape == (4, 3, 32, 32)
 
 
-# ---------------------------------------------------------------------- who sees whom
+# ---------------------------------------------------------------------- attention masks
 
 
 def test_the_mask_hides_chroma_from_luma_alone():
@@ -133,7 +133,7 @@ def test_a_gray_file_has_most_of_the_luma_tokens_of_its_colour_version():
 
 @pytest.mark.parametrize("attention", CAUSAL)
 def test_which_tokens_a_change_of_one_scale_reaches(attention):
-    """The composition of both masks, by what moves in the encoder's features when one scale's input does."""
+    """Tests the combined masks: which encoder features change when the input of one scale changes."""
     tokenizer = make(attention)
     parts = tokenizer.analyse(pixels(1))
 
@@ -160,7 +160,7 @@ def test_a_small_image_gives_the_first_scales(transform):
     for number in tokenizer.layout.rungs.values():
         ids = tokenizer.encode(tokenizer.reference(pixels(), number)).ids
         assert ids.shape[1] == tokenizer.layout.prefix_length(number)
-        assert (ids == full[:, : ids.shape[1]]).float().mean() > 0.999  # rounding may move a tie
+        assert (ids == full[:, : ids.shape[1]]).float().mean() > 0.999  # rounding may change a tie
 
 
 @pytest.mark.parametrize("num_scales", [1, 2, 3, 4, 5])
@@ -182,7 +182,7 @@ def test_the_first_scale_alone_is_a_gray_image():
     assert (tokenizer.reference(pixels(), 2).amax(1) - tokenizer.reference(pixels(), 2).amin(1)).max() > 0.1
 
 
-# ---------------------------------------------------------------------- there and back
+# ---------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize("attention", CAUSAL)
@@ -215,7 +215,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 
 def test_chroma_can_be_drawn_under_known_luma():
-    """What colouring asks of the sampling engine, in any order: known luma stays, chroma is drawn."""
+    """Colorization in natural order: known luma is kept, chroma is drawn."""
     tokenizer = make()
     torch.manual_seed(0)
     config = TransformerPriorConfig(depth=1, width=32, heads=4, dropout=0.0)

@@ -1,4 +1,4 @@
-"""SIT on other wavelets than Haar, and with patches that overlap."""
+"""SIT with wavelets other than Haar, and with overlapping patches."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def make(kind=SITConfig, **keys):
     torch.manual_seed(0)
     config = kind(**{"encoder": SMALL, "decoder": SMALL, "quantizer": FSQConfig(levels=[4, 3]), **keys})
     tokenizer = build_tokenizer(config, (32, 32), 3)
-    with torch.no_grad():  # fresh weights are near zero: larger ones make every token matter
+    with torch.no_grad():  # new weights are near zero; with larger ones every token matters
         for parameter in tokenizer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     tokenizer.fit([(pixels(), None)])
@@ -33,7 +33,7 @@ def pixels(batch=4):
 
 
 def same(first, second):
-    """Whether tokens agree; rounding may move a tie."""
+    """Whether tokens agree, up to ties changed by rounding."""
     return (first == second).float().mean() > 0.999
 
 
@@ -55,7 +55,7 @@ def test_windows_are_patches_with_what_is_around_them():
     assert torch.equal(window, band[0, 0, 1:5, 1:5])
     assert torch.equal(window[1:3, 1:3].flatten(), to_patches(band, 2)[0, 5])
     corner = to_windows(band, 2, 1)[0, 0].view(4, 4)
-    assert corner[0].tolist() == [0, 0, 1, 2] and corner[:, 0].tolist() == [0, 0, 8, 16]  # repeated at the sides
+    assert corner[0].tolist() == [0, 0, 1, 2] and corner[:, 0].tolist() == [0, 0, 8, 16]  # border pixels are repeated
 
 
 @pytest.mark.parametrize(("patch", "margin"), [(4, 1), (4, 2), (2, 2)])
@@ -72,7 +72,7 @@ def test_overlap_keeps_constants_and_blends_the_rest(patch, margin):
     row = 3 * patch // 2
     middle = made[row, patch - margin : 2 * patch + margin] / made[row, row].sqrt()
     ramp = (torch.arange(2 * margin, dtype=torch.float64) + 0.5) / (2 * margin)
-    if 2 * margin <= patch:  # straight ramps, and 1 where no neighbour reaches
+    if 2 * margin <= patch:  # linear ramps, and 1 where no neighbor overlaps
         torch.testing.assert_close(middle[: 2 * margin], ramp)
     else:
         assert (middle[: len(middle) // 2].diff() > 0).all() and 0 < middle[0] < middle.max() < 1
@@ -103,7 +103,7 @@ def test_the_vit_may_overlap_too():
 
 
 def test_overlap_costs_what_the_docstring_says():
-    """Embedding and head grow by (1 + 2 overlap / patch)²; the layers do not."""
+    """Embedding and head grow by (1 + 2 overlap / patch)²; the layers do not grow."""
     plain, wide = make(overlap=0), make(overlap=1)
     for part in ("embed", "heads"):
         pairs = zip(getattr(plain, part), getattr(wide, part), strict=True)

@@ -1,4 +1,4 @@
-"""The codec of DCT lists: JPEG's figures on real photographs, lists and images as inverses, rungs, and bad input."""
+"""DCT list codec: JPEG's quality on real photos, exact round trips of lists and images, rungs, and invalid input."""
 
 import io
 from pathlib import Path
@@ -24,7 +24,7 @@ PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycl
 
 @pytest.fixture(scope="module")
 def photos():
-    """Four crops of 136x120 px of six photographs, uint8 [24, 3, 136, 120]: sides that no whole block divides."""
+    """Four 136x120 px crops of each of six photos, uint8 [24, 3, 136, 120]; chroma blocks do not fit evenly."""
     crops = []
     for name in PHOTOS:
         image = np.array(Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB"))
@@ -87,7 +87,7 @@ def test_frequencies_come_by_octave_and_in_zigzag():
 @pytest.mark.parametrize("size", [(16, 16), (21, 13), (5, 3), (1, 1)])
 @pytest.mark.parametrize("block", [2, 4, 8, 16])
 def test_lists_and_quantised_images_are_inverse(channels, size, block):
-    """Sides that blocks do not divide, and sides smaller than one."""
+    """Includes sides that blocks do not divide, and sides smaller than a block."""
     coder = codec(size, channels, block=block, quality=90)
     images = noise(5, size, channels)
     values, lowered = coder.quantise(coder.to_coefficients(images))
@@ -117,7 +117,7 @@ def test_lists_rise_in_every_order(order):
     tokens = coder.encode(noise(6))
     grammar = ListGrammar(**{k: v for k, v in coder.layout.grammar.items() if k != "kind"}, order=order)
     sorted_, taken = grammar.sort(tokens)
-    grammar.annotate(sorted_)  # raises where an element cannot follow
+    grammar.annotate(sorted_)  # raises for an illegal element
     back, _ = coder.grammar.sort(sorted_)
     assert torch.equal(back.ids.masked_fill(~tokens.counted[..., None], 0), tokens.ids)
     for row in range(len(tokens)):
@@ -128,7 +128,7 @@ def test_lists_rise_in_every_order(order):
         if order == "luma_first":
             assert torch.equal(planes, planes.sort().values)
         for plane in (0, 1):
-            # inside luma and inside chroma the order is the natural one
+            # within luma and within chroma the order is the natural one
             mine = tokens.ids[row, : length - 1][(grammar.plane_of[tokens.ids[row, : length - 1, 0]] > 0) == plane]
             assert torch.equal(mine, sorted_.ids[row, : length - 1][planes == plane])
 
@@ -145,9 +145,9 @@ def test_bands_hold_luma_then_chroma():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bands_are_smaller_images(photos, channels):
-    """Reduced in the cosine domain, an image gives the first scales of the large one, but for its rounding to 8 bits;
-    reduced by averaging, about them."""
-    # neither black nor white, which would cut off what the cosines swing beyond them
+    """An image reduced in the cosine domain gives the first scales of the large one, up to rounding to 8 bits; an image
+    reduced by averaging gives about the same."""
+    # avoid black and white, where overshoot of the cosines would be clipped
     images = 0.6 * to_float(photos[:8, :channels, :128, :112])
     coder = codec((128, 112), channels, quality=90)
     full, kinds = coder.encode(images), 1 if channels == 1 else 2
@@ -172,7 +172,7 @@ def test_bands_are_smaller_images(photos, channels):
 def test_the_range_of_values_is_measured_and_what_lies_beyond_is_counted():
     coder = codec(channels=1)
     quiet, loud = noise(9, channels=1)[:5], noise(9, channels=1)[5:]
-    assert coder.encode(loud).remarks["values_clipped"].sum() == 0  # before anything was measured, all fits
+    assert coder.encode(loud).remarks["values_clipped"].sum() == 0  # before fitting, every value is in range
     coder.fit([(quiet, torch.zeros(5))])
     values = coder.quantise(coder.to_coefficients(quiet))[0]
     assert coder.largest == values.abs().max()
@@ -256,7 +256,7 @@ ILLEGAL = {
 def test_lists_that_cannot_be_are_refused_at_the_first_offence(name):
     elements, place = ILLEGAL[name]
     coder = codec(channels=1)
-    good = coder.encode(noise(4, channels=1)[3:])  # a longer one: the other is padded
+    good = coder.encode(noise(4, channels=1)[3:])  # longer, so the other list is padded
     ids = torch.tensor([*elements, (20, 0, 1)])[None] + torch.tensor([0, 0, coder.largest])
     tokens = Tokens.cat([good, Tokens(ids, torch.tensor([len(elements) + 1]), good.header)])
     with pytest.raises(ValueError, match=rf"list 1: element {place} .* cannot stand there"):

@@ -1,4 +1,4 @@
-"""The prior over streams: one pass and step by step, what it may say, prefixes of unequal length, and its measures."""
+"""The prior over streams: full pass and steps, the grammar, prefixes of unequal length, and measures."""
 
 import math
 
@@ -38,7 +38,7 @@ def prior(codec, **named):
     torch.manual_seed(0)
     config = TransformerPriorConfig(**{"depth": 2, "width": 32, "heads": 2, "dropout": 0.0} | named)
     made = build_prior(config, ClassConditionConfig(dropout=0.1), codec.layout, NAMES)
-    for parameter in made.parameters():  # untrained weights hardly look at anything
+    for parameter in made.parameters():  # new weights are near zero and hardly depend on the input
         torch.nn.init.normal_(parameter, std=0.2)
     return made.eval()
 
@@ -82,7 +82,7 @@ def test_only_what_stays_open_costs_bits(codec):
     tokens.notes = codec.grammar.annotate(tokens)
     output = model(tokens, PROMPTS)
     allowed = codec.grammar.allowed(tokens.notes, tokens.ids[..., :0])
-    with torch.no_grad():  # by hand, step by step
+    with torch.no_grad():  # computed by hand, step by step
         state = model.begin(PROMPTS, tokens.prefix(0), model.max_length)
         for position in range(20):
             logits = model.logits(state, tokens.ids[:, 0, :0])
@@ -106,7 +106,7 @@ def test_the_past_is_seen_and_the_future_is_not(codec):
     torch.testing.assert_close(model.nll(tokens.prefix(half), PROMPTS), whole[:, :half], atol=1e-5, rtol=1e-4)
     alone = model.nll(tokens[2:3], PROMPTS[2:3])[:, : int(tokens.lengths[2])]
     torch.testing.assert_close(alone, whole[2:3, : int(tokens.lengths[2])], atol=1e-5, rtol=1e-4)
-    # header, class and an early token matter later on
+    # header, class and early tokens influence later elements
     late = slice(half, int(tokens.lengths[0]))
     for other in (
         model.nll(tokens[0:1], Prompts.of_labels(torch.tensor([1]))),
@@ -144,7 +144,7 @@ def test_samples_are_complete_legal_streams_whatever_the_batch(codec):
     without, plain, guided = (draw(model, codec, each) for each in settings)
     assert not torch.equal(guided.ids, plain.ids)
     codec.decode(guided)
-    # guidance 0 forgets the class
+    # guidance 0 ignores the class
     start = codec.start_prefix(LABELS, range(5))
     none = sample(model, Prompts.of_labels(torch.full((5,), -1)), SamplingConfig(top_k=[2]), range(5), start)
     assert torch.equal(without.ids, none.ids)
@@ -177,7 +177,7 @@ def test_prefixes_of_unequal_length_are_kept(codec, monkeypatch):
             assert torch.equal(end.ids[row, :kept], tokens.ids[row, :kept])
         codec.decode(end)
     assert not torch.equal(ends[0].ids[:, : ends[1].ids.shape[1]], ends[1].ids[:, : ends[0].ids.shape[1]])
-    # a row does not notice how much of the others was given
+    # a row does not depend on the prefix lengths of other rows
     monkeypatch.setattr("stages.prior.sampling.NOISE_CHUNK", 4)
     for settings in (SamplingConfig(), SamplingConfig(guidance=2.0)):
         together = sample(model, PROMPTS, settings, range(5), prefix)
@@ -239,7 +239,7 @@ def test_measures_add_up(codec):
     assert found["mean_length"] == pytest.approx(found["prefixes"][-1]["tokens"])
     rates = [entry["prior_bits"] for entry in found["prefixes"]]
     assert rates == sorted(rates) and rates[-1] == pytest.approx(found["prior_bits"])
-    # by hand: every token costs log2 of how many may come
+    # by hand: every token costs log2 of the number of allowed ids
     notes, by_hand = codec.grammar.annotate(tokens), 0.0
     for row in range(5):
         for position in range(int(tokens.lengths[row])):
@@ -253,11 +253,11 @@ def test_measures_add_up(codec):
 
 def test_what_a_stream_needs_is_asked_for(codec):
     model = prior(codec)
-    with pytest.raises(ValueError, match="a prefix that brings it"):
+    with pytest.raises(ValueError, match="a prefix that carries its header"):
         sample(model, PROMPTS, SamplingConfig(), range(5))
     with pytest.raises(ValueError, match="sampling.top_k has 4 values; allowed: 1 for streams"):
         draw(model, codec, SamplingConfig(top_k=[2] * 4))
-    with pytest.raises(ValueError, match="guidance_schedule=linear: nobody knows"):
+    with pytest.raises(ValueError, match="guidance_schedule=linear: the length of a stream is not known"):
         draw(model, codec, SamplingConfig(guidance=2.0, guidance_schedule="linear"))
     with pytest.raises(ValueError, match="begins with its header"):
         model.begin(PROMPTS, None, 10)

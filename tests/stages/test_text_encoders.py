@@ -1,4 +1,4 @@
-"""Text encoders: what they give for any caption, that company does not matter, that no other one passes for them."""
+"""Text encoders: states of any caption, independence of the batch, refusal of a different encoder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CAPTIONS = [
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but a name on the hub may ask the network."""
+    """Block the network; only names on the hub may use it."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no network in this test")
@@ -54,7 +54,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_tokenizer(folder: Path, template: str) -> None:
-    """A tokenizer of whole words whose special tokens stand as in ``template``."""
+    """A whole-word tokenizer that places special tokens as in ``template``."""
     words = ["[UNK]", "<pad>", "<s>", "</s>", "red", "green", "apple", "cat"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -122,7 +122,7 @@ def test_any_caption_has_states_of_its_own(encoder: TextEncoder) -> None:
 
 
 def test_company_and_order_do_not_matter(encoder: TextEncoder) -> None:
-    """Alone or beside 200 others: the same up to one unit in the last place of a float16."""
+    """Alone or in a batch with 200 others: equal up to one unit in the last place of a float16."""
     others = [f"{'green apple cat ' * (n % 9)} {n}" for n in range(200)]
     together = encoder.encode_counting([*others, *CAPTIONS])[0][200:]
     alone = [encoder.encode_counting([caption])[0][0] for caption in CAPTIONS]
@@ -163,7 +163,7 @@ def test_long_captions_are_counted_in_one_warning() -> None:
 
 
 def test_states_are_the_models_own(minilm: TextEncoder, folders: dict[str, Path]) -> None:
-    """Against the models as transformers runs them on one caption: special tokens kept, the end of a long one too."""
+    """Equal to the models as run by transformers on one caption; special tokens are kept, also for long captions."""
     for encoder, folder in (
         (minilm, encoders.local_folder("minilm")),
         (HuggingFaceEncoder(str(folders["t5"]), 8), folders["t5"]),
@@ -182,7 +182,7 @@ def test_states_are_the_models_own(minilm: TextEncoder, folders: dict[str, Path]
 
 
 def test_minilm_means_what_it_says(minilm: TextEncoder) -> None:
-    """The packaged weights are the trained ones: mean states of like captions lie closer than those of unlike ones."""
+    """The packaged weights are trained: mean states of similar captions are closer than those of different ones."""
     captions = ["a red apple", "fruit, ripe and red", "a fast train", "railway locomotive"]
     means = np.stack([states.astype(np.float32).mean(0) for states in minilm.encode(captions)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
@@ -296,8 +296,8 @@ def test_what_is_no_encoder_is_refused_in_one_line(folders: dict[str, Path], tmp
 def test_a_name_on_the_hub_is_held_to_its_commit(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the hub's cache, for here is no network: what was downloaded once keeps working without."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it tries the network for seconds
+    """Uses the hub's cache: models that were downloaded once keep working without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # otherwise it tries the network for seconds
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     model = tmp_path / "models--somebody--tiny"
     commits = ["a" * 40, "b" * 40]

@@ -1,4 +1,4 @@
-"""Wavelets by name: equal to PyWavelets, perfectly inverted, differentiable, with an approximation in pixel range."""
+"""Wavelets by name: equal to PyWavelets, exactly invertible, differentiable, approximation in the pixel range."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ ORTHOGONAL = ("db2", "db4", "sym4", "coif1", "db10")
 SYMMETRIC = tuple((name, "symmetric") for name in LIFTED)
 EVERY = (("haar", None), *SYMMETRIC, *((name, "periodization") for name in (*LIFTED, *ORTHOGONAL)))
 REACH = {"bior2.2": 2, "bior4.4": 4}
-"""Samples that the low-pass filter sees on each side of its own."""
+"""Samples that the low-pass filter covers on each side of its center."""
 
 
 @pytest.mark.filterwarnings("ignore:Level value")
@@ -34,7 +34,7 @@ def test_equals_pywavelets_periodization(wavelet, height, width, levels):
 @pytest.mark.parametrize("side", [8, 16, 34])
 @pytest.mark.parametrize("wavelet", LIFTED)
 def test_symmetric_borders_are_a_mirror_at_the_first_and_last_sample(wavelet, side):
-    """PyWavelets' mode "reflect" is the same signal with more coefficients than samples: ours are those inside."""
+    """PyWavelets' mode "reflect" has more coefficients than samples; ours are the inner ones."""
     x = torch.randn(1, 1, side, side, dtype=torch.float64)
     ours = dwt(x, 1, wavelet)
     low, details = pywt.dwt2(x.numpy(), wavelet, mode="reflect")
@@ -71,7 +71,7 @@ def test_perfect_reconstruction(wavelet, boundary, height, width, levels, scalin
 def test_every_orthogonal_wavelet_is_inverted():
     x = torch.randn(1, 1, 16, 8, dtype=torch.float64)
     assert len(orthogonal_wavelets()) > 70 and "dmey" not in orthogonal_wavelets()
-    for wavelet in orthogonal_wavelets():  # taps of long ones have ten digits
+    for wavelet in orthogonal_wavelets():  # taps of long wavelets have ten digits
         torch.testing.assert_close(idwt(dwt(x, 2, wavelet), wavelet), x, atol=1e-8, rtol=0)
 
 
@@ -99,7 +99,7 @@ def test_orthogonal_wavelets_keep_energy(wavelet):
 
 @pytest.mark.parametrize("wavelet", LIFTED)
 def test_linear_images_have_no_details_inside(wavelet):
-    """Two vanishing moments and more: what Haar has not."""
+    """These wavelets have two or more vanishing moments; Haar has one."""
     x = torch.arange(32, dtype=torch.float64).expand(1, 1, 32, 32)
     assert dwt(x, 1, wavelet)[1][..., 2:-2, 2:-2].abs().max() < 1e-9
     assert dwt(x, 1, "haar")[1].abs().max() > 0.5

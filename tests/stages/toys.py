@@ -1,4 +1,4 @@
-"""Small parts for tests: layouts, priors and a prior without weights."""
+"""Small test helpers: layouts, priors and a prior without weights."""
 
 import torch
 
@@ -10,7 +10,7 @@ from stages.prior.transformer import TransformerPriorConfig
 
 
 def layout(vocabulary=11, num_fields=1, scales=3, decodes_prefixes=True):
-    """Scales of 2x2 elements; the first has a codebook of its own."""
+    """Scales of 2x2 elements; the first has its own codebook."""
     coarse = tuple(Field(f"field{index}", vocabulary) for index in range(num_fields))
     fine = tuple(Field(f"field{index}", vocabulary + 2) for index in range(num_fields))
     return TokenLayout(
@@ -20,7 +20,7 @@ def layout(vocabulary=11, num_fields=1, scales=3, decodes_prefixes=True):
 
 
 def prior(layout, seed=0, classes=("a", "b", "c"), **keys):
-    """A small transformer with weights large enough that every token matters."""
+    """A small transformer with large weights, so that every token matters."""
     torch.manual_seed(seed)
     config = TransformerPriorConfig(**{"depth": 2, "width": 32, "heads": 4, "dropout": 0.0, **keys})
     built = build_prior(config, ClassConditionConfig(), layout, list(classes))
@@ -31,7 +31,7 @@ def prior(layout, seed=0, classes=("a", "b", "c"), **keys):
 
 
 class FixedPrior(Prior):
-    """A prior without weights: the same logits everywhere, other ones without a condition."""
+    """A prior without weights: the same logits at every element, and other logits without a condition."""
 
     def __init__(self, layout, conditional, unconditional=None):
         super().__init__()
@@ -55,7 +55,7 @@ class FixedPrior(Prior):
 
 
 def same_weights(one, other):
-    """Whether two models have the same state bit for bit. What they compute is the same but for its last bits: these
-    depend on where tensors happen to lie."""
+    """Whether two models have bitwise equal states. Their outputs may still differ in the last bits, which depend on
+    the memory alignment of tensors."""
     states = one.state_dict(), other.state_dict()
     return states[0].keys() == states[1].keys() and all(x.equal(states[1][name]) for name, x in states[0].items())
