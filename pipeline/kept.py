@@ -1,4 +1,4 @@
-"""Arrays that take long to make and that later evaluations of a run need again: kept in one file until they change."""
+"""Cache arrays that are slow to compute in a file, for later evaluations of the same run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from data.files import write_atomically
 
 
 def kept(path: Path, made_of: str, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """The arrays in ``path`` if they were made of ``made_of``, a hash of all that decides them; else ``make()``, which
-    is written there. A damaged file is made again; where nothing can be written, nothing is kept."""
+    """The arrays stored in ``path``, or those of ``make()``, which are then stored there.
+
+    ``made_of`` is a hash of everything that determines them: a file with another hash, or a damaged one, is made again.
+    If the file cannot be written, the arrays are returned without being kept.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["made_of"]) == made_of:
@@ -24,7 +27,7 @@ def kept(path: Path, made_of: str, make: Callable[[], Mapping[str, np.ndarray]])
         pass
     arrays = make()
     content = io.BytesIO()
-    np.savez(content, made_of=np.array(made_of), **arrays)
+    np.savez(content, made_of=np.array(made_of), **arrays)  # type: ignore[arg-type]
     with suppress(OSError):
         write_atomically(path, content.getbuffer())
     return arrays

@@ -120,7 +120,7 @@ class Classifier:
         num_classes, channels = len(arrays["head.bias"]), arrays["body.0.weight"].shape[1]
         network = Network(channels, num_classes)
         network.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
-        return cls(network.to(device, memory_format=torch.channels_last), num_classes, device)
+        return cls(network.to(device).to(memory_format=torch.channels_last), num_classes, device)
 
     def accuracy(self, pixels: Tensor, labels: Tensor) -> Accuracy:
         """Accuracy on pixels uint8 [N, C, H, W] with int64 labels [N]."""
