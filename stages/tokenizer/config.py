@@ -117,7 +117,7 @@ class TokenizerTrainingConfig:
     the rest. The discriminator always uses AdamW."""
     learning_rate: float = 4e-4
     """Peak rate of the generator."""
-    matrix_learning_rate: float = 2e-2
+    matrix_learning_rate: float = 1e-2
     """Peak rate of the matrices updated by Muon; all other parameters use learning_rate."""
     discriminator_learning_rate: float = 2e-4
     """Peak rate of the discriminator."""
