@@ -1,4 +1,4 @@
-"""Arrays that take long to make and that later evaluations of a run need again: kept in one file until they change."""
+"""Disk cache of arrays that are slow to compute and that later evaluations of a run need again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from data.files import write_atomically
 
 
 def kept(path: Path, made_of: str, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """The arrays in ``path`` if they were made of ``made_of``, a hash of all that decides them; else ``make()``, which
-    is written there. A damaged file is made again; where nothing can be written, nothing is kept."""
+    """Load arrays from ``path``, or compute them with ``make()`` and save them there.
+
+    ``made_of`` is a hash of everything that the arrays depend on. They are computed again if the file has another hash
+    or is damaged. If the file cannot be written, the arrays are returned without saving.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["made_of"]) == made_of:

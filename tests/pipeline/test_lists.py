@@ -177,10 +177,10 @@ def test_colouring_is_evaluated(lists, luma):
         ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colouring"),
         ("edit", ("input={image}", "frozen=9"), "frozen=9; allowed: 1 to 5 of the 6 scales"),
         ("upsample", ("input={image}", "to=8"), "that is no larger"),
-        ("sample", ("eval.num_colorized=-1",), "eval.num_colorized=-1; allowed: 0, or 2 and more"),
+        ("sample", ("eval.num_colorized=-1",), "eval.num_colorized=-1; allowed: 0, or 2 or more"),
         ("sample", ("prior.value_depth=0",), "prior.value_depth=0; allowed: 1 or more"),
         ("sample", ("prior.early_bias=nan",), "prior.early_bias=nan; allowed: 0 or more"),
-        ("sample", ("sampling.compile=true",), "it has nothing to compile"),
+        ("sample", ("sampling.compile=true",), "it cannot be compiled"),
         ("eval", ("eval.edit_frozen=[1]",), "the scales of these tokens have no image of their own"),
         ("sample", ("prior.patch=3",), "prior.patch=3 with tokenizer.chroma=4:2:0"),
         ("eval", ("prior.order=luma_first", "eval.upsample_from=8"), "with prior.order=luma_first: a small image"),
@@ -196,7 +196,7 @@ def test_what_lists_cannot_do_is_named(lists, gray, image_folder, tmp_path, caps
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (("input={image}",), "has colour already; give a gray image, or color=drop"),
+        (("input={image}",), "is in color; give a gray image, or color=drop"),
         (("input={gray}", "color=keep"), "color=keep; allowed: refuse, drop"),
         ((), "input= is missing"),
         (("input={gray}", "classes=teal"), "classes=teal: allowed are"),
@@ -220,7 +220,7 @@ def test_colour_may_be_dropped_on_request(luma, image_folder, tmp_path):
 
 def test_other_tokenizers_cannot_colour(finished, gray, capsys):
     assert main(["colorize", str(finished / "tiny.yaml"), f"run={finished}/run", f"input={gray}"]) == 2
-    assert "colouring needs tokens that hold luma and chroma apart" in capsys.readouterr().err
+    assert "colorization needs separate tokens for luma and chroma" in capsys.readouterr().err
 
 
 def test_given_scales_are_whole_in_what_eval_finishes(lists, monkeypatch):

@@ -138,5 +138,5 @@ def test_a_runs_folder_opens_without_its_yaml(finished, tmp_path):
     config = load_run(str(finished / "run"), ["sampling.guidance=2.0"])
     assert (config.run, config.images.size, config.sampling.guidance) == (str(finished / "run"), 16, 2.0)
     assert config.tokenizer.path == f"{finished}/run/tokenizer/tokenizer.safetensors"
-    with pytest.raises(RunError, match="is no finished run"):
+    with pytest.raises(RunError, match="is not a finished run"):
         load_run(str(tmp_path), [])

@@ -253,7 +253,7 @@ def test_a_study_that_cannot_be_read_says_so_in_one_line(tmp_path, capsys, chang
         (["minutes=x"], "minutes=x: allowed is a number"),
         (["only=nobody"], "only=nobody: no such arm; allowed: dense"),
         (["train=maybe"], "allowed is true or false"),
-        (["tokenizer.patch"], "no override"),
+        (["tokenizer.patch"], "not an override"),
         (["seed=3"], "seed is no key of a study"),
         (["tokenizer.path=elsewhere"], "tokenizer.path is no key"),
     ],

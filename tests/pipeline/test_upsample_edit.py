@@ -247,10 +247,10 @@ def test_inputs_whose_results_would_share_a_name_are_refused_before_any_work(
         ("edit", ["input={small}", "frozen=two"], "frozen=two: allowed are numbers"),
         ("edit", ["input={small}", "mask={wide}"], "make them equal"),
         ("edit", ["input={small}", "mask=/nowhere.png"], "no such image"),
-        ("edit", ["input={small}", "mask={black}"], "is white nowhere"),
+        ("edit", ["input={small}", "mask={black}"], "has no white inside the crop"),
         ("edit", ["input={small}", "images.size=8"], "images of 8x8, but this tokenizer takes 16x16"),
         ("upsample", ["input={small}", "images.channels=1"], "images.channels=1, but this tokenizer takes 3"),
-        ("upsample", ["input={small}", "classes=²"], "classes=²: allowed are 0 to 2"),
+        ("upsample", ["input={small}", "classes=²"], "classes=²; allowed: 0 to 2"),
         ("edit", ["input={small}", "guidances=nan"], "guidance"),
     ],
 )
