@@ -65,7 +65,7 @@ def test_captions_are_read_as_by_the_command(tmp_path, image_folder):
     assert drawn[0].tobytes() != octaves.to_pil(model.sample(texts=["the sky"], classes=["red"]))[0].tobytes()
     card = (tmp_path / "run/export/README.md").read_text()
     assert front_matter_of(card)["pipeline_tag"] == "text-to-image"
-    assert "read by the text encoder `words`" in card and "Its classes: blue, green, red." in card
+    assert "encoded by the text encoder `words`" in card and "Its classes: blue, green, red." in card
 
 
 @pytest.fixture(scope="module")

@@ -174,9 +174,9 @@ def test_colouring_is_evaluated(lists, luma):
     ("command", "items", "message"),
     [
         ("colorize", ("input={gray}",), "prior.order=natural; train one with prior.order=luma_first"),
-        ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colouring"),
+        ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colorization"),
         ("edit", ("input={image}", "frozen=9"), "frozen=9; allowed: 1 to 5 of the 6 scales"),
-        ("upsample", ("input={image}", "to=8"), "that is no larger"),
+        ("upsample", ("input={image}", "to=8"), "the result would not be larger"),
         ("sample", ("eval.num_colorized=-1",), "eval.num_colorized=-1; allowed: 0, or 2 or more"),
         ("sample", ("prior.value_depth=0",), "prior.value_depth=0; allowed: 1 or more"),
         ("sample", ("prior.early_bias=nan",), "prior.early_bias=nan; allowed: 0 or more"),
@@ -199,7 +199,7 @@ def test_what_lists_cannot_do_is_named(lists, gray, image_folder, tmp_path, caps
         (("input={image}",), "is in color; give a gray image, or color=drop"),
         (("input={gray}", "color=keep"), "color=keep; allowed: refuse, drop"),
         ((), "input= is missing"),
-        (("input={gray}", "classes=teal"), "classes=teal: allowed are"),
+        (("input={gray}", "classes=teal"), "classes=teal; allowed:"),
         (("input={gray}", "count=0"), "count=0; allowed: 1 or more"),
     ],
 )
@@ -245,7 +245,7 @@ def test_memory_is_measured_by_bench(lists, capsys):
         assert entry["whole"]["decoders"] > entry["by_chunks"]["decoders"]
     out.unlink()
     for wrong, message in (
-        (("memory=16,x",), "memory=16,x: allowed are numbers"),
+        (("memory=16,x",), "memory=16,x; allowed: comma-separated numbers"),
         (("memory=0",), "memory=0; allowed: sides of 1 px or more"),
         (("memory=16", "prior.chunk=5000"), "less than prior.chunk=5000"),
     ):
