@@ -44,12 +44,12 @@ class WatchedFSDP(Watched, ModelParallelStrategy):
         """The full state on the CPU of the first process. Every process must call this."""
         saved: dict[str, Any] = optimizer.state_dict()
         full_state = {
-            number: {name: self._whole(value) for name, value in entries.items()}
+            number: {name: self._to_full(value) for name, value in entries.items()}
             for number, entries in saved["state"].items()
         }
         return {**saved, "state": full_state}
 
-    def _whole(self, value: Any) -> Any:
+    def _to_full(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
         full_tensor = value.full_tensor()

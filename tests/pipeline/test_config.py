@@ -109,7 +109,10 @@ def test_each_shipped_config_takes_one_scaled_down_step_of_both_stages(name):
         ("prior.kind=chunked", "set prior.kind=transformer"),
         ("prior.averaging=ema", "prior.averaging='ema'; allowed: none, replace, mix, learned"),
         ("prior.averaging_borders=row", "prior.averaging_borders='row'; allowed: sample, scale, grid"),
-        ("eval.num_colorized=8", "eval.num_colorized=8 with prior.order=natural: colorization needs a prior that writes"),
+        (
+            "eval.num_colorized=8",
+            "eval.num_colorized=8 with prior.order=natural: colorization needs a prior that writes",
+        ),
         ("tokenizer_training.oversampling=2", "oversampling=2 without a head: only a head learns from larger images"),
         ("tokenizer_training.start_from=x", "start_from=x without a head: nothing is left to train"),
         ("eval.head_sizes=[2]", "eval.head_sizes=[2.0] without a head: set tokenizer.head.kind=wavelet"),

@@ -231,7 +231,7 @@ def test_a_failed_export_leaves_the_old_one_and_no_traces(tmp_path, image_folder
     [
         ("bitplane", ["programs=true"], "has no network that could be exported"),
         ("sparse-dct", ["programs=true"], "has no network that could be exported"),
-        ("sit", ["programs=yes"], "programs=yes: allowed is true or false"),
+        ("sit", ["programs=yes"], "programs=yes; allowed: true or false"),
         ("sit", ["license=My own!"], "license=My own!; allowed: a name such as mit"),
         ("sit", ["sampling.scales=9"], "sampling.scales=9; allowed: 1 to 3"),
         ("sit", ["tokenizer.path={folder}/none"], "none is missing: no tokenizer yet"),

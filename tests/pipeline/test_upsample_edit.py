@@ -242,7 +242,7 @@ def test_inputs_whose_results_would_share_a_name_are_refused_before_any_work(
         ("upsample", ["input={small}", "count=0"], "count=0"),
         ("upsample", ["input={small}", "exact=-1"], "exact=-1; allowed: 0 or more"),
         ("upsample", ["input={small}", "detail=2"], "detail=2; allowed: 0 to 1"),
-        ("upsample", ["input={small}", "detail=much"], "detail=much: allowed is a number"),
+        ("upsample", ["input={small}", "detail=much"], "detail=much; allowed: a number"),
         ("edit", ["input={small}", "frozen=5"], "frozen=5; allowed: 1 to 2"),
         ("edit", ["input={small}", "frozen=two"], "frozen=two; allowed: comma-separated numbers"),
         ("edit", ["input={small}", "mask={wide}"], "make them equal"),
