@@ -191,7 +191,7 @@ def find_metrics(config: Config, hashes: dict[str, str]) -> tuple[dict[str, Any]
 
 
 def find_counts(config: Config, tokenizer_path: Path) -> dict[str, int]:
-    """Number of images per split, without mirrored ones; empty if the token cache is not of this tokenizer."""
+    """Number of images per split, without mirrored ones; empty without a token cache of this tokenizer."""
     if not has_manifest(config.tokens.path):
         return {}
     manifest = Manifest.load(config.tokens.path)

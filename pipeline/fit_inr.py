@@ -1,8 +1,8 @@
 """fit-inr: fit coordinate networks to an image and compare their PSNR over the training steps.
 
 This is the task of the papers on WIRE (arXiv 2301.05187) and on the algebra of complex wavelets (2310.00545), with
-their networks and two common ones, all with about equally many parameters. Every image is fitted from scratch, so there
-is no CONFIG and no run folder.
+their networks and two common ones, all with about equally many parameters. A network represents only its image, so
+there is no CONFIG and no run folder.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def compare_orders(config: Config, request: OrdersRequest) -> Path:
     """Write ``orders.json`` and ``orders.png``: R² and bits of the prior by position. Returns the path of the plot.
 
     Every evaluation contributes the natural order of its tokens and the reversed order (only R²). If its prior has
-    another order, this is added with its bits; prior.order=scale has no such order. Raises RunError for an evaluation
-    that is missing, of other images, or without a measured order.
+    another order, this is added with its bits, except for prior.order=scale, which is not an order of single tokens.
+    Raises RunError for an evaluation that is missing, of other images, or without a measured order.
     """
     names = list(filter(None, (part.strip() for part in request.runs.split(","))))
     if not names:

@@ -41,13 +41,13 @@ PARTS: dict[str, Callable[[Place], list[Figure]]] = {
 }
 
 SHORT_PRODUCTS = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx512_vnni")
-"""Instructions for matrix products of numbers with less than 32 bits, by their names in torch."""
+"""Instructions for matrix products of numbers with fewer than 32 bits, by their names in torch."""
 
 
 def run_bench(config: Config, request: BenchRequest) -> Path:
     """Print a table and write it as JSON. Weights are new, because they do not affect speed, so no run is needed.
 
-    Raises RunError for an unknown part, for less than one repeat, and if memory cannot be measured.
+    Raises RunError for an unknown part, for fewer than one repeat, and if memory cannot be measured.
     """
     parts = list(PARTS) if request.parts == "all" else request.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -103,7 +103,7 @@ def machine_of(device: torch.device) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """The instruction set that torch's own loops use, then instructions for matrix products with less than 32 bits."""
+    """The instruction set that torch's own loops use, then instructions for matrix products with fewer than 32 bits."""
     # older versions of torch do not report the latter
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return [
