@@ -183,7 +183,7 @@ def test_colouring_is_evaluated(lists, luma):
         ("sample", ("sampling.compile=true",), "it cannot be compiled"),
         ("eval", ("eval.edit_frozen=[1]",), "the scales of these tokens have no image of their own"),
         ("sample", ("prior.patch=3",), "prior.patch=3 with tokenizer.chroma=4:2:0"),
-        ("eval", ("prior.order=luma_first", "eval.upsample_from=8"), "with prior.order=luma_first: a small image"),
+        ("eval", ("prior.order=luma_first", "eval.upsample_from=8"), "with prior.order=luma_first: upsampling needs"),
         ("sample", ("sampling.top_k=[1,2]",), "allowed: 1 for streams"),
     ],
 )

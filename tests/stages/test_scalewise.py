@@ -254,7 +254,7 @@ def one_place(order="scale", **keys):
         (one_place, "these scales have one token each"),
         (lambda: prior(codec().layout, order="scale"), "prior.order='scale'; allowed: natural, for streams"),
         (lambda: prior(layout(), order="scale", averaging="replace"), "prior.averaging=replace with prior.order=scale"),
-        (lambda: prior(layout(), order="scale").compile_step(), "its steps have many shapes"),
+        (lambda: prior(layout(), order="scale").compile_step(), "its steps are of many shapes"),
         (
             lambda: sample(prior(layout()), LABELS, SamplingConfig(rounds=[3]), range(3)),
             "prior.order=natural writes one element at a time",
