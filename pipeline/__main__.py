@@ -1,28 +1,28 @@
 """``python -m pipeline <command> CONFIG [key=value …]``, also installed as ``octaves``.
 
-train-tokenizer   learn pixels → tokens → pixels                (stage 1)
-cache-tokens      write the tokens of all images to disk
-train-prior       learn to write such tokens                    (stage 2)
-eval              measure both, write metrics.json and report.html
-sample            draw new images: classes=… text=… count=… seed=… out=…
-reconstruct       images through the tokenizer and back: input=… size=300x517 crop=top,left,height,width
-upsample          make a small image large: input=… to=… and the keys of sample
-colorize          give a gray image colours: input=… and the keys of sample (prior.order=luma_first)
-edit              keep coarse scales, redraw fine ones: input=… frozen=… mask=… guidances=… and the keys of sample
-export            tokenizer, prior and model card in one folder, to publish or to load: out=… programs=true license=…
-studio            look at all of that in a browser: CONFIG may be a run's folder; host=… port=…
-rates             bits beside PSNR of evaluations and of image formats: runs=folder,folder out=…
-orders            whose tokens follow best from those before them: runs=folder,folder out=…
-sweep             one prior under a grid of settings: guidances=1,2 temperatures=0.9,1 top_ks=0,100 out=…
-compare           evaluations side by side, no CONFIG: runs=folder,folder out=…
-bench             how fast every part is: parts=… repeats=… memory=64,128 (of a prior over lists) out=…
-plan              what training would take on many GPUs: gpus=8 teraflops=989 utilisation=0.4 out=…
-text-tokens       the bytes of a text as a token cache: file=… length=… (then train-prior condition.kind=none)
-photos            gather colour photos from installed packages: size=64
-study             a grid of configs over seeds, each trained once, one table: octaves study NAME jobs=… minutes=…
+train-tokenizer   stage 1: train the tokenizer (pixels → tokens → pixels)
+cache-tokens      encode all images and write the tokens to disk
+train-prior       stage 2: train the prior, a model of these tokens
+eval              evaluate both stages, write metrics.json and report.html
+sample            generate images: classes=… text=… count=… seed=… out=…
+reconstruct       encode and decode images: input=… size=300x517 crop=top,left,height,width
+upsample          enlarge small images: input=… to=… and the keys of sample
+colorize          colorize gray images: input=… and the keys of sample (needs prior.order=luma_first)
+edit              keep coarse scales, sample fine ones again: input=… frozen=… mask=… guidances=… and the keys of sample
+export            write tokenizer, prior and model card to one folder: out=… programs=true license=…
+studio            web page to sample, upsample and edit: CONFIG may be a run folder; host=… port=…
+rates             compare bit rate and PSNR of evaluations and image formats: runs=folder,folder out=…
+orders            compare how well tokens are predicted from earlier ones, by order: runs=folder,folder out=…
+sweep             evaluate a grid of sampling settings: guidances=1,2 temperatures=0.9,1 top_ks=0,100 out=…
+compare           compare evaluations in one table, no CONFIG: runs=folder,folder out=…
+bench             measure the speed of every part: parts=… repeats=… memory=64,128 (of a prior over lists) out=…
+plan              estimate training time on many GPUs: gpus=8 teraflops=989 utilisation=0.4 out=…
+text-tokens       write the bytes of a text as a token cache: file=… length=… (then train-prior condition.kind=none)
+photos            collect color photos from installed packages: size=64
+study             train a grid of configs and seeds, write one table: octaves study NAME jobs=… minutes=…
 fit-inr           fit coordinate networks to images, no CONFIG: image.png [image.png …] variants=… steps=… out=…
 
-CONFIG is a YAML or the name of a shipped experiment; every key of it can be overridden by key=value.
+CONFIG is a YAML or the name of a shipped experiment; key=value overrides any of its keys.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pipeline.config import ConfigError, load_config, load_run
 from pipeline.cores import use_threads
 from pipeline.processes import REQUEUE, Preempted, end_with_parent, ending_on_sigterm
 
-# command: (module, function, the dataclass in own_keys.py or None)
+# command: (module, function, dataclass in own_keys.py or None)
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "train-tokenizer": ("pipeline.train", "train_tokenizer", None),
     "cache-tokens": ("pipeline.cache", "cache_tokens", None),
@@ -66,21 +66,23 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
 }
 WITHOUT_CONFIG = ("photos", "fit-inr", "compare", "study")
 AGAIN = "then run the same command again to continue"
-# What a machine can say to any write or read; every other OSError is a defect.
+# OSErrors that the user can fix; all others are bugs.
 ENVIRONMENT_ERRORS = {
     errno.ENOSPC: f"free some, {AGAIN}",
     errno.EDQUOT: f"free some, {AGAIN}",
-    errno.EROFS: "choose a run= or out= that can be written",
-    errno.EACCES: "choose a folder that you may use",
-    errno.EPERM: "choose a folder that you may use",
+    errno.EROFS: "choose a writable run= or out=",
+    errno.EACCES: "choose a folder that you can access",
+    errno.EPERM: "choose a folder that you can access",
     errno.EIO: f"the disk fails; move the folder, {AGAIN}",
     errno.ENAMETOOLONG: "choose a shorter run=, path or key",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, or one line on stderr and 2 for what the user can mend, REQUEUE after
-    SIGTERM."""
+    """Run a command. Returns the exit code: 0; 2 for errors that the user can fix; REQUEUE after SIGTERM.
+
+    Errors are printed to stderr in one line.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Run one command; its module is imported only now, so that a wrong key is answered before anything is loaded."""
+    """Run one command. Its module is imported only now, so that a wrong key is reported before anything is loaded."""
     module, function, keys_name = COMMANDS[command]
     if command in WITHOUT_CONFIG:
         getattr(import_module(module), function)(arguments)
@@ -132,9 +134,9 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -> Any:
-    """A command's own keys; ``${run}`` in a default is the run's folder. Raises ConfigError for a wrong value.
+    """Parse a command's own keys; ``${run}`` in a default is the run folder. Raises ConfigError for an invalid value.
 
-    Values are taken as written: a caption such as ``no``, ``1, 2`` or ``${x}`` is neither YAML nor a reference.
+    Values are taken literally: a caption such as ``no``, ``1, 2`` or ``${x}`` is neither YAML nor a reference.
     """
     kinds = get_type_hints(request_class)
     values: dict[str, Any] = {
@@ -146,13 +148,13 @@ def read_request(request_class: type[Any], run_folder: str, chosen: list[str]) -
         key, _, value = item.partition("=")
         if kinds[key] is bool:
             if value not in ("true", "false"):
-                raise ConfigError(f"{key}={value}: allowed is true or false")
+                raise ConfigError(f"{key}={value}; allowed: true or false")
             values[key] = value == "true"
             continue
         try:
             values[key] = kinds[key](value)
         except ValueError as error:
-            raise ConfigError(f"{key}={value}: allowed is a {'whole ' * (kinds[key] is int)}number") from error
+            raise ConfigError(f"{key}={value}; allowed: a {'whole ' * (kinds[key] is int)}number") from error
     return request_class(**values)
 
 

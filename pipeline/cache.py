@@ -1,10 +1,10 @@
-"""cache-tokens: from images and a tokenizer to token shards and a manifest.
+"""cache-tokens: encode images with a tokenizer and write token shards and a manifest.
 
-What is notable here:
+Notes:
 
-- the unit of work is a shard; a killed run continues with the shards that are missing, on any number of processes;
-- ``Trainer.predict`` does devices, precision and launching, but the work is dealt out in ``pipeline.encoding``;
-- only the first process locks the folder, holds it to one config and one tokenizer, and writes the manifest.
+- The unit of work is a shard: a killed run continues with the missing shards, on any number of processes.
+- ``Trainer.predict`` handles devices, precision and launching; ``pipeline.encoding`` distributes the work.
+- Only the first process locks the folder, checks its config and tokenizer, and writes the manifest.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ STATE_PARTS = {
     "text": "captions of another text encoder",
 }
 VIEWS = ("identity", "flip")
-# A rank waits at the end for the slowest one, up to a whole shard: on a CPU longer than torch's 30 minutes.
+# At the end, a rank waits for the slowest one, up to a whole shard: on a CPU longer than torch's default of 30 minutes.
 RANK_TIMEOUT = timedelta(hours=24)
 
 
 def cache_tokens(config: Config) -> Path:
-    """Encode the train and val images; returns the folder, ``config.tokens.path``.
+    """Encode the train and val images. Returns the folder, ``config.tokens.path``.
 
-    Continues what an earlier call left unfinished, and returns at once where nothing is missing. On one device type,
-    precision and thread count the files' bytes do not depend on the number of processes or on interruptions.
+    Continues an unfinished cache, and returns at once if nothing is missing. For one device type, precision and thread
+    count, the bytes of the files do not depend on the number of processes or on interruptions.
 
-    Raises ConfigError for a URL; RunError without a tokenizer, for one of another image size, or when the folder is in
-    use or was made with another config; CacheError when it was begun with another tokenizer, other images or another
-    text encoder; InputError for a text encoder that cannot be had, or that has no caption to read; CorruptImage for an
+    Raises ConfigError for a URL; RunError without a tokenizer, for one of another image size, or if the folder is in
+    use or was started with another config; CacheError if it was started with another tokenizer, other images or another
+    text encoder; InputError for a text encoder that is not available or has no captions to read; CorruptImage for an
     unreadable image unless ``images.skip_corrupt``.
     """
     end_with_parent()
@@ -101,7 +101,7 @@ def cache_tokens(config: Config) -> Path:
 
 
 def captions_of(source: ImageSource, config: Config) -> Iterator[str]:
-    """The captions of a source's images, in order. Raises CorruptImage unless ``images.skip_corrupt``."""
+    """The captions of the images of a source, in order. Raises CorruptImage unless ``images.skip_corrupt``."""
     for index in range(len(source)):
         try:
             yield source.text(index)
@@ -111,9 +111,9 @@ def captions_of(source: ImageSource, config: Config) -> Iterator[str]:
 
 
 def hold_to_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write down what this cache is made of; raises CacheError when it was begun with something else.
+    """Record what this cache is made of. Raises CacheError if it was started with something else.
 
-    ``state`` may grow from one call to the next: the text encoder is known later than tokenizer and images.
+    ``state`` may gain keys from one call to the next: the text encoder is known later than tokenizer and images.
     """
     path = folder / STATE
     written: dict[str, Any] = {}
@@ -122,9 +122,9 @@ def hold_to_state(folder: Path, state: dict[str, Any]) -> None:
             written = json.loads(path.read_bytes())
         except ValueError as error:
             raise CacheError(f"{path} is damaged; delete {folder} and {MEND}") from error
-    for key, what in STATE_PARTS.items():
+    for key, mismatch in STATE_PARTS.items():
         if key in state and key in written and written[key] != state[key]:
-            raise CacheError(f"{folder} holds {what} than the one found now; delete it and {MEND}")
+            raise CacheError(f"{folder} contains {mismatch}; delete it and {MEND}")
     if not state.keys() <= written.keys():
         write_atomically(path, to_json(state))
 
@@ -136,15 +136,15 @@ def encode(
     plans: Mapping[str, SplitPlan],
     missing: list[tuple[str, int]],
 ) -> None:
-    """Write the missing shards, (split, number) each, on all devices; returns on every rank when all are done."""
-    # nothing is trained here, so there is nothing to share out
-    place = placement(dataclasses.replace(config.trainer, strategy="ddp"), RANK_TIMEOUT)
+    """Write the missing shards, each (split, number), on all devices. Returns on every rank when all are done."""
+    # nothing is trained here, so there is no training state to shard
+    arguments = placement(dataclasses.replace(config.trainer, strategy="ddp"), RANK_TIMEOUT)
     quiet_lightning()
-    # 32 means 32 here: tokens are written once and read for ever, and codes near a border notice TF32.
+    # No TF32 here: tokens are written once and kept, and its rounding can change codes near a decision boundary.
     torch.set_float32_matmul_precision("highest")
     precision = config.tokens.precision
     trainer = L.Trainer(
-        **place,
+        **arguments,
         precision=TRAINER_PRECISIONS[precision],
         logger=False,
         enable_checkpointing=False,
@@ -166,7 +166,7 @@ def make_manifest(
     plans: Mapping[str, SplitPlan],
     state: dict[str, Any],
 ) -> Manifest:
-    """The manifest of the shards on disk; ``text``: the text encoder's spec. Raises CacheError for a missing shard."""
+    """Build the manifest of the shards on disk; ``text``: text encoder spec. Raises CacheError for a missing shard."""
     splits = {}
     for name, plan in plans.items():
         shards: list[ShardInfo] = []
@@ -203,7 +203,7 @@ def make_manifest(
 
 
 def report(folder: Path, manifest: Manifest, written: list[tuple[str, int]], seconds: float) -> None:
-    """Say what was done, how fast, and where it lies."""
+    """Print what was written and how fast."""
     images = sum(manifest.splits[split].shards[number].count for split, number in written)
     size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     counts = ", ".join(

@@ -1,4 +1,4 @@
-"""What a person at the terminal wants to know of a training run."""
+"""Callbacks that inform the user about a training run: precision, speed, sample images and progress."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from stages.precision import slowness
 from stages.prior.sampling import SamplingConfig, sample
 
 TRAINER_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
-"""Lightning's names of ours."""
+"""Names of the precisions in Lightning."""
 
 
 class SamePrecision(L.Callback):
-    """Says in one line what a precision costs that the device emulates; holds all processes of a run to one."""
+    """Makes all processes of a run use the same precision, and prints a warning if the device only emulates it."""
 
     def __init__(self, precision: str) -> None:
         self.precision = precision
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raises RunError where precision=auto is one thing for one process and another for the others."""
+        """Raises RunError if precision=auto is not the same on all processes."""
         first = trainer.strategy.broadcast(self.precision)
         if trainer.strategy.reduce_boolean_decision(first != self.precision, all=False):
             raise RunError(
@@ -38,18 +38,18 @@ class SamePrecision(L.Callback):
             print(f"precision={self.precision}: {costs}", flush=True)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A run goes on in the precision that it began with."""
+        """Store the precision: a run continues in the precision that it started with."""
         checkpoint["precision"] = self.precision
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raises RunError for a checkpoint of another precision: somebody has moved it here."""
-        found = checkpoint.get("precision", self.precision)  # older versions had it in config.yaml alone
-        if found != self.precision:
-            raise RunError(f"the checkpoint is of a training in precision {found}, this one is in {self.precision}")
+        """Raises RunError for a checkpoint in another precision, i.e. one moved here from another run."""
+        saved = checkpoint.get("precision", self.precision)  # older versions stored it only in config.yaml
+        if saved != self.precision:
+            raise RunError(f"the checkpoint is of a training in precision {saved}, this one is in {self.precision}")
 
 
 class Throughput(L.Callback):
-    """Logs samples per second and the share of time spent waiting for data; tells the projected finish once."""
+    """Logs samples per second and the fraction of time spent waiting for data; prints the expected end once."""
 
     def __init__(self, max_steps: int, log_every: int) -> None:
         self.max_steps, self.log_every = max_steps, log_every
@@ -85,13 +85,13 @@ class Throughput(L.Callback):
                 print(f"step {step}: about {timedelta(seconds=round(left))} left, done at {finish:%H:%M}", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # validation is neither training nor waiting
+        # validation counts neither as training nor as waiting
         self._ended = self._window_start = time.perf_counter()
         self._waited, self._samples = 0.0, 0
 
 
 class SamplePictures(L.Callback):
-    """Puts a picture of new samples into TensorBoard after each validation: the same prompts, the same seeds."""
+    """Logs images to TensorBoard after each validation, sampled with the same prompts and seeds each time."""
 
     def __init__(
         self, tokenizer: Tokenizer, settings: SamplingConfig, prompts: Prompts, prefix: Tokens | None = None
@@ -111,7 +111,7 @@ class SamplePictures(L.Callback):
 
 
 class StepProgressBar(TQDMProgressBar):
-    """One bar over the whole training: its length is the number of steps, for the loader is endless."""
+    """One progress bar for the whole training. Its length is the number of steps, because the loader is endless."""
 
     def __init__(self, max_batches: int) -> None:
         super().__init__(refresh_rate=10)
@@ -123,13 +123,13 @@ class StepProgressBar(TQDMProgressBar):
         return self.max_batches
 
     def init_validation_tqdm(self) -> Any:
-        """Validations are short: no bar of their own."""
+        """No bar for validation, which is short."""
         bar = super().init_validation_tqdm()
         bar.disable = True
         return bar
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Without the version number that Lightning adds."""
+        """Metrics without the version number that Lightning adds."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         return items  # type: ignore[return-value]

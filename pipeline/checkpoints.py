@@ -1,11 +1,11 @@
-"""Checkpoints of a training: whole or absent, the newest two kept, a damaged one passed over.
+"""Checkpoints of a training run: written atomically; the newest two are kept, damaged ones are skipped.
 
-What is notable here:
+Notes:
 
-- one is written after an update, never inside one: gradients of half an update live on every rank, and none is stored;
-- SIGTERM on any rank makes all of them stop after the same update, with a checkpoint;
-- Lightning's own checkpoint file is made in the system's temporary folder and, where that is another file system,
-  copied to its final name: killed on the way, it leaves half a file under a whole one's name.
+- A checkpoint is written after an update, never inside one: partial gradients exist on every rank and are not stored.
+- SIGTERM on any rank stops all ranks after the same update, with a checkpoint.
+- Lightning writes its own checkpoint file in the system's temporary folder and, if that is on another file system,
+  copies it to its final name. If it is killed while copying, an incomplete file has the final name.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ KEPT = 2
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint has its name only when it is whole and synced."""
+    """Writes checkpoints atomically: a file has its final name only when it is complete and synced."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write through a temporary name in the same folder. Raises OSError, and leaves no file then."""
-        buffer = io.BytesIO()  # torch hides an OSError of a file behind errors of its own
+        """Write to a temporary file in the same folder and rename it. Raises OSError and then leaves no file."""
+        buffer = io.BytesIO()  # torch hides an OSError from writing a file behind its own errors
         torch.save(checkpoint, buffer)
         write_atomically(Path(path), buffer.getbuffer())
 
 
 class Checkpoints(L.Callback):
-    """Saves every ``every`` updates and on SIGTERM, after which it raises Preempted on all ranks."""
+    """Saves every ``every`` updates, and on SIGTERM, after which it raises Preempted on all ranks."""
 
     def __init__(self, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
         self._progress: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """From here on there is something to save."""
+        """Handle SIGTERM by saving from now on."""
         defer_sigterm()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where an update has ended and a checkpoint is due."""
+        """Save if an update has ended and a checkpoint is due."""
         if pl_module.batches_seen % pl_module.config.accumulate_batches:
             return
         self._progress = deepcopy(trainer.fit_loop.state_dict())
@@ -62,11 +62,11 @@ class Checkpoints(L.Callback):
         self._stop_if_asked(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        """A validation can be longer than the time that a scheduler gives."""
+        """Check for SIGTERM, because a validation can be longer than the grace period of a scheduler."""
         self._stop_if_asked(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Where the loops were after the last update: in a validation they are elsewhere."""
+        """Store the loop state after the last update: during a validation, the current state is different."""
         checkpoint["loops"]["fit_loop"] = self._progress
 
     def _stop_if_asked(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -84,24 +84,24 @@ class Checkpoints(L.Callback):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``, or None where there is none yet.
+    """The newest intact checkpoint in ``folder``; None if there are no checkpoints.
 
-    Newer ones that are damaged are named and set aside. Raises RunError where no checkpoint is whole: to begin again is
-    for the user to decide.
+    Newer ones that are damaged are reported and renamed. Raises RunError if all are damaged, because only the user can
+    decide to start again.
     """
-    saved = sorted(folder.glob(PATTERN), reverse=True)
-    whole = next((path for path in saved if is_whole(path)), None)
-    if saved and whole is None:
-        raise RunError(f"no checkpoint in {folder} can be read; delete that folder to begin this stage again")
+    checkpoints = sorted(folder.glob(PATTERN), reverse=True)
+    intact = next((path for path in checkpoints if is_whole(path)), None)
+    if checkpoints and intact is None:
+        raise RunError(f"no checkpoint in {folder} can be read; delete that folder to restart this stage")
     if is_first_process():
-        for path in saved[: saved.index(whole)] if whole else ():
-            aside = path.rename(path.with_suffix(".damaged"))
-            print(f"{path} is damaged (now {aside.name}); the one before it is used", flush=True)
-    return whole
+        for path in checkpoints[: checkpoints.index(intact)] if intact else ():
+            renamed = path.rename(path.with_suffix(".damaged"))
+            print(f"{path} is damaged (renamed to {renamed.name}); the one before it is used", flush=True)
+    return intact
 
 
 def is_whole(path: Path) -> bool:
-    """True where every record of a checkpoint has its checksum, which ``torch.load`` does not look at."""
+    """True if all records of a checkpoint match their checksums, which ``torch.load`` does not verify."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

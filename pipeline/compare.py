@@ -1,7 +1,7 @@
-"""compare: the main numbers of several evaluations side by side, with differences where they may be compared.
+"""compare: the main metrics of several evaluations in one table, with differences between comparable values.
 
-Every figure names what it depends on. Where that differs between two runs the table shows both values, gives no
-difference, and says what differs: other images, another N, another backbone, another machine.
+Each metric lists the settings it depends on. If they differ between two runs (other images, another N, another
+backbone, another machine), the table shows both values without a difference and names the settings.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ INCEPTION = ("settings.inception.sha256",)
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of the table."""
+    """A metric, one row of the table."""
 
     title: str
     key: str
     """Dotted key in metrics.json."""
     better: str
-    """lower, higher, or empty where neither is."""
+    """lower, higher, or empty if neither is better."""
     depends_on: tuple[str, ...]
-    """Dotted keys that must be equal for a difference to mean anything."""
+    """Dotted keys that must be equal for a meaningful difference."""
 
 
 FIGURES = (
@@ -57,7 +57,7 @@ FIGURES = (
     Figure("sfd_lite0 of samples", "samples.sfd_lite0.value", "lower", (*DRAWN, "settings.sfd_lite0")),
     Figure("fd_classifier of samples", "samples.fd_classifier.value", "lower", (*DRAWN, *CLASSIFIER)),
     Figure("fid of samples", "samples.fid.value", "lower", (*DRAWN, *INCEPTION)),
-    # unbiased: it may be compared between numbers of samples
+    # unbiased, so comparable between different numbers of samples
     Figure("kd_lite0 of samples", "samples.kd_lite0.mean", "lower", (*IMAGES, "samples.prompts", *LITE0)),
     Figure("Precision (lite0)", "samples.manifold_lite0.precision", "higher", (*NEIGHBOURS, *LITE0)),
     Figure("Recall (lite0)", "samples.manifold_lite0.recall", "higher", (*NEIGHBOURS, *LITE0)),
@@ -77,26 +77,26 @@ FIGURES = (
 
 @dataclass
 class CompareRequest:
-    """What to compare."""
+    """Keys of ``compare``."""
 
     runs: str = ""
-    """Folders of evaluations (with metrics.json), comma-separated; differences are against the first."""
+    """Evaluation folders (with metrics.json), comma-separated; differences are relative to the first."""
     out: str = "compare"
     """Folder for compare.json and compare.md."""
 
 
 def compare_runs(arguments: Sequence[str]) -> Path:
-    """Write ``compare.json`` and ``compare.md`` of ``runs=``; returns the table.
+    """Write ``compare.json`` and ``compare.md`` for ``runs=``. Returns the path of the Markdown table.
 
-    Raises RunError for fewer than two evaluations, one that is missing or none, and for another key.
+    Raises RunError for fewer than two evaluations, for a missing or invalid one, and for an unknown key.
     """
     request = read_request(arguments)
     folders = [Path(part.strip()) for part in request.runs.split(",") if part.strip()]
     if len(folders) < 2:
-        raise RunError("runs= needs two folders of evaluations or more, comma-separated, e.g. runs/a/eval/default")
+        raise RunError("runs= needs two or more evaluation folders, comma-separated, e.g. runs/a/eval/default")
     runs = [read_evaluation(folder) for folder in folders]
     names = names_of(folders)
-    found = {
+    comparison = {
         "runs": [
             {"name": name, "folder": str(folder), "tokenizer_sha256": look_up(run, "settings.tokenizer.sha256")}
             for name, folder, run in zip(names, folders, runs, strict=True)
@@ -106,15 +106,15 @@ def compare_runs(arguments: Sequence[str]) -> Path:
     }
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
-    text = markdown(names, found)
-    (out / "compare.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = markdown(names, comparison)
+    (out / "compare.json").write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "compare.md").write_text(text, encoding="utf-8")
     print(f"{text}\nwrote {out / 'compare.json'} and {out / 'compare.md'}")
     return out / "compare.md"
 
 
 def read_request(arguments: Sequence[str]) -> CompareRequest:
-    """The request of ``key=value`` items. Raises RunError that names a foreign one."""
+    """Parse ``key=value`` arguments. Raises RunError, naming the first unknown one."""
     own = [field.name for field in fields(CompareRequest)]
     chosen = {}
     for item in arguments:
@@ -126,21 +126,21 @@ def read_request(arguments: Sequence[str]) -> CompareRequest:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The metrics of an evaluation. Raises RunError where there are none."""
+    """Read the metrics of an evaluation. Raises RunError if they are missing or invalid."""
     path = folder / "metrics.json"
     if not path.is_file():
-        raise RunError(f"{path} is missing: give folders of evaluations, e.g. runs/fashion/eval/default")
+        raise RunError(f"{path} is missing: give evaluation folders, e.g. runs/fashion/eval/default")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path} is no JSON; evaluate that run again") from error
-    if not isinstance(found, dict) or not {"settings", "tokenizer", "rate"} <= found.keys():
-        raise RunError(f"{path} is no result of an evaluation; evaluate that run again")
-    return found
+        raise RunError(f"{path} is not valid JSON; evaluate that run again") from error
+    if not isinstance(metrics, dict) or not {"settings", "tokenizer", "rate"} <= metrics.keys():
+        raise RunError(f"{path} is not the result of an evaluation; evaluate that run again")
+    return metrics
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The runs' own names, with that of the evaluation where it is not the default."""
+    """Names of the runs, with the name of the evaluation if it is not ``default``."""
     return [
         folder.resolve().parent.parent.name + (f", {folder.name}" if folder.name != "default" else "")
         for folder in folders
@@ -148,7 +148,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def look_up(metrics: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
+    """The value of a dotted key; None if it is missing."""
     value: Any = metrics
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -156,26 +156,26 @@ def look_up(metrics: dict[str, Any], key: str) -> Any:
 
 
 def differing(runs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The value of every run for each key of the config in which they differ; paths and names left out."""
+    """The values of all runs for each config key in which they differ, except paths and names."""
 
     def flat(value: Any, prefix: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             return {prefix: value}
-        return {key: each for name, part in value.items() for key, each in flat(part, f"{prefix}.{name}").items()}
+        return {key: entry for name, part in value.items() for key, entry in flat(part, f"{prefix}.{name}").items()}
 
     plain = [flat(run["settings"]["config"], "") for run in runs]
-    keys = [key for key in dict.fromkeys(key for each in plain for key in each) if not key.endswith(".path")]
+    keys = [key for key in dict.fromkeys(key for entry in plain for key in entry) if not key.endswith(".path")]
     return {
-        key[1:]: [each.get(key) for each in plain]
+        key[1:]: [entry.get(key) for entry in plain]
         for key in keys
-        if key not in (".name", ".run") and any(each.get(key) != plain[0].get(key) for each in plain)
+        if key not in (".name", ".run") and any(entry.get(key) != plain[0].get(key) for entry in plain)
     }
 
 
 def compare_figure(figure: Figure, runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """A row: every run's value, its difference to the first run's, and why there is none; None for a figure nobody has.
+    """One row: values of all runs, differences from the first, and why some are missing; None if no run has the metric.
 
-    A value of a backbone that the tokenizer was trained against is named in ``flattered``.
+    ``flattered`` marks values measured with a backbone that the tokenizer was also trained with.
     """
     values = [look_up(run, figure.key) for run in runs]
     if all(value is None for value in values):
@@ -184,10 +184,10 @@ def compare_figure(figure: Figure, runs: Sequence[dict[str, Any]]) -> dict[str, 
     reasons: list[str | None] = [None]
     for run, value in zip(runs[1:], values[1:], strict=True):
         pairs = [(key, look_up(runs[0], key), look_up(run, key)) for key in figure.depends_on]
-        other = [f"{key.rsplit('.', 1)[-1]} {old} / {new}" for key, old, new in pairs if old != new]
+        mismatches = [f"{key.rsplit('.', 1)[-1]} {old} / {new}" for key, old, new in pairs if old != new]
         known = value is not None and values[0] is not None
-        differences.append(value - values[0] if known and not other else None)
-        reasons.append("; ".join(other) if known and other else None)
+        differences.append(value - values[0] if known and not mismatches else None)
+        reasons.append("; ".join(mismatches) if known and mismatches else None)
     owners = [look_up(run, figure.key.rpartition(".")[0]) for run in runs]
     return {
         "title": figure.title,
@@ -202,7 +202,7 @@ def compare_figure(figure: Figure, runs: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def markdown(names: Sequence[str], found: dict[str, Any]) -> str:
-    """The table, what is marked in it, and the settings that differ."""
+    """The table as Markdown, with its footnotes and the settings that differ."""
     lines = [f"# {' / '.join(names)}", "", f"Differences are against {names[0]}; ✓ is better, ✗ is worse."]
     head = ["", *names[:1]]
     for name in names[1:]:
@@ -231,5 +231,7 @@ def markdown(names: Sequence[str], found: dict[str, Any]) -> str:
         lines += ["", f"† N < {FRECHET_MINIMUM:,}: biased; compare only at equal N."]
     if found["settings_that_differ"]:
         lines += ["", "## Settings that differ", "", f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
-        lines += [f"| {key} | {' | '.join(map(str, each))} |" for key, each in found["settings_that_differ"].items()]
+        lines += [
+            f"| {key} | {' | '.join(map(str, values))} |" for key, values in found["settings_that_differ"].items()
+        ]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""One experiment: dataclass defaults, then a YAML, then ``key=value`` from the command line.
+"""The config of an experiment: dataclass defaults, then a YAML, then ``key=value`` from the command line.
 
-Each component's dataclass stands next to its owner. ``kind`` keys pick a dataclass before the YAML is merged, so an
-unknown key, a wrong type or an impossible combination ends here, with one line, before any work.
+The dataclass of each part is defined next to the part. ``kind`` keys select dataclasses before the YAML is merged, so
+unknown keys, wrong types and invalid combinations are reported in one line before any work starts.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
 class ConfigError(OctavesError, ValueError):
-    """A config that cannot run; the message is one line for the person who wrote it."""
+    """An invalid config. The message is one line for the user."""
 
 
 @dataclass
 class TrainerConfig:
-    """Where the work runs. Nothing here changes a result on purpose, so it may differ between two calls of one run."""
+    """Where to run. These keys are not meant to change results, so they may differ between two calls of one run."""
 
     accelerator: str = "auto"
-    """auto, cpu, gpu or mps. auto takes a CUDA GPU where there is one, else Apple's (mps), else the CPU."""
+    """auto, cpu, gpu or mps. auto is a CUDA GPU if available, otherwise an Apple GPU (mps), otherwise the CPU."""
     devices: int = 1
-    """Processes on this machine; -1: every GPU. They share its cores; Apple's GPU is one device."""
+    """Processes on this machine, which share its cores; -1: one per GPU. An Apple GPU is one device."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     strategy: str = "ddp"
-    """What several processes of train-prior keep: ddp, each the whole training state; fsdp, each its share of it."""
+    """ddp: each process of train-prior keeps the whole training state; fsdp: each process keeps a part of it."""
     num_workers: int | str = "auto"
-    """Loader processes for each training process; 0 loads in the training process itself. auto is 0 for tokens and for
-    images that lie in memory (demo, fashion), else it follows from the cores that may be used: 8 at most."""
+    """Loader processes per training process; 0 loads in the training process itself. auto is 0 for tokens and for
+    images in memory (demo, fashion), otherwise it depends on the usable cores and is at most 8."""
     progress: bool = True
     """Show progress bars."""
 
@@ -59,7 +59,7 @@ class Config:
     """A whole experiment."""
 
     name: str = "experiment"
-    """Name of the run; default: the YAML's file name."""
+    """Name of the run; default: the file name of the YAML."""
     run: str = "runs/${name}"
     """Folder of the run."""
     seed: int = 0
@@ -76,7 +76,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-# Keys whose value picks the dataclass of the section they stand in. Outer sections come first.
+# Keys whose value selects the dataclass of their section. Outer sections come first.
 KINDS: dict[str, tuple[str, Callable[[str], type[Any]]]] = {
     "tokenizer": ("sit", tokenizer_config),
     "tokenizer.quantizer": ("fsq", quantizer_config),
@@ -87,7 +87,7 @@ KINDS: dict[str, tuple[str, Callable[[str], type[Any]]]] = {
 
 
 def find_config(name: str | Path) -> Path:
-    """The YAML of a path, or of a shipped experiment's name. Raises ConfigError that lists the shipped ones."""
+    """Find a YAML by its path or by the name of a shipped experiment. Raises ConfigError, which lists these names."""
     for candidate in (Path(name), CONFIG_FOLDER / f"{name}.yaml", CONFIG_FOLDER / str(name)):
         if candidate.is_file():
             return candidate
@@ -96,22 +96,22 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML holds. Raises ConfigError for a file that is no text, or that holds a single value."""
+    """Read a YAML. Raises ConfigError if the file is not text or contains only a single value."""
     try:
         return OmegaConf.load(path)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error})") from error
     except OSError as error:
-        if error.errno is None:  # OmegaConf's own
+        if error.errno is None:  # raised by OmegaConf
             raise ConfigError(f"{path}: a config is a mapping of sections") from error
         raise
 
 
 @cache
 def schema_of(kinds: tuple[tuple[str, str, type[Any]], ...]) -> DictConfig:
-    """The keys of a config in which these (section, kind, dataclass) are chosen, in the order of ``KINDS``.
+    """Schema of a config for the chosen kinds, given as (section, kind, dataclass) in the order of ``KINDS``.
 
-    One for all callers, who copy it by merging: to build it takes longer than to read a config by it.
+    It is cached because building it takes longer than reading a config. Callers do not change it: merging copies it.
     """
     if not kinds:
         return OmegaConf.structured(Config)
@@ -122,11 +122,11 @@ def schema_of(kinds: tuple[tuple[str, str, type[Any]], ...]) -> DictConfig:
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a YAML and ``key=value`` overrides. Raises ConfigError with one line."""
+    """Load a YAML with ``key=value`` overrides and resolve it. Raises ConfigError with one line."""
     path = find_config(name)
     for override in overrides:
         if "=" not in override or override.startswith("-"):
-            raise ConfigError(f"{override!r} is no override; write key=value, e.g. prior_training.max_steps=1000")
+            raise ConfigError(f"{override!r} is not an override; write key=value, e.g. prior_training.max_steps=1000")
     try:
         raw = read_yaml(path)
         if not isinstance(raw, DictConfig):
@@ -135,14 +135,14 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         kinds: tuple[tuple[str, str, type[Any]], ...] = ()
         schema = schema_of(kinds)
         for section, (default, lookup) in KINDS.items():
-            if OmegaConf.select(schema, section) is None:  # this kind of the outer section has no such part
+            if OmegaConf.select(schema, section) is None:  # the chosen kind of the outer section has no such part
                 if any(OmegaConf.select(given, section) is not None for given in (raw, chosen)):
                     outer, part = section.rsplit(".", 1)
                     kind = OmegaConf.select(schema, f"{outer}.kind")
                     raise ConfigError(f"{section} is set, but {outer}.kind={kind} has no {part}; leave it out")
                 continue
-            for where in (raw, chosen):
-                if isinstance(value := OmegaConf.select(where, section), str):
+            for source in (raw, chosen):
+                if isinstance(value := OmegaConf.select(source, section), str):
                     raise ConfigError(f"{section}={value} is a section; write {section}.kind={value}")
             written = OmegaConf.select(raw, f"{section}.kind", default=default)
             kind = OmegaConf.select(chosen, f"{section}.kind", default=written)
@@ -150,9 +150,9 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
             schema = schema_of(kinds)
             part = OmegaConf.select(schema, section)
             if kind != written and OmegaConf.select(raw, section) is not None:
-                # another kind from the command line: the YAML's keys of the old one no longer count
-                kept = {key: value for key, value in OmegaConf.select(raw, section).items() if key in part}
-                OmegaConf.update(raw, section, kept | {"kind": kind}, merge=False)
+                # the command line chooses another kind: drop keys in the YAML that this kind does not have
+                shared_keys = {key: value for key, value in OmegaConf.select(raw, section).items() if key in part}
+                OmegaConf.update(raw, section, shared_keys | {"kind": kind}, merge=False)
         given = OmegaConf.merge({"name": path.stem}, raw, chosen)
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
@@ -172,17 +172,19 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_run(name: str, overrides: Sequence[str]) -> Config:
-    """The config of a YAML, a shipped experiment, or the folder of a finished run.
+    """Load the config of a YAML, of a shipped experiment, or of the folder of a finished run.
 
-    A folder knows what its stages were made with, but not how its YAML sampled: that is at its defaults then.
-    Raises ConfigError, or RunError for a folder that is no run.
+    A run folder contains the config of its stages, but not the sampling settings of its YAML; these get their defaults.
+    Raises ConfigError, and RunError for a folder that is not a finished run.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return load_config(name, overrides)
     parts = [folder / stage / "config.yaml" for stage in ("tokenizer", "prior")]
     if not all(part.is_file() for part in parts):
-        raise RunError(f"{folder} is no finished run: {parts[0]} or {parts[1]} is missing; give its YAML, or train it")
+        raise RunError(
+            f"{folder} is not a finished run: {parts[0]} or {parts[1]} is missing; give its YAML, or train it"
+        )
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / f"{folder.resolve().name}.yaml"
         OmegaConf.save(OmegaConf.merge(*(OmegaConf.load(part) for part in parts)), path)
@@ -190,13 +192,13 @@ def load_run(name: str, overrides: Sequence[str]) -> Config:
 
 
 def check_command(command: str, config: Config) -> None:
-    """Raise ConfigError for what other commands can do, but not this one."""
+    """Raise ConfigError for settings that this command does not support, but others do."""
     if broken := broken_rule_for(command, config):
         raise ConfigError(broken)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Plain dict of a (part of a) config, for YAML, JSON and checkpoints."""
+    """Convert a config or a part of it to a plain dict, for YAML, JSON and checkpoints."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

@@ -1,14 +1,14 @@
-"""How many cores a command may use, and how many threads it takes of them.
+"""The number of cores and threads that a command uses.
 
-What is notable here:
+Notes:
 
-- not what the machine has counts but what this process may use: its CPU affinity and the quota of its cgroup. More
-  threads than that wait for one another at the end of every operation;
-- the processes of a run on one machine share the cores: two on two cores with two threads each would be many times
-  slower than with one;
-- the number of threads decides the last bits of sums, so it follows from affinity, quota and processes alone. Whoever
-  sets OMP_NUM_THREADS has the last word;
-- torch is not imported for it.
+- The limit is what this process may use (its CPU affinity and the quota of its cgroup), not the cores of the machine.
+  More threads than that wait for each other at the end of every operation.
+- The processes of a run on one machine share its cores: on two cores, two processes with two threads each are many
+  times slower than with one thread each.
+- The number of threads changes the last bits of sums, so it depends only on affinity, quota and the number of
+  processes. OMP_NUM_THREADS takes precedence if the user sets it.
+- This module does not import torch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 _THREADS = "OMP_NUM_THREADS"
-_OURS = "OCTAVES_THREADS"  # what this command, or the one that started it, wrote into _THREADS
-_CORES = "OCTAVES_CORES"  # what a command that starts others side by side leaves to each of them
+_OURS = "OCTAVES_THREADS"  # the value that this command, or the one that started it, wrote into _THREADS
+_CORES = "OCTAVES_CORES"  # cores for each of several commands that run side by side
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, 1 or more: those of its CPU affinity, or as many as a quota of a cgroup allows.
+    """Cores that this process may use, at least 1: those of its CPU affinity, limited by the quotas of its cgroups.
 
-    Hardware threads of one core count once, as torch counts them. A quota of half a core is 1, one of 3.5 cores is 3.
+    Hardware threads of one core count once, as in torch. A quota of half a core gives 1, one of 3.5 cores gives 3.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = len({_siblings(cpu) for cpu in allowed})
@@ -37,15 +37,15 @@ def usable_cores() -> int:
 
 
 def environment_beside(commands: int) -> dict[str, str]:
-    """The environment of a command that shares this process's cores with others, so many in all."""
+    """Environment of one of ``commands`` commands that share the cores of this process."""
     share = {_CORES: str(max(1, usable_cores() // commands))} if commands > 1 else {}
     return {**os.environ, **share}
 
 
 def share_of_cores(processes: int) -> int:
-    """Cores of each of the ``processes`` that a run has on this machine, 1 or more.
+    """Cores for each of the ``processes`` of a run on this machine, at least 1.
 
-    Tasks of a SLURM step have cores of their own where it was said how many: their affinity is each task's already.
+    If SLURM_CPUS_PER_TASK is set, each task of a SLURM step already has its own cores as its affinity.
     """
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_CPUS_PER_TASK" in os.environ:
         return min(usable_cores(), int(os.environ["SLURM_CPUS_PER_TASK"]))
@@ -53,26 +53,26 @@ def share_of_cores(processes: int) -> int:
 
 
 def use_threads(processes: int = 1) -> None:
-    """Let torch work on this process's share of the cores; the run has so many ``processes`` on this machine.
+    """Set the number of torch threads to this process's share of the cores, if a run has ``processes`` on this machine.
 
-    Nothing is changed where OMP_NUM_THREADS is set: by the user, or by torchrun, which gives each of several processes
-    one thread. Loader processes have one thread each, by torch.
+    Does nothing if OMP_NUM_THREADS is set: by the user, or by torchrun, which gives one thread to each of several
+    processes. In torch, loader processes have one thread each.
     """
     given = os.environ.get(_THREADS)
     if given is not None and given != os.environ.get(_OURS):
         return
     if processes == 1 and not hasattr(os, "sched_getaffinity") and _CORES not in os.environ:
-        return  # nothing says what may be used: torch's own number leaves the slow cores of an Apple machine out
+        return  # no limits are known here: torch's own number excludes the slow cores of Apple machines
     threads = share_of_cores(processes)
-    # The variable is for a torch that is imported later, for processes that this one starts (a rank comes to the same
-    # number by itself), and for Lightning, which would divide all cores by its ranks whatever the quota is.
+    # The variable is for a torch that is imported later, for processes that this one starts (ranks compute the same
+    # number themselves), and for Lightning, which would divide all cores by its ranks, ignoring the quota.
     os.environ[_THREADS] = os.environ[_OURS] = str(threads)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
 
 
 def _siblings(cpu: int) -> str:
-    """What the hardware threads of one core have in common."""
+    """A string that is equal for all hardware threads of one core."""
     try:
         return (CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
     except OSError:
@@ -80,7 +80,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quotas() -> Iterator[float]:
-    """The limits, in cores, of the cgroups that this process is in and of all above them, of either version."""
+    """Limits, in cores, of the cgroups of this process and of all their parents, for both cgroup versions."""
     try:
         lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -89,7 +89,7 @@ def _quotas() -> Iterator[float]:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # version 2 names no controllers, and lies beside those of version 1 where both are mounted
+        # version 2 names no controllers; where version 1 is mounted, too, version 2 is under "unified"
         for mount in (controllers, "cpu") if controllers else ("", "unified"):
             own = PurePosixPath(path.lstrip("/"))
             for group in (own, *own.parents):
@@ -97,7 +97,7 @@ def _quotas() -> Iterator[float]:
 
 
 def _quota(group: Path) -> Iterator[float]:
-    """The limit of one cgroup in cores, where it has one."""
+    """The limit of one cgroup in cores, if it has one."""
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = " ".join((group / file).read_text(encoding="ascii") for file in files).split()

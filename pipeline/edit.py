@@ -1,7 +1,7 @@
-"""edit: keep an image's coarse scales, or what lies outside a mask, and let the prior write the rest anew.
+"""edit: keep the coarse scales of an image, or the area outside a mask, and let the prior sample the rest again.
 
-What is notable here: frozen scales keep colour and layout, the scales after them follow the new class or text. The
-encoder must be scale-causal: the coarse tokens of a dense one already know the fine pixels that are to change.
+Frozen scales keep color and layout; the later scales follow the new class or text. The encoder must be scale-causal:
+the coarse tokens of a dense encoder already contain information about the fine details that are to change.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from stages.prior.sampling import SamplingConfig
 
 
 def open_elements(layout: TokenLayout, mask: Tensor) -> Tensor:
-    """Elements whose place a mask touches: bool [L] from bool [H, W]. Raises RunError for scales without a grid."""
+    """Elements that overlap a mask: bool [L] from bool [H, W]. Raises RunError for scales without a grid."""
     parts = []
     for scale in layout.scales:
         if scale.grid is None:
-            raise RunError(f"a mask needs tokens with a place; the scale {scale.name} has no grid")
+            raise RunError(f"a mask needs tokens with a position; the scale {scale.name} has no grid")
         parts.append(functional.adaptive_max_pool2d(mask.float()[None, None], scale.grid).flatten() > 0)
     return torch.cat(parts)
 
 
 def check_frozen(layout: TokenLayout, frozen: int, masked: bool) -> None:
-    """Raise RunError for a number of scales that cannot be kept, PrefixUnsupported for a dense encoder."""
+    """Raise RunError for an invalid number of frozen scales, PrefixUnsupported for a dense encoder."""
     lowest = 0 if masked else 1
     if not lowest <= frozen < len(layout.scales):
         raise RunError(
@@ -60,14 +60,14 @@ def edit_pixels(
     seeds: Sequence[int],
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Edited images uint8 [B, C, H, W] of full-size ones, one prompt and one seed each.
+    """Edit full-size images uint8 [B, C, H, W], with one prompt and one seed each.
 
-    The first ``frozen`` scales stay; of the others only what ``mask`` bool [H, W] touches is drawn anew.
-    Raises RunError for images of another size or number of channels, more scales than there are or nothing to keep,
-    PrefixUnsupported for a dense encoder.
+    The first ``frozen`` scales are kept. Of the others, only the elements that overlap ``mask`` bool [H, W] are sampled
+    again (None: all). Raises RunError for images of another size or number of channels, for an invalid number of
+    scales, and if nothing would be kept; PrefixUnsupported for a dense encoder.
     """
     layout = models.tokenizer.layout
-    # A smaller rung would pass the encoder, and come back as the large image that nobody gave.
+    # The encoder would also accept a smaller rung, but the result would have the full size.
     check_images(models.tokenizer, *pixels.shape[1:])
     check_frozen(layout, frozen, masked=mask is not None)
     if mask is not None and tuple(mask.shape) != tuple(pixels.shape[-2:]):
@@ -79,7 +79,7 @@ def edit_pixels(
     if prefix is not None and not prefix.lengths.all():
         raise RunError(
             f"frozen={frozen}: the first {frozen} of {len(layout.scales)} scales of an image are empty, so nothing "
-            "of it would stay; keep more"
+            "of it would be kept; increase frozen"
         )
     if mask is None:
         return models.decode(models.draw(prompts, settings, seeds, prefix=prefix, whole=range(frozen)))
@@ -90,37 +90,39 @@ def edit_pixels(
 
 
 def read_mask(path: str, image: Image.Image, name: str, images: ImagesConfig) -> Tensor:
-    """bool [size, size]: where the mask, seen like the image called ``name``, is white.
+    """Read a mask as bool [size, size], True where it is white, cropped and resized like the image called ``name``.
 
-    Raises RunError when their sizes differ, or where nothing is white.
+    Raises RunError if their sizes differ or nothing is white.
     """
     if not Path(path).expanduser().is_file():
         raise RunError(f"mask={path}: no such image")
-    grey = plain_image(decode(Path(path).expanduser(), path), 1, [0, 0, 0])
+    gray = plain_image(decode(Path(path).expanduser(), path), 1, [0, 0, 0])
     size = plain_image(image, 1, [0, 0, 0]).size
-    if grey.size != size:
+    if gray.size != size:
         raise RunError(
-            f"mask={path} has {grey.size[0]}x{grey.size[1]} px, {name} has {size[0]}x{size[1]}; make them equal"
+            f"mask={path} has {gray.size[0]}x{gray.size[1]} px, {name} has {size[0]}x{size[1]}; make them equal"
         )
     as_image = dataclasses.replace(images, channels=1)
-    mask = view_pixels(grey, as_image, images.eval_view)[0] >= 128
+    mask = view_pixels(gray, as_image, images.eval_view)[0] >= 128
     if not mask.any():
-        raise RunError(f"mask={path} is white nowhere that the run sees, so nothing would change; paint it white there")
+        raise RunError(
+            f"mask={path} has no white inside the crop of the run, so nothing would change; paint some white"
+        )
     return mask
 
 
 def edit_images(config: Config, request: EditRequest) -> Path:
-    """Write a contact sheet an input (frozen scales by guidance) and one PNG a result. Returns the last sheet."""
+    """Write one contact sheet per input (frozen scales by guidance) and one PNG per result. Returns the last sheet."""
     files = find_inputs(request.input)
     models = load_models(config)
-    asked = parse_prompts(request, models.prior, every_class=False)
+    combinations = parse_prompts(request, models.prior, every_class=False)
     steps = parse_numbers(request.frozen, "frozen")
     strengths = (
         parse_numbers(request.guidances, "guidances", float) if request.guidances else [config.sampling.guidance]
     )
-    for frozen in steps:  # all of them before the first is drawn
+    for frozen in steps:  # check all of them before sampling
         check_frozen(models.tokenizer.layout, frozen, masked=bool(request.mask))
-    repeated = [prompt for prompt in asked for _ in range(request.count)]
+    repeated = [prompt for prompt in combinations for _ in range(request.count)]
     prompts = to_prompts(models, repeated)
     seeds = [request.seed + index for index in range(len(repeated))]
     out = Path(request.out)
@@ -134,17 +136,17 @@ def edit_images(config: Config, request: EditRequest) -> Path:
             row = [pixels]
             for strength in strengths:
                 settings = dataclasses.replace(config.sampling, guidance=strength)
-                many = pixels.expand(len(repeated), -1, -1, -1)
-                made = edit_pixels(models, many, frozen, prompts, settings, seeds, mask)
-                where = f"{file.stem}-frozen{frozen}-guidance{strength:g}"
+                batch = pixels.expand(len(repeated), -1, -1, -1)
+                edited = edit_pixels(models, batch, frozen, prompts, settings, seeds, mask)
+                stem = f"{file.stem}-frozen{frozen}-guidance{strength:g}"
                 pairs = zip(repeated, seeds, strict=True)
-                save_pictures(out, [f"{where}-{prompt.file_name}-{seed:06d}" for prompt, seed in pairs], made)
-                row.extend(made)
+                save_pictures(out, [f"{stem}-{prompt.file_name}-{seed:06d}" for prompt, seed in pairs], edited)
+                row.extend(edited)
             rows.append(row)
         columns = ["original"] + [
             f"{prompt.name} g={strength:g}".strip() if not index else ""
             for strength in strengths
-            for prompt in asked
+            for prompt in combinations
             for index in range(request.count)
         ]
         path = out / f"{file.stem}-sheet.png"

@@ -1,12 +1,12 @@
-"""The encoding of images into shards: what belongs into which block, and the predict loop that fills them.
+"""Encoding of images into token shards: how blocks and batches are cut, and the predict loop that writes them.
 
-What is notable here:
+Notes:
 
-- a split's order, blocks and encode batches follow from its length and the config alone, never from the processes;
-- encode batches are cut inside a block and the last one is padded, so an image is always encoded in the same company;
-  so is a caption, whose company is its block;
-- Lightning's own sampler would interleave samples, and Lightning fails when a rank has no batch: the missing shards are
-  dealt out here, and a rank without one gets an empty batch.
+- Order, blocks and batches of a split depend only on its length and the config, never on the number of processes.
+- Batches do not cross blocks and the last one is padded, so an image is always encoded together with the same images.
+  The same holds for captions, which are encoded block by block.
+- Lightning's sampler would interleave samples, and Lightning fails if a rank has no batch. So the missing shards are
+  distributed here, and a rank without shards gets an empty batch.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from stages.contract import RefusedImage, Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """One encode batch's share of a block."""
+    """The part of a block that is encoded as one batch."""
 
     split: str
     shard: int
     block: int
     indices: np.ndarray
-    """int64 [n]: the images, as indices of the source."""
+    """int64 [n]: indices of the images in the source."""
     ends_block: bool
     ends_shard: bool
 
 
 class SplitPlan:
-    """How one split is laid out: order, blocks, shards."""
+    """Division of one split into blocks and shards, and its order."""
 
     def __init__(self, name: str, source: ImageSource, folder: Path, config: Config) -> None:
         self.name, self.source, self.folder = name, source, folder
         self.block_size = order.block_size(len(source))
         self.blocks_per_shard = config.tokens.blocks_per_shard
-        # A batch larger than a block would be padding for the greater part.
+        # A batch larger than a block would be mostly padding.
         self.batch_size = min(config.tokens.encode_batch_size, self.block_size)
         self.order = order.source_order(len(source), config.tokens.permutation_seed)
 
@@ -71,7 +71,7 @@ class SplitPlan:
         return [number for number in range(self.num_shards) if finished_shard(self.folder, number) is None]
 
     def pieces(self, shard: int) -> list[Piece]:
-        """The encode batches of a shard, in order."""
+        """The batches of a shard, in order."""
         pieces = []
         first = shard * self.blocks_per_shard
         last = min(first + self.blocks_per_shard, -(-len(self.order) // self.block_size)) - 1
@@ -85,7 +85,7 @@ class SplitPlan:
 
 
 class PieceImages(Dataset[dict[str, Any]]):
-    """Pixels and labels of each piece; an empty batch where there is none."""
+    """Pixels and labels of each piece; a single empty batch if there are no pieces."""
 
     def __init__(self, pieces: list[Piece], plans: Mapping[str, SplitPlan], config: Config) -> None:
         self.pieces, self.plans, self.config = pieces, plans, config.images
@@ -94,7 +94,7 @@ class PieceImages(Dataset[dict[str, Any]]):
         return max(1, len(self.pieces))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """pixels uint8 [batch, C, H, W], padded with black, and lists for the n <= batch readable images.
+        """Pixels uint8 [batch, C, H, W], padded with black, and lists for the n <= batch readable images.
 
         Raises CorruptImage unless ``images.skip_corrupt``.
         """
@@ -119,7 +119,7 @@ class PieceImages(Dataset[dict[str, Any]]):
 
 
 class Encoding(L.LightningModule):
-    """Encodes this rank's share of the missing shards and writes them."""
+    """Encodes and writes this rank's share of the missing shards."""
 
     def __init__(
         self,
@@ -139,19 +139,19 @@ class Encoding(L.LightningModule):
         self._writer: ShardWriter | None = None
 
     def setup(self, stage: str) -> None:
-        """Deal out the shards, as the first rank saw them: another one may already have written some by now."""
+        """Distribute the shards that were missing on the first rank; by now, another rank may see fewer."""
         missing = self.trainer.strategy.broadcast(self._missing)
-        mine = missing[self.global_rank :: self.trainer.world_size]
-        self._pieces = [piece for split, shard in mine for piece in self._plans[split].pieces(shard)]
+        own_shards = missing[self.global_rank :: self.trainer.world_size]
+        self._pieces = [piece for split, shard in own_shards for piece in self._plans[split].pieces(shard)]
 
     def on_predict_start(self) -> None:
-        """Captions are encoded on this rank's device; SIGTERM is asked for between pieces."""
+        """Move the text encoder to the device of this rank. From now on, SIGTERM is checked between pieces."""
         defer_sigterm()
         if self._text_encoder is not None:
             self._text_encoder.to(self.device)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """This rank's pieces in order; a batch of the loader is a piece."""
+        """The pieces of this rank in order, one per batch."""
         images = PieceImages(self._pieces, self._plans, self._config)
         return DataLoader(
             images,
@@ -162,7 +162,7 @@ class Encoding(L.LightningModule):
         )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
-        """Encode a piece in every view; write the block, and commit the shard, that it ends. Returns the images."""
+        """Encode a piece in every view; write its block and commit its shard once complete. Returns the image count."""
         if sigterm_received():
             raise Preempted("SIGTERM: the finished shards stay")
         if not batch:
@@ -174,8 +174,8 @@ class Encoding(L.LightningModule):
         try:
             tokens = [self.tokenizer.encode(view)[:count] for view in views]
         except RefusedImage as refused:
-            # rows behind the images are black
-            name = batch["keys"][refused.row] if refused.row < count else "without anything on it"
+            # rows after the images are black padding
+            name = batch["keys"][refused.row] if refused.row < count else "(black padding)"
             raise InputError(f"the {piece.split} image {name}: {refused.reason}") from refused
         self._parts.append({**batch, **stack_views(tokens)})
         self._skipped += batch["skipped"]
@@ -194,29 +194,29 @@ class Encoding(L.LightningModule):
         return count
 
     def on_predict_end(self) -> None:
-        """Wait for the other ranks: the manifest comes after the last shard."""
+        """Wait for the other ranks: the manifest is written after the last shard."""
         self.trainer.strategy.barrier("token shards")
 
     def abort(self) -> None:
-        """Leave no half-written file behind; nothing happens where all is written."""
+        """Remove a partly written shard, if there is one."""
         if self._writer is not None:
             self._writer.abort()
 
 
 def stack_views(views: list[Tokens]) -> dict[str, Any]:
-    """ids [n, V, L, F], lengths [n, V], header [n, V, S] and remarks of one Tokens a view, padded to the longest."""
+    """Stack Tokens of all views, padded to the longest: ids [n, V, L, F], lengths [n, V], header [n, V, S], remarks."""
     longest = max(view.ids.shape[1] for view in views)
     return {
         "ids": np.stack([_padded(_numpy(view.ids), 1, longest) for view in views], axis=1),
         "lengths": np.stack([_numpy(view.lengths) for view in views], axis=1),
         "header": np.stack([_numpy(view.header) for view in views], axis=1),
-        # of the images as they are: mirrored, each would count twice
+        # only of the images as they are: with mirrored ones, each image would count twice
         "remarks": {name: int(counts.sum()) for name, counts in (views[0].remarks or {}).items()},
     }
 
 
 def join_parts(number: int, parts: list[dict[str, Any]]) -> Block:
-    """The block of some pieces, in their order."""
+    """Join pieces, in order, to a block."""
     longest = max(part["ids"].shape[2] for part in parts)
     return Block(
         number=number,
@@ -232,7 +232,7 @@ def join_parts(number: int, parts: list[dict[str, Any]]) -> Block:
 
 
 def add_captions(block: Block, encoder: TextEncoder) -> None:
-    """Encode a block's texts and the empty caption. A sample without text has no states of its own."""
+    """Encode the captions of a block and the empty caption. Samples without text get no states."""
     texts = [text for text in block.texts if text]
     (empty, *encoded), block.captions_cut = encoder.encode_counting(["", *texts])
     states = iter(encoded)

@@ -1,4 +1,4 @@
-"""What commands raise for what a user can mend."""
+"""Error that commands raise for problems that the user can fix."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from data.errors import OctavesError
 
 
 class RunError(OctavesError):
-    """A run folder, a device or a request that cannot be used as asked; the message says what to do."""
+    """A run folder, device or request that cannot be used. The message says what to do."""

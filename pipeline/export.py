@@ -1,11 +1,11 @@
-"""export: a finished run as one folder in the layout of a Hugging Face model repository.
+"""export: write a finished run to a folder with the layout of a Hugging Face model repository.
 
-``tokenizer.safetensors``, ``prior.safetensors`` (where there is one), ``config.json``, ``README.md`` (the model card)
-and, asked for, ``encoder.pt2`` and ``decoder.pt2``, which need torch alone. What is notable here:
+The folder contains ``tokenizer.safetensors``, ``prior.safetensors`` (if there is a prior), ``config.json``,
+``README.md`` (the model card) and, on request, ``encoder.pt2`` and ``decoder.pt2``, which need only torch. Notes:
 
-- the folder is whole or not there: it is written beside its place, loaded, and renamed;
-- the folders of images on this machine are not named; a text encoder's is, for captions need it;
-- the numbers of the card are those of the evaluation of exactly these weights, or there are none.
+- The folder is complete or missing: it is written under a temporary name, loaded as a check, and renamed.
+- Paths of local image folders are left out; the path of a text encoder is kept, because captions need it.
+- The card only contains metrics of an evaluation of exactly these weights.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ from stages.weights import check_pair, load_prior, load_tokenizer, tokens_sha256
 
 
 def export_run(config: Config, request: ExportRequest) -> Path:
-    """Write the folder and load it once. Returns it.
+    """Write the folder and load it as a check. Returns the folder.
 
-    Raises RunError for a missing tokenizer, a place that is taken or a licence that is no name, WeightsError for
-    damaged weights or parts that do not belong together, and InputError for programs of a codec.
+    Raises RunError for a missing tokenizer, an ``out`` that is not free or an invalid license name; WeightsError for
+    damaged weights or parts that do not belong together; InputError for programs of a codec.
     """
     out = Path(request.out).expanduser().resolve()
     check_free(out)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", request.license):
         raise RunError(f"license={request.license}; allowed: a name such as mit, apache-2.0, cc-by-4.0 or other")
     tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
-    tokenizer, about = load_tokenizer(tokenizer_path)
+    tokenizer, metadata = load_tokenizer(tokenizer_path)
     sources = {TOKENIZER: tokenizer_path}
-    about_prior: dict[str, Any] | None = None
+    prior_metadata: dict[str, Any] | None = None
     if Path(config.prior.path).exists():
         sources[PRIOR] = Path(config.prior.path)
-        prior, about_prior = load_prior(sources[PRIOR])
-        check_pair(about_prior, sources[PRIOR], tokenizer_path)
+        prior, prior_metadata = load_prior(sources[PRIOR])
+        check_pair(prior_metadata, sources[PRIOR], tokenizer_path)
         join(tokenizer, prior, torch.device("cpu"), 1, "32").check(config.sampling)
     else:
         print(f"no prior at {config.prior.path}: the tokenizer is exported alone")
@@ -85,13 +85,13 @@ def export_run(config: Config, request: ExportRequest) -> Path:
         for path in temporary.iterdir():
             sync(path)
         hashes = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        described = describe(config, tokenizer, about, about_prior, sources, hashes)
+        described = describe(config, tokenizer, metadata, prior_metadata, sources, hashes)
         content = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(temporary / CONFIG, content.encode())
         hashes[CONFIG] = file_sha256(temporary / CONFIG)
         metrics, why_not = find_metrics(config, hashes)
         if why_not:
-            print(f"the model card has no numbers: {why_not}")
+            print(f"the model card has no metrics: {why_not}")
         counts = find_counts(config, tokenizer_path)
         facts = Facts(described, hashes, request.license, read_images_config(config, sources), counts, metrics, why_not)
         write_atomically(temporary / CARD, write_card(facts).encode())
@@ -104,7 +104,7 @@ def export_run(config: Config, request: ExportRequest) -> Path:
 
 
 def check_free(out: Path) -> None:
-    """Raise RunError where something lies that this command did not write."""
+    """Raise RunError if ``out`` contains anything that this command did not write."""
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir():
         raise RunError(f"out={out}: {parent} is a file; choose another out=")
@@ -112,15 +112,17 @@ def check_free(out: Path) -> None:
         return
     if not out.is_dir():
         raise RunError(f"out={out} is a file; choose another out=")
-    found = {path.name for path in out.iterdir()}
-    if not found:
+    names = {path.name for path in out.iterdir()}
+    if not names:
         return
     try:
         read_export(out)
     except PretrainedError as error:
-        raise RunError(f"out={out} holds something else than an export; choose another out=") from error
-    if others := sorted(found - {TOKENIZER, PRIOR, CONFIG, CARD, *PROGRAMS.values()}):
-        raise RunError(f"out={out} also holds {others[0]}, which is of no export; choose another out=, or move it away")
+        raise RunError(f"out={out} contains something other than an export; choose another out=") from error
+    if others := sorted(names - {TOKENIZER, PRIOR, CONFIG, CARD, *PROGRAMS.values()}):
+        raise RunError(
+            f"out={out} also contains {others[0]}, which is not part of an export; choose another out=, or move it away"
+        )
 
 
 def describe(
@@ -131,7 +133,7 @@ def describe(
     sources: dict[str, Path],
     hashes: dict[str, str],
 ) -> dict[str, Any]:
-    """What ``config.json`` says: all that a loader, or its author, wants to know beside the weights' own metadata."""
+    """Content of ``config.json``: what loaders and readers need in addition to the metadata of the weights."""
     stages = {name: without_paths(read_stage_config(path)) for name, path in sources.items()}
     images = read_images_config(config, sources)
     keys = ("kind", "config", "layout", "image_size", "channels", "pixel_range", "steps")
@@ -159,12 +161,12 @@ def describe(
 
 
 def read_images_config(config: Config, sources: dict[str, Path]) -> dict[str, Any]:
-    """The images that the tokenizer was trained on: the run's own word, else the config's."""
+    """Config of the images that the tokenizer was trained on: as recorded in the run, otherwise from ``config``."""
     return asdict(config.images) | read_stage_config(sources[TOKENIZER]).get("images", {})
 
 
 def without_paths(stage: dict[str, Any]) -> dict[str, Any]:
-    """A stage's config without the folders of its images on this machine."""
+    """Config of a stage without the paths of local image folders."""
     private = ("path", "val_path")
     return {
         section: {key: item for key, item in value.items() if key not in private} if section == "images" else value
@@ -173,23 +175,23 @@ def without_paths(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_metrics(config: Config, hashes: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
-    """(metrics of the evaluation ``eval.name``, "") where it is of these files, else (None, why not)."""
+    """(metrics of the evaluation ``eval.name``, "") if they belong to these files, otherwise (None, the reason)."""
     path = Path(config.run) / "eval" / config.eval.name / "metrics.json"
     if not path.is_file():
-        return None, f"this run has no evaluation {config.eval.name!r}; `octaves eval` makes one"
+        return None, f"this run has no evaluation {config.eval.name!r}; run `octaves eval`"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         settings = metrics["settings"]
-        judged = [None if settings[part] is None else settings[part]["sha256"] for part in ("tokenizer", "prior")]
+        evaluated = [None if settings[part] is None else settings[part]["sha256"] for part in ("tokenizer", "prior")]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged or no evaluation ({error}); run `octaves eval` again") from error
-    if judged != [hashes[TOKENIZER], hashes.get(PRIOR)]:
-        return None, f"the evaluation {config.eval.name!r} is of other weights; `octaves eval` makes one of these"
+        raise RunError(f"{path} is damaged or not an evaluation ({error}); run `octaves eval` again") from error
+    if evaluated != [hashes[TOKENIZER], hashes.get(PRIOR)]:
+        return None, f"the evaluation {config.eval.name!r} is of other weights; run `octaves eval` again"
     return metrics, ""
 
 
 def find_counts(config: Config, tokenizer_path: Path) -> dict[str, int]:
-    """Images of each side, with mirrored ones once, as far as the token cache of this tokenizer knows."""
+    """Number of images per split, without mirrored ones; empty without a token cache of this tokenizer."""
     if not has_manifest(config.tokens.path):
         return {}
     manifest = Manifest.load(config.tokens.path)
@@ -199,7 +201,7 @@ def find_counts(config: Config, tokenizer_path: Path) -> dict[str, int]:
 
 
 def verify(folder: Path, described: dict[str, Any], programs: dict[str, ExportedProgram]) -> None:
-    """Load what was written: hashes, models, and programs. Raises OctavesError where something is wrong."""
+    """Load the result as a check: hashes, models and programs. Raises OctavesError if something is wrong."""
     check_files(folder, described, described["files"])
     loaded = load_pretrained(folder)
     if programs:
@@ -207,13 +209,13 @@ def verify(folder: Path, described: dict[str, Any], programs: dict[str, Exported
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file."""
+    """Wait until a file is written to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def put_in_place(temporary: Path, out: Path) -> None:
-    """Rename the finished folder; an earlier export steps aside first and comes back should that fail."""
+    """Rename the finished folder. An earlier export is moved aside first and restored if renaming fails."""
     aside = out.with_name(f".{out.name}.old-{os.getpid()}")
     replaces = out.exists()
     if replaces:

@@ -1,8 +1,8 @@
-"""fit-inr: one image fitted by coordinate networks, which of them comes how close after how many steps.
+"""fit-inr: fit coordinate networks to an image and compare their PSNR over the training steps.
 
-What is notable here: the task of the papers on WIRE (arXiv 2301.05187) and on the algebra of complex wavelets
-(2310.00545), with their networks and two common ones at equal numbers of parameters. Nothing is trained for other
-images, so there is no CONFIG and no run folder.
+This is the task of the papers on WIRE (arXiv 2301.05187) and on the algebra of complex wavelets (2310.00545), with
+their networks and two common ones, all with about equally many parameters. A network represents only its image, so
+there is no CONFIG and no run folder.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ from stages.measures.pictures import error_picture, sheet
 
 @dataclass
 class FitRequest:
-    """How to fit; every key can be given as key=value."""
+    """Keys of ``fit-inr``."""
 
     variants: str = "all"
     """Networks, comma-separated: fourier-relu, siren, wire-real, wire, split, split-singular; or all."""
     steps: int = 2000
-    """Updates of each."""
+    """Training steps of each network."""
     size: int = 128
-    """Pixels to which the longer side is reduced where it is longer; 0: as it is."""
+    """Images are reduced to at most this many pixels on the longer side; 0: no limit."""
     hidden: int = 256
-    """Width of a hidden layer in real numbers; complex ones are narrower, for about as many parameters."""
+    """Width of a hidden layer in real numbers; complex layers are narrower, for about as many parameters."""
     layers: int = 2
-    """Hidden layers, behind the first one."""
+    """Number of hidden layers after the first layer."""
     learning_rate: float = 0.0
-    """Adam's at the start, falling to a tenth; 0: each variant's own."""
+    """Initial learning rate of Adam, which decays to a tenth; 0: the default of each variant."""
     seed: int = 0
-    """Of the initial weights, and of the pixels of a step where the image has more than 65,536."""
+    """Seed of the initial weights, and of the pixels per step for images with more than 65,536 pixels."""
     log_every: int = 50
-    """Steps between two measurements."""
+    """Steps between measurements."""
     out: str = "fit-inr"
-    """Folder for fit.json, psnr.png and a sheet an image."""
+    """Folder for fit.json, psnr.png and one sheet per image."""
 
 
 class FitError(OctavesError):
-    """An image or a setting that cannot be fitted; the message says what is allowed."""
+    """An invalid image or setting. The message says what is allowed."""
 
 
 def run_fit(arguments: Sequence[str]) -> None:
-    """The command: images, and ``key=value`` of ``FitRequest``. Raises FitError."""
+    """Run the command with image paths and ``key=value`` items of ``FitRequest``. Raises FitError."""
     request = read_keys([item for item in arguments if "=" in item])
     fit_images([Path(item).expanduser() for item in arguments if "=" not in item], request)
 
 
 def read_keys(items: Sequence[str]) -> FitRequest:
-    """The request of ``key=value`` items, values taken as written. Raises FitError that names key and value."""
+    """Parse ``key=value`` items; values are taken literally. Raises FitError, naming key and value."""
     kinds = get_type_hints(FitRequest)
     values = {}
     for item in items:
@@ -83,7 +83,7 @@ def read_keys(items: Sequence[str]) -> FitRequest:
 
 
 def check(request: FitRequest) -> None:
-    """Raises FitError that names the first value outside its range."""
+    """Raise FitError, naming the first value that is out of range."""
     for key, fits, allowed in (
         ("steps", request.steps >= 1, "1 or more"),
         ("size", request.size == 0 or request.size >= 2, "0 for the image's own, or 2 pixels or more"),
@@ -98,7 +98,7 @@ def check(request: FitRequest) -> None:
 
 
 def chosen_variants(text: str) -> list[str]:
-    """Names of ``variants=``, each once. Raises FitError for an unknown one."""
+    """Names in ``variants=`` without duplicates. Raises FitError for an unknown one."""
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in (*VARIANTS, "all"):
@@ -107,10 +107,10 @@ def chosen_variants(text: str) -> list[str]:
 
 
 def fit_images(paths: Sequence[Path], request: FitRequest) -> Path:
-    """Fit every variant to every image; write a sheet an image, ``psnr.png`` and, last, ``fit.json``. Returns that.
+    """Fit every variant to every image. Returns the path of ``fit.json``, which is written last.
 
-    Raises FitError for images that are missing or whose results would overwrite something, CorruptImage for unreadable
-    ones.
+    Also writes one sheet per image and ``psnr.png``. Raises FitError for images that are missing or whose results would
+    overwrite something, CorruptImage for unreadable ones.
     """
     names = chosen_variants(request.variants)
     out = Path(request.out).expanduser()
@@ -119,10 +119,10 @@ def fit_images(paths: Sequence[Path], request: FitRequest) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FitError(f"fit-inr: out={request.out}: {error.strerror}; give a folder that can be made") from error
+        raise FitError(f"fit-inr: out={request.out}: {error.strerror}; give a folder that can be created") from error
     (out / "fit.json").unlink(missing_ok=True)
     device = device_for("auto").type
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for path, image in images.items():
         print(f"{path}, {image.shape[2]}x{image.shape[1]} px, {request.steps} steps")
         print(f"{'':16s}{'parameters':>10s}{'rate':>9s}{'PSNR':>10s}{'best':>10s}{'seconds':>10s}{'a step':>11s}")
@@ -145,21 +145,21 @@ def fit_images(paths: Sequence[Path], request: FitRequest) -> Path:
             [error_picture(pixels, image) for pixels in (image, *(fit.pixels for fit in fits.values()))],
         ]
         sheet(rows, [path.stem, "4 x error"], ["original", *fits]).save(out / f"{path.stem}.png")
-        found[path.stem] = {
+        results[path.stem] = {
             "file": str(path),
             "size": list(image.shape[1:]),
             "variants": {name: plain(fit) for name, fit in fits.items()},
         }
-    draw_psnr(found, out / "psnr.png")
+    draw_psnr(results, out / "psnr.png")
     settings = {**asdict(request), "variants": names, "device": device, "threads": torch.get_num_threads()}
-    content = json.dumps({"settings": settings, "images": found}, indent=1) + "\n"
+    content = json.dumps({"settings": settings, "images": results}, indent=1) + "\n"
     write_atomically(out / "fit.json", content.encode())
-    print(f"wrote {out / 'fit.json'}, psnr.png and a sheet an image")
+    print(f"wrote {out / 'fit.json'}, psnr.png and one sheet per image")
     return out / "fit.json"
 
 
 def check_paths(paths: Sequence[Path], out: Path) -> None:
-    """Raises FitError where an image is missing, or where results would have one name, or the name of an input."""
+    """Raise FitError if an image is missing, or if a result would have the name of another result or of an input."""
     if not paths:
         raise FitError("fit-inr needs an image: octaves fit-inr image.png [key=value …]")
     for path in paths:
@@ -180,7 +180,7 @@ def check_paths(paths: Sequence[Path], out: Path) -> None:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """uint8 [3, h, w]: upright, over the background of ``ImagesConfig``, the longer side at most ``size`` (0: any).
+    """Read uint8 [3, h, w]: upright, on the background of ``ImagesConfig``, longer side at most ``size`` (0: any).
 
     Raises CorruptImage.
     """
@@ -188,20 +188,20 @@ def read_image(path: Path, size: int) -> Tensor:
     longer = max(image.size)
     if size and longer > size:
         width, height = (max(1, round(side * size / longer)) for side in image.size)
-        # Pillow's filters are as wide as the reduction, so nothing aliases
+        # Pillow widens its filters by the reduction factor, which avoids aliasing
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def plain(fit: Fit) -> dict[str, Any]:
-    """A fit for JSON: everything but the pixels. A network that diverged has no final PSNR."""
+    """A fit as plain data for JSON, without its pixels. A network that diverged has no final PSNR."""
     numbers = {key: value for key, value in vars(fit).items() if key != "pixels"}
     final = fit.psnr[-1] if fit.diverged is None else None
     return {**numbers, "final_psnr": final, "best_psnr": max(fit.psnr, default=None)}
 
 
 def row_of(name: str, fit: Fit) -> str:
-    """A line of the table."""
+    """One line of the table."""
     begin = f"{name:16s}{fit.parameters:10,d}{fit.learning_rate:9g}"
     if fit.diverged is not None:
         return f"{begin}   diverged: no finite number after {fit.diverged} steps; try a smaller learning_rate="
@@ -210,7 +210,7 @@ def row_of(name: str, fit: Fit) -> str:
 
 
 def draw_psnr(images: dict[str, dict[str, Any]], path: Path) -> None:
-    """PSNR over steps, a panel an image, a curve a variant; one that diverged ends in a cross."""
+    """Plot PSNR over steps: one panel per image, one curve per variant; a cross marks divergence."""
     figure = Figure(figsize=(1 + 5 * len(images), 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(images), sharey=True, squeeze=False)[0]
     for axis, (name, image) in zip(panels, images.items(), strict=True):

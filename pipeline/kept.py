@@ -1,4 +1,4 @@
-"""Cache arrays that are slow to compute in a file, for later evaluations of the same run."""
+"""Disk cache of arrays that are slow to compute and that later evaluations of a run need again."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from data.files import write_atomically
 
 
 def kept(path: Path, made_of: str, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """The arrays stored in ``path``, or those of ``make()``, which are then stored there.
+    """Load arrays from ``path``, or compute them with ``make()`` and save them there.
 
-    ``made_of`` is a hash of everything that determines them: a file with another hash, or a damaged one, is made again.
-    If the file cannot be written, the arrays are returned without being kept.
+    ``made_of`` is a hash of everything that the arrays depend on. They are computed again if the file has another hash
+    or is damaged. If the file cannot be written, the arrays are returned without saving.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

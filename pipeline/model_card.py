@@ -1,6 +1,6 @@
-"""The model card of an export: README.md with the front matter of Hugging Face.
+"""Model card of an export: README.md with the front matter of Hugging Face.
 
-Figures are written twice: rounded in the table of the report, with their caveats, and as they are in ``model-index``.
+Metrics appear twice: rounded in the table of the report, with explanations, and unrounded in ``model-index``.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ GENERATION = {
     "memorised": ("Near-copies of training images, pixels after the tokenizer", "samples.memorised_as_decoded.share"),
     "prior_bits_per_pixel": ("Rate under the prior, bits per pixel", "rate.prior_bits_per_pixel"),
 }
-"""type: (name, place in metrics.json) of the figures in ``model-index``."""
+"""type: (name, key in metrics.json) of the metrics in ``model-index``."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the card tells."""
+    """Everything that the card reports."""
 
     config: dict[str, Any]
-    """What config.json says."""
+    """Content of config.json."""
     hashes: dict[str, str]
     """sha256 of every other file, by name."""
     license: str
     images: dict[str, Any]
-    """The config section of the training images."""
+    """Config section of the training images."""
     counts: dict[str, int]
-    """Images of train and val; empty where nobody counted."""
+    """Number of images in train and val; empty if unknown."""
     metrics: dict[str, Any] | None
     """Content of metrics.json."""
     why_not_measured: str
-    """Empty where there are metrics."""
+    """Empty if there are metrics."""
 
 
 def write_card(facts: Facts) -> str:
@@ -69,7 +69,7 @@ def write_card(facts: Facts) -> str:
 
 
 def front_matter(facts: Facts) -> dict[str, Any]:
-    """What Hugging Face reads."""
+    """Metadata for Hugging Face."""
     prior = facts.config["prior"]
     task = "unconditional-image-generation" if prior else "image-feature-extraction"
     if prior and reads_text(prior):
@@ -87,42 +87,42 @@ def front_matter(facts: Facts) -> dict[str, Any]:
             {
                 "task": {"type": kind_of_task, "name": name},
                 "dataset": {"type": kind, "name": f"{kind}, held-out images at {facts.images['size']} px"},
-                "metrics": found,
+                "metrics": entries,
             }
             for kind_of_task, name, figures in (
                 ("image-feature-extraction", "Reconstruction", RECONSTRUCTION),
                 (task, "Generation", GENERATION),
             )
-            if (found := list_figures(facts.metrics, figures))
+            if (entries := list_figures(facts.metrics, figures))
         ]
         matter["model-index"] = [{"name": facts.config["name"], "results": results}]
     return matter
 
 
 def reads_text(prior: dict[str, Any]) -> bool:
-    """Whether captions make a difference to a prior, as config.json describes it."""
+    """Whether a prior uses captions, according to its description in config.json."""
     return prior.get("text") is not None and "text" in prior["condition"]["kind"]
 
 
 def list_figures(metrics: dict[str, Any], figures: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """The figures that were measured, unrounded, each with what the evaluation says beside it: N, backbone, marks."""
-    found = []
+    """Unrounded values of all measured metrics, with details from the evaluation: N, backbone, caveats."""
+    entries = []
     for kind, (name, place) in figures.items():
         *path, last = place.split(".")
-        beside = metrics
+        entry = metrics
         for key in path:
-            beside = beside.get(key, {})
-        if beside.get(last) is None:
+            entry = entry.get(key, {})
+        if entry.get(last) is None:
             continue
-        marks = {"num_images": metrics["tokenizer"]["num_images"]}
-        if len(path) > 1:  # an entry of its own, with its own remarks
-            marks = {key: value for key, value in beside.items() if key != last and not isinstance(value, list | dict)}
-        found.append({"type": kind, "name": name, "value": beside[last], "args": marks})
-    return found
+        details = {"num_images": metrics["tokenizer"]["num_images"]}
+        if len(path) > 1:  # the metric has its own entry, with its own details
+            details = {key: value for key, value in entry.items() if key != last and not isinstance(value, list | dict)}
+        entries.append({"type": kind, "name": name, "value": entry[last], "args": details})
+    return entries
 
 
 def summary(facts: Facts) -> str:
-    """What it is, in a few lines."""
+    """A description of the model in a few lines."""
     tokenizer, prior = facts.config["tokenizer"], facts.config["prior"]
     height, width = tokenizer["image_size"]
     layout = tokenizer["layout"]
@@ -130,22 +130,22 @@ def summary(facts: Facts) -> str:
     number = f"up to {length:,}" if layout["max_length"] else f"{length:,}"
     scales = f" in {len(layout['scales'])} scales" if len(layout["scales"]) > 1 else ""
     lines = [
-        f"A `{tokenizer['kind']}` tokenizer: images of {height} x {width} pixels with {tokenizer['channels']} "
-        f"channels, in [-1, 1], become {number} tokens{scales}, and tokens images."
+        f"A `{tokenizer['kind']}` tokenizer: it encodes images of {height} x {width} pixels with "
+        f"{tokenizer['channels']} channels, in [-1, 1], to {number} tokens{scales}, and decodes tokens to images."
     ]
     if prior is None:
-        lines.append("There is no prior with it, so it draws no new images.")
+        lines.append("There is no prior, so it cannot generate images.")
     else:
-        lines.append(f"A `{prior['kind']}` prior writes such tokens, and so draws new images.")
+        lines.append(f"A `{prior['kind']}` prior generates such tokens, and thus new images.")
         if prior["condition"]["kind"] in ("class", "class-text"):
             lines.append(f"Its classes: {', '.join(prior['class_names'])}.")
         if reads_text(prior):
-            lines.append(f"Captions are read by the text encoder `{prior['text']['encoder']}`.")
+            lines.append(f"Captions are encoded by the text encoder `{prior['text']['encoder']}`.")
     return "\n".join(lines)
 
 
 def usage(facts: Facts) -> str:
-    """Three lines that load and use it."""
+    """Code that loads and uses the model."""
     last = (
         'octaves.to_pil(model.sample(count=1, seed=0))[0].save("sample.png")'
         if facts.config["prior"]
@@ -155,50 +155,50 @@ def usage(facts: Facts) -> str:
     if "programs" in facts.config:
         listed = [f"- `{name}`: {io['input']} to {io['output']}" for name, io in facts.config["programs"].items()]
         text += (
-            "\n\nEncoder and decoder are here as programs, too, which need torch alone: "
-            '`torch.export.load("encoder.pt2").module()(pixels)`. They run on a CPU; B is any batch.\n\n'
+            "\n\nEncoder and decoder are also included as programs, which need only torch: "
+            '`torch.export.load("encoder.pt2").module()(pixels)`. They run on a CPU; B is any batch size.\n\n'
             + "\n".join(listed)
         )
     return text
 
 
 def data(facts: Facts) -> str:
-    """Which images, how many, under which licences."""
+    """The training images: kind, number and licenses."""
     images = facts.images
     lines = [f"Images of the kind `{images['kind']}` at {images['size']} px, {images['channels']} channels."]
     if facts.counts:
         lines.append(" ".join(f"{side}: {count:,} images." for side, count in facts.counts.items()))
     if images["kind"] == "photos":
         return "\n".join(lines) + "\n\n" + photos(images)
-    known = {"demo": CREDIT, "fashion": "Fashion-MNIST by Zalando SE, MIT licence."}
-    unknown = "Their licences are not known to octaves: whoever publishes this model has to name them."
-    return "\n".join([*lines, known.get(images["kind"], unknown)])
+    credits = {"demo": CREDIT, "fashion": "Fashion-MNIST by Zalando SE, MIT license."}
+    unknown = "octaves does not know the licenses of these images: whoever publishes this model has to name them."
+    return "\n".join([*lines, credits.get(images["kind"], unknown)])
 
 
 def photos(images: dict[str, Any]) -> str:
-    """A table of the packages that the photos come from, out of the index that `octaves photos` wrote."""
-    known = ImagesConfig(kind="photos", size=images["size"], path=images.get("path"))
-    path = photos_folder(known) / "index.json"
+    """Table of the packages that the photos come from, according to the index written by `octaves photos`."""
+    config = ImagesConfig(kind="photos", size=images["size"], path=images.get("path"))
+    path = photos_folder(config) / "index.json"
     if not path.is_file():
-        return "Crops of photos out of packages. Their index was not found at the export: no licences stand here."
+        return "Crops of photos from packages. Their index was missing at the export, so no licenses are listed."
     index = json.loads(path.read_text(encoding="utf-8"))
     pictures: Counter[tuple[str, str]] = Counter()
     crops: Counter[tuple[str, str, str]] = Counter()
     for side, members in index["pictures"].items():
-        for key, about in members.items():
-            source = (key.split("/")[0], about["license"])
+        for key, picture in members.items():
+            source = (key.split("/")[0], picture["license"])
             pictures[source] += 1
-            crops[*source, side] += about["crops"]
+            crops[*source, side] += picture["crops"]
     rows = [
         [package, licence, f"{count:,}", f"{crops[package, licence, 'train']:,}", f"{crops[package, licence, 'val']:,}"]
         for (package, licence), count in sorted(pictures.items())
     ]
-    head = ["Package", "Licence of its pictures", "Pictures", "Training crops", "Held-out crops"]
-    return "Crops of the photos in these packages; scenes are on one side only.\n\n" + table(head, rows)
+    head = ["Package", "License of its pictures", "Pictures", "Training crops", "Held-out crops"]
+    return "Crops of the photos in these packages; no scene is in both splits.\n\n" + table(head, rows)
 
 
 def training(facts: Facts) -> str:
-    """Steps and settings of both stages."""
+    """Training steps and settings of both stages."""
     lines = []
     for name in ("tokenizer", "prior"):
         part = facts.config[name]
@@ -210,12 +210,12 @@ def training(facts: Facts) -> str:
         if settings := facts.config["training"].get(name):
             lines.append(f"\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(settings))}```\n")
         else:
-            lines.append("Its run's config was not beside the weights, so the settings are not known.")
+            lines.append("The config of its run was not found beside the weights, so its settings are unknown.")
     return "\n".join(lines).strip()
 
 
 def evaluation(facts: Facts) -> str:
-    """The headline table of the report, with what each number means and what it cannot say."""
+    """The main table of the report, with the meaning and the limits of each number."""
     metrics = facts.metrics
     if metrics is None:
         return f"Not evaluated: {facts.why_not_measured}."
@@ -226,7 +226,7 @@ def evaluation(facts: Facts) -> str:
         "",
         table(["Measure", "Value", "Beside", "Meaning"], rows),
         "",
-        f"Images: {settings['choice_of_images']}. fd_lite0: {settings['fd_lite0']}; its values compare with no FID.",
+        f"Images: {settings['choice_of_images']}. fd_lite0: {settings['fd_lite0']}; do not compare it with FID.",
         f"Measured with torch {settings['torch']} on {settings['device']}; {settings['precision']}.",
     ]
     if metrics.get("skipped"):
@@ -235,7 +235,7 @@ def evaluation(facts: Facts) -> str:
 
 
 def files(facts: Facts) -> str:
-    """Every file with its hash."""
+    """All files with their hashes."""
     return table(["File", "sha256"], [[name, f"`{value}`"] for name, value in sorted(facts.hashes.items())])
 
 

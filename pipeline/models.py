@@ -1,4 +1,4 @@
-"""A run's models together: prompts → tokens → images."""
+"""The models of a run combined: prompts → tokens → images."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from stages.prior.sampling import SamplingConfig, check_order, check_sampling, s
 from stages.weights import check_pair, load_prior, load_tokenizer
 
 DENSE_ENCODER = "this tokenizer's encoder sees all scales at once; train one with tokenizer.attention=sit-sce or sit-sc"
-"""What to say where the tokens of a small image should be the first ones of the large one, and are not."""
+"""Message where the tokens of a small image would have to be the first tokens of the large one, but are not."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """A tokenizer, a prior over its tokens and what reads captions for it, on one device."""
+    """A tokenizer, its prior and the text encoder for captions, on one device."""
 
     tokenizer: Tokenizer
     prior: Prior
     text_encoder: TextEncoder | None
-    """None where the prior knows no text."""
+    """None if the prior does not use text."""
     device: torch.device
     batch_size: int
-    """Sequences sampled at once; changes speed only."""
+    """Sequences sampled at once; affects only speed."""
     progress: bool
 
     def prompts(self, labels: Sequence[int], texts: Sequence[str]) -> Prompts:
-        """Prompts of class ids (-1: none) and captions (empty: none), one pair a sample, on the CPU.
+        """Prompts of class ids (-1: none) and captions (empty: none), one pair per sample, on the CPU.
 
-        Raises RunError for a text given to a prior that knows none.
+        Raises RunError for a caption if the prior does not use captions.
         """
         if len(labels) != len(texts):
             raise RunError(f"{len(labels)} classes for {len(texts)} captions; give one pair for each image")
         plain = Prompts.of_labels(torch.tensor(labels, dtype=torch.int64))
-        different = [text for text in dict.fromkeys(texts) if text]
-        if not different:
+        unique_texts = [text for text in dict.fromkeys(texts) if text]
+        if not unique_texts:
             return plain
         if self.text_encoder is None:
             raise RunError("this prior was trained without captions; train one with condition.kind=text or class-text")
-        states = dict(zip(different, map(torch.from_numpy, self.text_encoder.encode(different)), strict=True))
-        some = states[different[0]]
-        kind = torch.float32 if some.is_floating_point() else torch.int64
-        rows = [states.get(text, some[:0]).to(kind) for text in texts]
+        states = dict(zip(unique_texts, map(torch.from_numpy, self.text_encoder.encode(unique_texts)), strict=True))
+        first_states = states[unique_texts[0]]
+        dtype = torch.float32 if first_states.is_floating_point() else torch.int64
+        rows = [states.get(text, first_states[:0]).to(dtype) for text in texts]
         return Prompts(plain.labels, pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]))
 
     def check(self, settings: SamplingConfig) -> None:
-        """Raise RunError or InputError for settings that this tokenizer and prior cannot follow."""
+        """Raise RunError or InputError for settings that this tokenizer or prior does not support."""
         layout = self.prior.layout
         check_sampling(settings, layout)
         check_order(settings, self.prior)
@@ -84,9 +84,10 @@ class Models:
         keep: Tensor | None = None,
         whole: Sequence[int] = (),
     ) -> Tokens:
-        """Tokens of one sample a prompt, on the CPU, drawn in batches; arguments as in ``stages.prior.sampling``.
+        """Sample tokens in batches, one sample per prompt, on the CPU. Arguments as in ``stages.prior.sampling``.
 
-        Without a prefix, samples begin as the tokenizer says, where it says anything.
+        Without ``prefix``, samples start with the start prefix of the tokenizer, if it has one. Raises RunError for a
+        prefix that is too long for the prior.
         """
         count, parts = len(prompts), []
         if prefix is not None and prefix.ids.shape[1] > self.prior.max_length:
@@ -96,24 +97,28 @@ class Models:
             )
         size = min(self.batch_size, count)
         for start in tqdm(range(0, count, size), "Sampling", disable=not self.progress):
-            # a compiled step wants one shape: the last batch is filled up with its last row and cut
+            # a compiled step needs one shape: the last batch is padded with its last row and cut afterwards
             rows = torch.arange(start, start + size).clamp(max=count - 1)
-            forced, there = (None if each is None else each[rows].to(self.device) for each in (prefix, known))
-            kept = None if keep is None else keep[rows].to(self.device)
-            asked, chosen = prompts[rows].to(self.device), [seeds[row] for row in rows]
-            if forced is None:
-                begun = self.tokenizer.start_prefix(prompts.labels[rows], chosen)
-                forced = None if begun is None else begun.to(self.device)
+            prefix_rows, known_rows = (
+                None if source is None else source[rows].to(self.device) for source in (prefix, known)
+            )
+            keep_rows = None if keep is None else keep[rows].to(self.device)
+            batch_prompts, batch_seeds = prompts[rows].to(self.device), [seeds[row] for row in rows]
+            if prefix_rows is None:
+                start_prefix = self.tokenizer.start_prefix(prompts.labels[rows], batch_seeds)
+                prefix_rows = None if start_prefix is None else start_prefix.to(self.device)
             with running_in(self.prior, resolve(settings.precision, self.device)):
-                tokens = sample(self.prior, asked, settings, chosen, forced, there, kept, whole)
+                tokens = sample(
+                    self.prior, batch_prompts, settings, batch_seeds, prefix_rows, known_rows, keep_rows, whole
+                )
             parts.append(tokens[: count - start].to("cpu"))
         return Tokens.cat(parts)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tokens:
-        """Tokens of images uint8 [N, C, h, w] on the CPU: all for the full size, the first scales' for a small one.
+        """Encode images uint8 [N, C, h, w] to tokens on the CPU; small images give only the first scales.
 
-        Raises RunError for another number of channels, PrefixUnsupported for a small one where the encoder sees all
+        Raises RunError for another number of channels, PrefixUnsupported for small images if the encoder sees all
         scales at once.
         """
         check_channels(self.tokenizer, pixels.shape[1])
@@ -122,13 +127,13 @@ class Models:
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens) -> Tensor:
-        """Images uint8 [N, C, h, w] of tokens, as far as they reach, on the CPU."""
+        """Decode tokens, also prefixes of scales, to images uint8 [N, C, h, w] on the CPU."""
         parts = tokens.split(self.batch_size)
         return torch.cat([to_uint8(self.tokenizer.decode(part.to(self.device))).cpu() for part in parts])
 
 
 def check_channels(tokenizer: Tokenizer, channels: int) -> None:
-    """Raise RunError where the tokenizer takes another number of channels."""
+    """Raise RunError if the tokenizer requires another number of channels."""
     if channels != tokenizer.channels:
         raise RunError(
             f"images.channels={channels}, but this tokenizer takes {tokenizer.channels}; "
@@ -137,18 +142,18 @@ def check_channels(tokenizer: Tokenizer, channels: int) -> None:
 
 
 def check_images(tokenizer: Tokenizer, channels: int, height: int, width: int) -> None:
-    """Raise RunError where the tokenizer takes images of another size or number of channels."""
+    """Raise RunError if the tokenizer requires another image size or number of channels."""
     check_channels(tokenizer, channels)
-    wanted = tokenizer.layout.image_size
-    if (height, width) != wanted:
+    required = tokenizer.layout.image_size
+    if (height, width) != required:
         raise RunError(
-            f"images of {height}x{width}, but this tokenizer takes {wanted[0]}x{wanted[1]}; "
+            f"images of {height}x{width}, but this tokenizer takes {required[0]}x{required[1]}; "
             "set images.size to that, or choose another tokenizer.path"
         )
 
 
 def load_models(config: Config) -> Models:
-    """The models of a run, on the device of ``trainer.accelerator``. Raises RunError, WeightsError, InputError."""
+    """Load the models of a run on the device of ``trainer.accelerator``. Raises RunError, WeightsError, InputError."""
     tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
     prior_path = need(config.prior.path, "prior", "train-prior", config)
     prior, metadata = load_prior(prior_path)
@@ -157,7 +162,7 @@ def load_models(config: Config) -> Models:
 
 
 def assemble(config: Config, tokenizer: Tokenizer, prior: Prior) -> Models:
-    """Models that belong together, on the device of ``trainer.accelerator``, checked against ``config.sampling``."""
+    """Combine models on the device of ``trainer.accelerator`` and check them against ``config.sampling``."""
     batch_size, progress = config.eval.batch_size, config.trainer.progress
     models = join(tokenizer, prior, device_of(config), batch_size, config.sampling.precision, progress)
     models.check(config.sampling)
@@ -169,9 +174,9 @@ def assemble(config: Config, tokenizer: Tokenizer, prior: Prior) -> Models:
 def join(
     tokenizer: Tokenizer, prior: Prior, device: torch.device, batch_size: int, precision: str, progress: bool = False
 ) -> Models:
-    """Models that belong together, on a device, in a precision there.
+    """Combine models that belong together on a device, in a precision.
 
-    Raises InputError where the text encoder is not to be had, or the device does not have that precision.
+    Raises InputError if the text encoder is not available, or if the device does not support the precision.
     """
     encoder = load_text_encoder(prior.text) if prior.text is not None and prior.condition.uses_text else None
     tokenizer.precision = prior.precision = resolve(precision, device)

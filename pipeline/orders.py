@@ -1,4 +1,4 @@
-"""orders: whose tokens follow best from those before them, over several evaluations of the same images."""
+"""orders: compare how well tokens are predicted from those before them, over evaluations of the same images."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipeline.report_order import bits_in_order, measured_orders
 
 
 def compare_orders(config: Config, request: OrdersRequest) -> Path:
-    """Write ``orders.json`` and ``orders.png``: R² and prior bits over the place in the sequence. Returns the picture.
+    """Write ``orders.json`` and ``orders.png``: R² and bits of the prior by position. Returns the path of the plot.
 
-    Every evaluation gives its tokens' natural order and, by R² alone, the reversed one; an evaluation whose prior has
-    another order gives that, with its bits. A prior of prior.order=scale has none to give. Raises RunError for an
-    evaluation that is missing, of other images, or without measured order.
+    Every evaluation contributes the natural order of its tokens and the reversed order (only R²). If its prior has
+    another order, this is added with its bits, except for prior.order=scale, which is not an order of single tokens.
+    Raises RunError for an evaluation that is missing, of other images, or without a measured order.
     """
     names = list(filter(None, (part.strip() for part in request.runs.split(","))))
     if not names:
-        raise RunError("runs= is empty; give folders of evaluations, comma-separated")
+        raise RunError("runs= is empty; give evaluation folders, comma-separated")
     rows = ranked([row for name in names for row in rows_of_run(Path(name), config)])
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def compare_orders(config: Config, request: OrdersRequest) -> Path:
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By mean R², the best first; without rows whose order another row of the same tokens has with a prior's bits."""
+    """Sort rows by mean R², best first. Drops duplicates (same tokens and order), but no rows with bits of a prior."""
 
     def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
         return one["tokenizer_sha256"] == other["tokenizer_sha256"] and one["order"] == other["order"]
@@ -52,24 +52,24 @@ def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for number, row in enumerate(rows)
         if row["bits_per_token"] is not None
         or not any(
-            same(row, other) and (other["bits_per_token"] is not None or place < number)
-            for place, other in enumerate(rows)
+            same(row, other) and (other["bits_per_token"] is not None or position < number)
+            for position, other in enumerate(rows)
         )
     ]
     return sorted(kept, key=lambda row: -float(row["mean_r2"]))
 
 
 def rows_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """One row an order of a run's tokens. Raises RunError as ``compare_orders`` says."""
+    """One row per order of the tokens of a run. Raises RunError like ``compare_orders``."""
     metrics = read_metrics(folder, config)
-    found = metrics.get("order")
-    if found is None or found["causality"] is None:
-        raise RunError(f"{folder}: its tokens' order was not measured; streams, lists and few images have none")
-    settings, causality, rows = metrics["settings"], found["causality"], []
+    measured = metrics.get("order")
+    if measured is None or measured["causality"] is None:
+        raise RunError(f"{folder}: the order of its tokens was not measured (streams, lists or too few images)")
+    settings, causality, rows = metrics["settings"], measured["causality"], []
     orders = measured_orders(causality)
     for order in orders:
-        known = found["bits_by_position"] is not None and found["prior_order"] == order
-        bits = bits_in_order(found) if known else None
+        has_bits = measured["bits_by_position"] is not None and measured["prior_order"] == order
+        bits = bits_in_order(measured) if has_bits else None
         rows.append(
             {
                 "name": f"{folder.parent.parent.name}/{folder.name}, {order}",
@@ -87,7 +87,7 @@ def rows_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
 
 
 def draw_orders(rows: list[dict[str, Any]], path: Path) -> None:
-    """Both curves of every order over the share of the sequence that came before."""
+    """Plot both curves of every order over the fraction of tokens before."""
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, row in enumerate(rows):

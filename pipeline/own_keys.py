@@ -1,7 +1,7 @@
-"""The commands' own keys, those without a section: one dataclass a command.
+"""Keys of single commands, outside the config sections: one dataclass per command.
 
-They stand apart from the commands so that ``python -m pipeline`` knows them, and refuses a wrong one, before a command
-loads what it works with.
+They are not defined in the modules of the commands, so that ``python -m pipeline`` can reject a wrong key before it
+imports a command.
 """
 
 from __future__ import annotations
@@ -14,177 +14,177 @@ DETAIL = 0.6
 
 @dataclass
 class Request:
-    """What every command that draws images understands."""
+    """Keys of all commands that sample images."""
 
     classes: str = ""
-    """Class names or ids, comma-separated; empty: none, but for sample every class where no text is given."""
+    """Class names or ids, comma-separated; empty: none, except for ``sample`` without text: all classes."""
     text: str = ""
     """Captions, separated by |; empty: none."""
     count: int = 4
-    """Images of each class and caption, and of each input."""
+    """Number of images for each class and caption, and for each input."""
     seed: int = 0
-    """Image i is drawn with seed + i."""
+    """Image i is sampled with seed + i."""
 
 
 @dataclass
 class SampleRequest(Request):
-    """What to sample."""
+    """Keys of ``sample``."""
 
     out: str = "${run}/samples"
-    """Folder for grid.png and the single images."""
+    """Folder for grid.png and single images."""
 
 
 @dataclass
 class ReconstructRequest:
-    """What to reconstruct."""
+    """Keys of ``reconstruct``."""
 
     input: str = ""
-    """An image, or a folder of images. Each is resized as a whole to the tokenizer's square first."""
+    """An image or a folder of images. Each is first resized, without cropping, to the square of the tokenizer."""
     size: str = ""
-    """Height x width of the result, e.g. 300x517, or one number for a square; empty: the tokenizer's own."""
+    """Height x width of the result, e.g. 300x517, or one number for a square; empty: the size of the tokenizer."""
     crop: str = ""
-    """top,left,height,width of the part of the result that is wanted; empty: all of it."""
+    """Part of the result to keep, as top,left,height,width; empty: all of it."""
     out: str = "${run}/reconstructed"
-    """Folder for one PNG an image."""
+    """Folder for one PNG per image."""
 
 
 @dataclass
 class UpsampleRequest(Request):
-    """What to enlarge."""
+    """Keys of ``upsample``."""
 
     input: str = ""
-    """An image, or a folder of images; square, and as large as one of the scales decodes to."""
+    """An image or a folder of images; square, with the size of one of the scales."""
     to: int = 0
-    """Side of the result in pixels, one of the scales'; 0: the full size."""
+    """Side of the result in pixels, the size of one of the scales; 0: the full size."""
     exact: int = EXACT_ROUNDS
-    """Rounds of back-projection that draw the result to what reduces to the input; 0 leaves it as decoded."""
+    """Rounds of back-projection, which make the result consistent with the input; 0: no back-projection."""
     detail: float = DETAIL
-    """1: the sampled detail at full strength; less blends it with bicubic interpolation, which is 0."""
+    """Weight of the sampled detail, from 0 (bicubic interpolation) to 1 (full strength)."""
     out: str = "${run}/upsampled"
-    """Folder for sheet.png and the single images."""
+    """Folder for sheet.png and single images."""
 
 
 @dataclass
 class ColorizeRequest(Request):
-    """What to colour."""
+    """Keys of ``colorize``."""
 
     input: str = ""
-    """A gray image, or a folder of them; cut and resized like the run's own."""
+    """A gray image or a folder of gray images; cropped and resized like the images of the run."""
     color: str = "refuse"
-    """What to do with an input that has colour: refuse it, or drop its colour."""
+    """What to do with an input in color: refuse it, or drop its color."""
     out: str = "${run}/colorized"
-    """Folder for sheet.png and the single images."""
+    """Folder for sheet.png and single images."""
 
 
 @dataclass
 class EditRequest(Request):
-    """What to edit, and how much of it."""
+    """Keys of ``edit``."""
 
     input: str = ""
-    """An image, or a folder of images; cut and resized like the run's own."""
+    """An image or a folder of images; cropped and resized like the images of the run."""
     frozen: str = "1"
-    """Scales to keep; several, comma-separated, give the rows of the contact sheet. 0 needs a mask."""
+    """Number of scales to keep; several, comma-separated, give the rows of the contact sheet. 0 needs a mask."""
     guidances: str = ""
-    """Guidance values, comma-separated, for the columns; empty: sampling.guidance."""
+    """Guidance values for the columns, comma-separated; empty: sampling.guidance."""
     mask: str = ""
-    """An image of the input's size: the scales that are not frozen change only where it is white."""
+    """An image of the same size as the input: scales that are not frozen change only where it is white."""
     out: str = "${run}/edited"
-    """Folder for the contact sheets and the single images."""
+    """Folder for contact sheets and single images."""
 
 
 @dataclass
 class ExportRequest:
-    """What to export, and where to."""
+    """Keys of ``export``."""
 
     out: str = "${run}/export"
-    """Folder to write; an earlier export there is replaced, anything else is left alone."""
+    """Folder to write. An earlier export there is replaced; anything else is never overwritten."""
     programs: bool = False
-    """Also write encoder and decoder as programs of torch.export, of learned tokenizers."""
+    """Also write encoder and decoder as torch.export programs; only for learned tokenizers."""
     license: str = "unknown"
-    """Licence of the weights as Hugging Face names it, e.g. mit or cc-by-4.0; it is the publisher's to choose."""
+    """License of the weights, as named by Hugging Face, e.g. mit or cc-by-4.0. The publisher chooses it."""
 
 
 @dataclass
 class StudioRequest:
-    """Where the page is served."""
+    """Keys of ``studio``."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, and there is no password."""
+    """Address to listen on. 0.0.0.0 lets other machines connect; there is no password."""
     port: int = 0
-    """0: the first free one from 7860."""
+    """0: the first free port from 7860."""
 
 
 @dataclass
 class RatesRequest:
-    """What to compare."""
+    """Keys of ``rates``."""
 
     runs: str = ""
-    """Folders of evaluations (with metrics.json), comma-separated, of the same held-out images."""
+    """Evaluation folders (with metrics.json), comma-separated, with the same held-out images."""
     out: str = "${run}/rates"
     """Folder for rates.json and rates.png."""
 
 
 @dataclass
 class OrdersRequest:
-    """What to compare."""
+    """Keys of ``orders``."""
 
     runs: str = ""
-    """Folders of evaluations (with metrics.json), comma-separated, of the same held-out images."""
+    """Evaluation folders (with metrics.json), comma-separated, with the same held-out images."""
     out: str = "${run}/orders"
     """Folder for orders.json and orders.png."""
 
 
 @dataclass
 class SweepRequest:
-    """The grid: every combination of these."""
+    """Keys of ``sweep``, which samples with every combination of the values."""
 
     guidances: str = ""
-    """Comma-separated; empty: the config's own."""
+    """Comma-separated; empty: the value of the config."""
     temperatures: str = ""
-    """Comma-separated; empty: the config's own."""
+    """Comma-separated; empty: the value of the config."""
     top_ks: str = ""
-    """Comma-separated, 0 for all ids; empty: the config's own."""
+    """Comma-separated, 0 for all ids; empty: the value of the config."""
     out: str = "${run}/sweep"
     """Folder for sweep.json, sweep.md and sweep.png."""
 
 
 @dataclass
 class BenchRequest:
-    """What to measure, and how often."""
+    """Keys of ``bench``."""
 
     parts: str = "all"
     """Comma-separated: transforms, tokenizer, training, cache, reader, prior, sampling; or all."""
     repeats: int = 5
-    """Timed runs of each task, in turn with those that it is compared with; one more comes first, untimed."""
+    """Timed runs of each task, alternating with the tasks it is compared with, after one untimed run."""
     memory: str = ""
-    """Image sides, comma-separated, at which the memory of a prior over lists is measured; empty: none."""
+    """Image sides, comma-separated, at which to measure the memory of a prior over lists; empty: none."""
     out: str = "${run}/bench.json"
-    """Where the figures go."""
+    """File for the results."""
 
 
 @dataclass
 class PlanRequest:
-    """The machines."""
+    """Keys of ``plan``."""
 
     gpus: int = 8
-    """How many."""
+    """Number of GPUs."""
     teraflops: float = 989.0
-    """Peak of one, in TFLOP/s of dense bfloat16 products; 989 is an H100 SXM's by its data sheet."""
+    """Peak of one GPU, in TFLOP/s of dense bfloat16 matrix products; 989 is an H100 SXM (data sheet)."""
     utilisation: float = 0.4
-    """Share of the peak that training reaches; measure it where the GPUs are."""
+    """Fraction of the peak that training reaches; measure it on your GPUs."""
     images: int = 1_281_167
-    """Training images, for the cache; ImageNet's by default."""
+    """Number of training images, for the cache; default: ImageNet."""
     out: str = "${run}/plan.json"
-    """Where the figures go."""
+    """File for the results."""
 
 
 @dataclass
 class TextTokensRequest:
-    """What to cut, and into how long pieces."""
+    """Keys of ``text-tokens``."""
 
     file: str = ""
-    """A text of any encoding."""
+    """A text file in any encoding."""
     length: int = 256
-    """Bytes of a sample."""
+    """Bytes per sample."""
     held_out: float = 0.05
-    """Share of the pieces, the last ones, that validate."""
+    """Fraction of the samples held out for validation, from the end of the text."""

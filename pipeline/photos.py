@@ -1,12 +1,11 @@
-"""``octaves photos``: crops of colour photos out of ordinary packages, as webdataset shards.
+"""``octaves photos``: crops of color photos from ordinary packages, as webdataset shards.
 
-What is notable here:
+Notes:
 
-- the pictures come with Python and Debian packages, so no download page has to be reachable; of the Debian packages
-  the files are unpacked into a temporary folder, nothing is installed;
-- train and val are split by picture, and pictures of one shoot go together: two crops of one wall are no independent
-  test;
-- pictures are reduced by a whole factor (mean over pixels), which removes the traces of JPEG and of colour filters.
+- The pictures come from Python and Debian packages, so no other download site is needed. Debian packages are unpacked
+  into a temporary folder; nothing is installed.
+- Train and val are split by scene, so pictures of one shoot stay together: two crops of one wall are not independent.
+- Pictures are reduced by an integer factor (mean over pixels), which removes traces of JPEG and of color filters.
 """
 
 from __future__ import annotations
@@ -37,37 +36,37 @@ from pipeline.photo_packages import PACKAGES, Package, package_root
 FORMAT_VERSION = 1
 CROPS_PER_SHARD = 4096
 FLAT_GRADIENT = 4.0
-"""Mean of |dx| + |dy| in grey levels below which a crop counts as flat: sky, wall, blur."""
+"""A crop is flat (sky, wall, blur) if its mean of |dx| + |dy| in gray levels is below this value."""
 
 
 @dataclass
 class PhotosConfig:
-    """What to cut; every key can be given as key=value."""
+    """Keys of ``photos``."""
 
     size: int = 64
     """Side of a crop in pixels."""
     reduce: int = 2
-    """Whole factor by which pictures are made smaller before cutting."""
+    """Integer factor by which pictures are reduced before they are cropped."""
     flat_share: float = 0.75
-    """Largest share of flat crops among those of one picture; the rest of them is left out."""
+    """Maximum fraction of flat crops among the crops of a picture; surplus flat crops are dropped."""
     val_share: float = 0.25
-    """Share of the crops, as whole scenes, that is held out."""
+    """Fraction of the crops, in whole scenes, that is held out."""
     split_seed: int = 0
     """Seed of that split."""
     debs: str | None = None
-    """Folder of .deb files that were fetched already; None: fetch them with apt-get where there is one."""
+    """Folder of downloaded .deb files; None: download them with apt-get if available."""
     out: str | None = None
-    """Folder to write to; None: photos<size> under $OCTAVES_DATA."""
+    """Output folder; None: photos<size> in $OCTAVES_DATA."""
 
 
 @dataclass
 class Picture:
-    """One photograph and where it comes from."""
+    """A photograph and its source."""
 
     key: str
     """Package and path of the file in it."""
     scene: str
-    """What the picture shares with others of the same place; pictures of one scene are on one side of the split."""
+    """Shared by all pictures of the same place; pictures of one scene are in the same split."""
     path: Path
     license: str
     crops: list[tuple[int, int]] = field(default_factory=list)
@@ -75,11 +74,11 @@ class Picture:
 
 
 class PhotosError(OctavesError):
-    """Photos that cannot be gathered; the message says what to do."""
+    """Photos cannot be collected. The message says what to do."""
 
 
 def run_photos(overrides: Sequence[str]) -> None:
-    """The command: ``key=value`` overrides of ``PhotosConfig``. Prints where the shards lie. Raises PhotosError."""
+    """Run the command with ``key=value`` overrides of ``PhotosConfig``. Prints the folder. Raises PhotosError."""
     try:
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(PhotosConfig), OmegaConf.from_dotlist(list(overrides)))
@@ -94,10 +93,11 @@ def run_photos(overrides: Sequence[str]) -> None:
 
 
 def gather_photos(config: PhotosConfig) -> Path:
-    """Gather, cut and write; a folder that is finished with the same settings is left as it is. Returns the folder.
+    """Collect, crop and write. A folder that is finished with the same settings is kept as it is. Returns the folder.
 
-    ``index.json`` comes last and lists settings, counts, and crops and licence of each picture. Raises PhotosError for
-    a finished folder with other settings, for a value outside its range, and where no package with pictures is found.
+    ``index.json`` is written last and contains settings, counts, and crops and license of each picture. Raises
+    PhotosError for a finished folder with other settings, for a value out of range, and if no package with pictures is
+    found.
     """
     if config.size < 8 or config.reduce < 1 or not 0 <= config.flat_share < 1 or not 0 < config.val_share < 1:
         raise PhotosError(
@@ -109,7 +109,7 @@ def gather_photos(config: PhotosConfig) -> Path:
     if (out / "index.json").is_file():
         written = json.loads((out / "index.json").read_text())["settings"]
         if written != settings:
-            raise PhotosError(f"{out} was cut with other settings ({written}); delete it, or choose another out=")
+            raise PhotosError(f"{out} was made with other settings ({written}); delete it, or choose another out=")
         return out
     with tempfile.TemporaryDirectory(prefix="octaves-photos-") as scratch:
         pictures = list(find_pictures(config, Path(scratch)))
@@ -130,15 +130,15 @@ def gather_photos(config: PhotosConfig) -> Path:
 
 
 def find_pictures(config: PhotosConfig, scratch: Path) -> Iterator[Picture]:
-    """The photographs of all packages that can be had; prints a line on each that cannot.
+    """The photographs of all available packages; prints a line for each package that is not available.
 
-    Raises PhotosError when none can, or when there are too few pictures to hold some out.
+    Raises PhotosError if there are none, or too few to hold some out.
     """
     count = 0
     for package in PACKAGES:
         root = debian_root(package, config.debs, scratch) if package.debian else package_root(package)
         if root is None:
-            print(f"photos: goes on without {package.name}; to have it: {package.how_to_get}")
+            print(f"photos: continuing without {package.name}; to get it: {package.how_to_get}")
             continue
         for pattern in package.pictures:
             for path in sorted(root.glob(pattern)):
@@ -153,15 +153,15 @@ def find_pictures(config: PhotosConfig, scratch: Path) -> Iterator[Picture]:
 
 
 def debian_root(package: Package, debs: str | None, scratch: Path) -> Path | None:
-    """The unpacked files of a Debian package in ``scratch``, or None where it cannot be had. Needs no root."""
+    """Unpack a Debian package into ``scratch``, without root. Returns the folder; None if it is not available."""
     if shutil.which("dpkg-deb") is None or (debs is None and shutil.which("apt-get") is None):
         return None
     folder = Path(debs).expanduser() if debs else scratch
     if debs is None:
-        fetched = subprocess.run(
+        download = subprocess.run(
             ["apt-get", "download", "-q", package.name], cwd=scratch, capture_output=True, text=True, check=False
         )
-        if fetched.returncode != 0:
+        if download.returncode != 0:
             return None
     archive = next(iter(sorted(folder.glob(f"{package.name}_*.deb"))), None)
     if archive is None:
@@ -172,21 +172,21 @@ def debian_root(package: Package, debs: str | None, scratch: Path) -> Path | Non
 
 
 def reduced(picture: Picture, factor: int) -> Image.Image:
-    """The picture in RGB, every ``factor`` x ``factor`` pixels averaged to one. Raises CorruptImage."""
+    """The picture in RGB, reduced by averaging ``factor`` x ``factor`` pixels. Raises CorruptImage."""
     image = decode(picture.path, picture.key).convert("RGB")
     return image.reduce(factor) if factor > 1 else image
 
 
 def choose_crops(image: Image.Image, size: int, flat_share: float) -> list[tuple[int, int]]:
-    """(left, top) of the crops of a picture: the whole grid that fits, less surplus flat ones.
+    """(left, top) of the crops of a picture: the whole grid that fits, without surplus flat crops.
 
-    Of the flat crops as many stay as make up ``flat_share`` of the result, taken at even distances over the picture, so
-    that sky and wall are seen but do not outweigh everything else.
+    Flat crops may make up ``flat_share`` of the result and are spread evenly over the picture, so that sky and wall
+    occur but do not dominate.
     """
     columns, rows = image.width // size, image.height // size
-    grey = np.asarray(image.convert("L"), dtype=np.float32)
+    gray = np.asarray(image.convert("L"), dtype=np.float32)
     places = [(column * size, row * size) for row in range(rows) for column in range(columns)]
-    tiles = (grey[top : top + size, left : left + size] for left, top in places)
+    tiles = (gray[top : top + size, left : left + size] for left, top in places)
     gradients = np.array(
         [np.abs(np.diff(tile, axis=0)).mean() + np.abs(np.diff(tile, axis=1)).mean() for tile in tiles]
     )
@@ -198,9 +198,9 @@ def choose_crops(image: Image.Image, size: int, flat_share: float) -> list[tuple
 
 
 def split_pictures(pictures: list[Picture], val_share: float, seed: int) -> dict[str, list[Picture]]:
-    """Whole scenes to each side: in the order of their hash they are held out while they fit the share of crops.
+    """Split whole scenes: in the order of their hash, scenes are held out if they fit into the share of crops.
 
-    Raises PhotosError when a side would be empty.
+    Raises PhotosError if a split would be empty.
     """
     room = val_share * sum(len(picture.crops) for picture in pictures)
     sides: dict[str, list[Picture]] = {"train": [], "val": []}
@@ -220,9 +220,9 @@ def split_pictures(pictures: list[Picture], val_share: float, seed: int) -> dict
 
 
 def write_side(pictures: list[Picture], folder: Path, config: PhotosConfig) -> int:
-    """Shards of one side's crops (lossless webp, and json with picture, place and licence). Returns their number.
+    """Write the shards of a split: lossless webp, and json with picture, position and license. Returns the crop count.
 
-    Crops are written in the order of their hash: a folder read in order shows all pictures.
+    Crops are sorted by hash, so that a folder read in order mixes all pictures.
     """
     records: dict[str, dict[str, object]] = {}
     for picture in pictures:

@@ -1,10 +1,10 @@
-"""Where a run takes place: the device, its processes, and those that load for them.
+"""Where a run is executed: the device, its processes, and their loader processes.
 
-What is notable here:
+Notes:
 
-- what a config leaves to ``auto`` the machine decides, by the same functions for every command;
-- nothing here changes a result on purpose, so it may differ between two calls of one run;
-- Lightning is imported for what trains alone: the other commands ask for a device only.
+- ``auto`` in a config is resolved by the same functions for every command.
+- Nothing here is meant to change results, so it may differ between two calls of one run.
+- Lightning is imported only by the commands that train; the others only need a device.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ if TYPE_CHECKING:
     from pipeline.config import Config, TrainerConfig
 
 MOST_LOADERS = 8
-"""Loader processes of a process where nobody says how many: more of them wait for the disk or for the GPU."""
+"""Maximum number of loader processes per process for ``auto``: more would wait for the disk or for the GPU."""
 CORES_A_LOADER = 4
-"""Cores for each loader process where the training itself works on them."""
+"""Cores per loader process if training itself runs on the CPU."""
 
 
 def device_for(accelerator: str) -> torch.device:
-    """What ``trainer.accelerator`` means: auto is a CUDA GPU where there is one, else Apple's, else the CPU.
+    """Device of ``trainer.accelerator``: auto is a CUDA GPU if available, otherwise an Apple GPU, otherwise the CPU.
 
-    Raises RunError for a GPU that is not there.
+    Raises RunError for a GPU that is not available.
     """
-    there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if there.get(accelerator) is False:
+    available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if available.get(accelerator) is False:
         missing = {"gpu": "CUDA GPU", "mps": "Apple GPU"}[accelerator]
         raise RunError(f"trainer.accelerator={accelerator}, but there is no {missing} here; use auto or cpu")
     if accelerator == "auto":
-        accelerator = next((kind for kind in there if there[kind]), "cpu")
+        accelerator = next((kind for kind in available if available[kind]), "cpu")
     return torch.device("cuda" if accelerator == "gpu" else accelerator)
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of a command that runs in one process. Raises RunError for a GPU that is not there."""
+    """Device of a command that runs in one process. Raises RunError for a GPU that is not available."""
     return device_for(config.trainer.accelerator)
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a CUDA GPU; mps and cpu are called that."""
+    """Name of a CUDA GPU; otherwise mps or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when a GPU has done what it was told; a CPU has."""
+    """Wait until a GPU has finished its work; on the CPU, there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -62,12 +62,12 @@ def wait_for(device: torch.device) -> None:
 
 
 def processes_here(place: TrainerConfig) -> int:
-    """Processes that training and caching have on this machine. Raises RunError where there are not as many GPUs."""
+    """Number of processes for training and caching on this machine. Raises RunError if there are not enough GPUs."""
     device = device_for(place.accelerator)
     if device.type == "cpu":
-        return max(1, place.devices)  # every GPU of none: the CPU
+        return max(1, place.devices)  # -1, one per GPU, is one process on the CPU
     gpus = torch.cuda.device_count() if device.type == "cuda" else 1
-    # a launcher may show each process its own GPU alone
+    # a launcher may make only one GPU visible to each process
     if place.devices > gpus and (device.type == "mps" or "LOCAL_RANK" not in os.environ):
         raise RunError(
             f"trainer.devices={place.devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}; set trainer.devices="
@@ -77,10 +77,10 @@ def processes_here(place: TrainerConfig) -> int:
 
 
 def placement(place: TrainerConfig, timeout: timedelta = default_pg_timeout) -> dict[str, Any]:
-    """Trainer arguments that say where work runs; data modules split the data themselves.
+    """Trainer arguments for device, processes and strategy. Data modules split the data themselves.
 
-    ``timeout``: how long a rank waits for the others. Raises RunError for GPUs that are not there, and for several
-    processes on Apple's.
+    ``timeout``: how long a rank waits for the others. Raises RunError for GPUs that are not available, and for several
+    processes on Apple GPUs.
     """
     device, devices = device_for(place.accelerator), processes_here(place)
     processes = place.num_nodes * devices
@@ -88,7 +88,7 @@ def placement(place: TrainerConfig, timeout: timedelta = default_pg_timeout) -> 
     if processes > 1:
         if device.type == "mps":
             raise RunError(
-                f"trainer.num_nodes={place.num_nodes} on mps: torch has no communication between Apple GPUs; set "
+                f"trainer.num_nodes={place.num_nodes} on mps: torch cannot communicate between Apple GPUs; set "
                 "trainer.num_nodes=1, or trainer.accelerator=cpu"
             )
         from pipeline.ranks import WatchedDDP
@@ -107,12 +107,12 @@ def placement(place: TrainerConfig, timeout: timedelta = default_pg_timeout) -> 
 
 
 def image_loaders(config: Config) -> int:
-    """Loader processes of each process that reads images: ``trainer.num_workers``, and what auto means for them.
+    """Loader processes of each process that reads images: ``trainer.num_workers``, or the number for auto.
 
-    None for images that lie in memory. Beside a GPU each process has its share of the cores but one, on which it feeds
-    the GPU, up to ``MOST_LOADERS``. Where the CPU itself works, reading is a small part of a step, and a loader that
-    takes a core holds up the threads on all others, which wait for that one at the end of every operation: so a loader
-    for ``CORES_A_LOADER`` cores, and none on two.
+    For images in memory auto is 0. With a GPU, each process has loaders on all of its cores but one, which feeds the
+    GPU, up to ``MOST_LOADERS``. On the CPU, reading takes a small part of a step, and a loader that occupies a core
+    delays the threads on all others, which wait for each other at the end of every operation. So there is one loader
+    per ``CORES_A_LOADER`` cores, and none on two cores.
     """
     place = config.trainer
     if isinstance(place.num_workers, int):
@@ -125,6 +125,6 @@ def image_loaders(config: Config) -> int:
 
 
 def token_loaders(config: Config) -> int:
-    """Loader processes of each process that reads tokens: auto is none, for one process reads more than any prior."""
+    """Loader processes of each process that reads tokens. auto is 0: one process reads faster than any prior trains."""
     workers = config.trainer.num_workers
     return workers if isinstance(workers, int) else 0

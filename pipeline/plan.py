@@ -1,12 +1,12 @@
-"""plan: what training a config would take on many GPUs: parameters, FLOPs, memory, throughput and days.
+"""plan: estimate what training a config takes on many GPUs: parameters, FLOPs, memory, throughput and days.
 
-What is notable here:
+Notes:
 
-- nothing is guessed from formulas: FLOPs and the bytes that a training step keeps are counted on the config's own
-  networks with one and two layers, one sample, on the CPU with a GPU's kind of attention. Every layer adds the same,
-  so the full depth follows;
-- what cannot be known without the GPUs is an input and stands in the result: their peak, and the share of it that
-  training reaches (``octaves bench parts=prior`` measures it).
+- FLOPs and bytes of a training step are not derived from formulas. They are counted on the networks of the config with
+  one and two layers, for one sample, on the CPU with the kind of attention that GPUs use. Every layer adds the same, so
+  the full depth follows.
+- What depends on the GPUs is an input and is repeated in the result: their peak, and the fraction of it that training
+  reaches (``octaves bench parts=prior`` measures it).
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from stages.tokenizer.module import TokenizerModule
 CLASSES = ["class"] * 1000
 TEXT = {"encoder": "minilm", "max_tokens": 32, "width": 384, "empty_length": 2}
 STATE_BYTES = 20
-"""Bytes that training keeps for a parameter in float32: weight, gradient, two moments of Adam, averaged weight. Muon's
-matrices need one moment less."""
+"""Bytes per parameter that training keeps in float32: weight, gradient, two moments of Adam, averaged weight. Matrices
+under Muon need one moment less."""
 GATHERED_BYTES = 8
-"""Bytes of a parameter in float32 while it is gathered under FSDP: weight, gradient."""
+"""Bytes per parameter in float32 while it is gathered under FSDP: weight, gradient."""
 SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one sample costs in one training step."""
+    """Cost of one sample in one training step."""
 
     flops: float
     """Forward and backward."""
     saved: float
-    """Bytes kept for the backward pass in float32; under bfloat16 autocast roughly half."""
+    """Bytes kept for the backward pass in float32; about half under bfloat16 autocast."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.saved + other.saved)
@@ -66,7 +66,7 @@ class Cost:
 
 
 def run_plan(config: Config, request: PlanRequest) -> Path:
-    """Print a table and write it as JSON. Raises RunError for impossible machines and for what has no fixed cost."""
+    """Print a table and write it as JSON. Raises RunError for invalid values, and for models without a fixed cost."""
     for key, low, high in (("gpus", 1, 1e6), ("teraflops", 1e-3, 1e6), ("utilisation", 1e-3, 1), ("images", 1, 1e12)):
         if not low <= getattr(request, key) <= high:
             raise RunError(f"{key}={getattr(request, key)}; allowed: {low:g} to {high:g}")
@@ -74,7 +74,9 @@ def run_plan(config: Config, request: PlanRequest) -> Path:
     with torch.device("meta"):
         tokenizer = build_tokenizer(config.tokenizer, size, config.images.channels)
     if tokenizer.layout.ends != "fixed" or not tokenizer.trainable:
-        raise RunError(f"tokenizer.kind={config.tokenizer.kind}: only learned tokenizers of a fixed length are planned")
+        raise RunError(
+            f"tokenizer.kind={config.tokenizer.kind}: only learned tokenizers with a fixed length can be planned"
+        )
     layout = tokenizer.layout
     with torch.device("meta"):
         prior = build_prior(config.prior, config.condition, layout, CLASSES, TEXT)
@@ -86,9 +88,9 @@ def run_plan(config: Config, request: PlanRequest) -> Path:
         stages["prior"]["state_gigabytes"] = sharded_gigabytes(prior, request.gpus)
     views = 2 if config.images.flip else 1
     id_bytes = token_dtype(layout.max_vocabulary_size).itemsize
-    # encoding is a part of the tokenizer's forward pass, which is a third of a training step: an upper bound
+    # encoding is part of the forward pass, which is a third of a training step: an upper bound
     seconds = request.images * views * stages["tokenizer"]["flops_per_sample"] / 3 / speed_of(request)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "settings": {**asdict(request), "config": config.name, "image_size": config.images.size},
         "tokens_per_image": layout.length,
         "stages": stages,
@@ -98,24 +100,24 @@ def run_plan(config: Config, request: PlanRequest) -> Path:
         },
         "left_out": "perceptual distance and discriminator; time for reading, logging and communication",
     }
-    print(table_of(found))
+    print(table_of(results))
     out = Path(request.out)
-    write_atomically(out, json.dumps(found, indent=1).encode() + b"\n")
+    write_atomically(out, json.dumps(results, indent=1).encode() + b"\n")
     print(f"wrote {out}")
     return out
 
 
 def speed_of(request: PlanRequest) -> float:
-    """FLOPs a second of all GPUs."""
+    """FLOPs per second of all GPUs."""
     return request.gpus * request.teraflops * 1e12 * request.utilisation
 
 
 def stage_plan(network: nn.Module, cost: Cost, training: Any, request: PlanRequest) -> dict[str, Any]:
-    """What one stage takes."""
+    """Estimates for one stage."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
     batch = training.batch_size_per_device * training.accumulate_batches * request.gpus
     rate = speed_of(request) / cost.flops
-    half = 1 if training.precision == "32" else 2  # auto is bf16 on the GPUs that are planned for
+    half = 1 if training.precision == "32" else 2  # auto is bf16 on these GPUs
     return {
         "parameters": parameters,
         "flops_per_sample": cost.flops,
@@ -129,9 +131,9 @@ def stage_plan(network: nn.Module, cost: Cost, training: Any, request: PlanReque
 
 
 def sharded_gigabytes(prior: nn.Module, gpus: int) -> float:
-    """What a GPU keeps of the training state under FSDP: its share, and what is gathered at once.
+    """Training state per GPU under FSDP: its share, and what is gathered at the same time.
 
-    Gathered are the weights outside the layers for the whole pass, the layer that is worked on and the next one.
+    The weights outside the layers are gathered for the whole pass, those of layers only for the current and next one.
     """
     layers, rest = sharded_parts(prior)
     gathered = rest + sum(sorted(layers)[-2:])
@@ -139,13 +141,13 @@ def sharded_gigabytes(prior: nn.Module, gpus: int) -> float:
 
 
 def tokenizer_cost(config: Config) -> Cost:
-    """One image through encoder, quantiser and decoder, forward and backward."""
+    """Cost of one image: encoder, quantizer and decoder, forward and backward."""
     full = {part: getattr(config.tokenizer, part).depth for part in ("encoder", "decoder")}
     return at_depth(lambda depths: tokenizer_cost_of(config, depths), full)
 
 
 def tokenizer_cost_of(config: Config, depths: dict[str, int]) -> Cost:
-    """The same of encoder and decoder with so many layers, counted."""
+    """Measured cost of one image for encoder and decoder with ``depths`` layers."""
     section, side = config.tokenizer, config.images.size
     parts = {part: dataclasses.replace(getattr(section, part), depth=depth) for part, depth in depths.items()}
     tokenizer = build_tokenizer(dataclasses.replace(section, **parts), (side, side), config.images.channels)
@@ -156,13 +158,13 @@ def tokenizer_cost_of(config: Config, depths: dict[str, int]) -> Cost:
 
 
 def prior_cost(config: Config, layout: TokenLayout) -> Cost:
-    """One sequence, forward and backward; recomputed layers count again."""
+    """Cost of one sequence, forward and backward; recomputed layers count again."""
     section: Any = config.prior
     return at_depth(lambda depths: prior_cost_of(config, layout, depths), {"depth": section.depth})
 
 
 def prior_cost_of(config: Config, layout: TokenLayout, depths: dict[str, int]) -> Cost:
-    """The same of a prior with so many layers, counted."""
+    """Measured cost of one sequence for a prior with ``depths`` layers."""
     section: Any = config.prior
     prior = build_prior(dataclasses.replace(section, **depths), config.condition, layout, CLASSES, TEXT).train()
     ids = torch.zeros(1, layout.length, layout.num_fields, dtype=torch.int64)
@@ -171,7 +173,7 @@ def prior_cost_of(config: Config, layout: TokenLayout, depths: dict[str, int]) -
 
 
 def measured(step: Callable[[], Tensor], network: nn.Module) -> Cost:
-    """FLOPs of a step, forward and backward, and bytes that it keeps between them."""
+    """FLOPs of a step, forward and backward, and the bytes that it keeps for the backward pass."""
     with FlopCounterMode(display=False) as counter, fused_attention():
         losses: list[Tensor] = []
         saved = saved_bytes(lambda: losses.append(step()), network)["rest"]
@@ -180,7 +182,7 @@ def measured(step: Callable[[], Tensor], network: nn.Module) -> Cost:
 
 
 def at_depth(cost: Callable[[dict[str, int]], Cost], full: dict[str, int]) -> Cost:
-    """The cost of the ``full`` depths, from networks with one layer of each part and with two of one of them."""
+    """Cost at the ``full`` depths, extrapolated from one layer in each part, and two layers in one part at a time."""
     ones = dict.fromkeys(full, 1)
     first = cost(ones)
     total = first
@@ -190,7 +192,7 @@ def at_depth(cost: Callable[[dict[str, int]], Cost], full: dict[str, int]) -> Co
 
 
 def table_of(found: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The results as Markdown."""
     settings, stages = found["settings"], found["stages"]
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("parameters, M", lambda stage: f"{stage['parameters'] / 1e6:.1f}"),

@@ -1,4 +1,4 @@
-"""What can be loaded and used: a tokenizer's file, a run's folder, or a folder that ``octaves export`` wrote."""
+"""Load models from a tokenizer file, a run folder, or a folder written by ``octaves export``."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ PROGRAMS = {"encoder": "encoder.pt2", "decoder": "decoder.pt2"}
 
 
 class PretrainedError(OctavesError, ValueError):
-    """A path that holds no model of this project, or a damaged one."""
+    """A path without a model of this project, or with a damaged one."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A tokenizer, the prior over its tokens, and how both want to be used."""
+    """A tokenizer, the prior of its tokens, and default settings."""
 
     tokenizer: Tokenizer
     prior: Prior | None = None
-    """None where there is a tokenizer alone."""
+    """None for a tokenizer alone."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    """How images are cut: size, channels, eval_view and background."""
+    """How images are cropped: size, channels, eval_view and background."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How tokens are drawn where nobody says otherwise."""
+    """Default sampling settings."""
 
 
 def load_pretrained(path: str | Path) -> Pretrained:
-    """The models of a tokenizer's file, a run's folder or an export, on the CPU.
+    """Load the models of a tokenizer file, a run folder or an export, on the CPU.
 
-    A run's folder knows what it was trained with, but not how its YAML samples; an export knows both. Raises
-    PretrainedError for a path that is none of these, or an export whose files are not those that it names, and
-    WeightsError for damaged weights or a prior of another tokenizer.
+    An export contains the sampling settings of its config; a run folder does not, so they have their defaults. Raises
+    PretrainedError for a path that is none of these, or an export whose files differ from those listed in its
+    ``config.json``; WeightsError for damaged weights or a prior of another tokenizer.
     """
     given = Path(path).expanduser()
     if given.is_file():
@@ -74,36 +74,38 @@ def load_pretrained(path: str | Path) -> Pretrained:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """``config.json`` of an export. Raises PretrainedError for anything else."""
+    """Read ``config.json`` of an export. Raises PretrainedError for anything else."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PretrainedError(f"{path}: missing or no JSON ({error})") from error
-    found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        raise PretrainedError(f"{path} was not written by `octaves export`: format {found!r}, expected {FORMAT!r}")
+        raise PretrainedError(f"{path}: missing or not valid JSON ({error})") from error
+    file_format = config.get("format") if isinstance(config, dict) else None
+    if file_format != FORMAT:
+        raise PretrainedError(
+            f"{path} was not written by `octaves export`: format {file_format!r}, expected {FORMAT!r}"
+        )
     if not isinstance(config.get("files"), dict) or "prior" not in config:
-        raise PretrainedError(f"{path} does not describe an export (it names no files)")
+        raise PretrainedError(f"{path} does not describe an export (it lists no files)")
     return config
 
 
 def check_files(folder: Path, config: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise PretrainedError unless an export has these files with the sha256 that its ``config.json`` names."""
+    """Raise PretrainedError unless an export contains these files with the sha256 listed in its ``config.json``."""
     for name in names:
         path = folder / name
         if not path.is_file():
             raise PretrainedError(f"{path} is missing; export or download the folder again")
-        found, wanted = file_sha256(path), str(config["files"].get(name))
-        if found != wanted:
+        actual, expected = file_sha256(path), str(config["files"].get(name))
+        if actual != expected:
             raise PretrainedError(
-                f"{path} is not the file that {CONFIG} names: sha256 {found[:12]}, not {wanted[:12]}; export or "
+                f"{path} is not the file listed in {CONFIG}: sha256 {actual[:12]}, not {expected[:12]}; export or "
                 "download it again (in a git clone: git lfs pull)"
             )
 
 
 def read_stage_config(weights: Path) -> dict[str, Any]:
-    """The plain config that a run keeps beside a weights file; empty where there is none."""
+    """The plain config that a run stores beside a weights file; empty if there is none."""
     path = weights.parent / "config.yaml"
     if not path.is_file():
         return {}
@@ -114,12 +116,12 @@ def read_stage_config(weights: Path) -> dict[str, Any]:
 def _load(
     tokenizer_path: Path, prior_path: Path | None, images: dict[str, Any], sampling: SamplingConfig
 ) -> Pretrained:
-    """What the files hold; of the config section ``images`` it takes how they are cut."""
+    """Load the files. Of the config section ``images``, only the keys on cropping are used."""
     tokenizer, _ = load_tokenizer(tokenizer_path)
     prior = None
     if prior_path is not None:
         prior, metadata = load_prior(prior_path)
         check_pair(metadata, prior_path, tokenizer_path)
-    cut = {key: images[key] for key in ("eval_view", "background") if key in images}
-    own = ImagesConfig(size=tokenizer.layout.image_size[0], channels=tokenizer.channels, **cut)
-    return Pretrained(tokenizer, prior, own, sampling)
+    crop_keys = {key: images[key] for key in ("eval_view", "background") if key in images}
+    image_config = ImagesConfig(size=tokenizer.layout.image_size[0], channels=tokenizer.channels, **crop_keys)
+    return Pretrained(tokenizer, prior, image_config, sampling)

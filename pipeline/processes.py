@@ -1,10 +1,11 @@
-"""Processes that belong together end together, and only the first of them writes what is common.
+"""Process lifetimes and SIGTERM: processes of a command end together, and only the first one writes shared files.
 
-Lightning starts the other ranks by running the command line again; loader processes are forked. When the first one is
-killed with -9, nobody tells them. Each asks the kernel to be killed with its parent (Linux), or watches it (elsewhere).
+Lightning starts the other ranks by running the command line again; loader processes are forked. If the first process is
+killed with -9, they are not notified. So each of them asks the kernel to be killed with its parent (Linux), or polls
+for its parent (elsewhere).
 
-SIGTERM is how schedulers take a machine back. A command that gets it ends with exit code ``REQUEUE``, and does the rest
-when it is called again; a training loop first saves where it is.
+Schedulers send SIGTERM to take a machine back. A command that receives it ends with exit code ``REQUEUE`` and continues
+when it is called again; a training loop first saves a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import FrameType
 from data.errors import OctavesError
 
 REQUEUE = 75
-"""Exit code of a command that SIGTERM ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit code of a command ended by SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 _FIRST = "OCTAVES_FIRST_PROCESS"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -33,7 +34,7 @@ _sigterm_received = False
 
 
 class Preempted(OctavesError):
-    """SIGTERM came. What was done is kept, and the same command goes on from there."""
+    """Ended by SIGTERM. Finished work is kept, and the same command continues from there."""
 
     def __init__(self, done: str = "ended by SIGTERM") -> None:
         super().__init__(f"{done}; run the same command again to continue (exit code {REQUEUE})")
@@ -41,31 +42,31 @@ class Preempted(OctavesError):
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises Preempted, or is only noted after ``defer_sigterm``."""
+    """Context in which SIGTERM raises Preempted or, after ``defer_sigterm``, is only recorded."""
     global _sigterm_received
     _sigterm_received = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _raise_preempted)
+    previous_handler = signal.signal(signal.SIGTERM, _raise_preempted)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def defer_sigterm() -> None:
-    """From now on SIGTERM is only noted: the loop that runs now asks ``sigterm_received`` where it can stop.
+    """From now on, only record SIGTERM: the running loop checks ``sigterm_received`` where it can stop.
 
-    Call it when a Trainer has begun. This replaces Lightning's handler, which starts a collective wherever the process
-    happens to be; the Trainer puts back what was there before when it ends.
+    Call it after a Trainer has started. It replaces Lightning's handler, which starts a collective operation wherever
+    the process happens to be. The Trainer restores the earlier handler when it ends.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _note_sigterm)
 
 
 def sigterm_received() -> bool:
-    """True after a SIGTERM in this command."""
+    """True if this command has received SIGTERM."""
     return _sigterm_received
 
 
@@ -75,7 +76,7 @@ def _note_sigterm(number: int, frame: FrameType | None) -> None:
 
 
 def _raise_preempted(number: int, frame: FrameType | None) -> None:
-    if not sigterm_received():  # schedulers repeat it
+    if not sigterm_received():  # schedulers may send it repeatedly
         _note_sigterm(number, frame)
         raise Preempted
 
@@ -86,14 +87,14 @@ def is_follower() -> bool:
 
 
 def is_first_process() -> bool:
-    """True in the process that the user started, or in rank 0 where a launcher started all of them."""
+    """True in the process that the user started, or in rank 0 if a launcher started all ranks."""
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
 
 
 def end_with_parent() -> None:
-    """Call at the start of a command: ranks and loader processes then end when the process that started them does.
+    """Make ranks and loader processes end with the process that started them. Call it at the start of a command.
 
-    Without it a killed command leaves ranks that wait for it, and loader processes that keep its lock.
+    Without it, a killed command leaves ranks that wait for it, and loader processes that keep its lock.
     """
     global _prepared
     if _prepared:
@@ -107,7 +108,7 @@ def end_with_parent() -> None:
 
 
 def _before_fork() -> None:
-    # The kernel's signal comes when the forking *thread* ends, so only children of the main thread may follow.
+    # The kernel sends the signal when the forking *thread* ends, so only children of the main thread may follow.
     global _forking
     _forking = os.getpid(), threading.current_thread() is threading.main_thread()
 
@@ -116,20 +117,20 @@ def _after_fork() -> None:
     parent, from_main_thread = _forking
     if from_main_thread:
         if hasattr(signal, "pthread_sigmask"):
-            # a loader process must not end by a scheduler's SIGTERM before it can tell who sent it (data.stream)
+            # a scheduler's SIGTERM must not end a loader process before it can check who sent it (data.stream)
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         follow(parent)
 
 
 def prepare_child(parent: int) -> None:
-    """For ``preexec_fn`` of a command that ``parent`` starts: it ends with its parent, and SIGTERM reaches it."""
+    """For ``preexec_fn`` of a command started by ``parent``: it ends with its parent, and SIGTERM reaches it."""
     follow(parent)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the hook for forked loader processes
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the fork hook
 
 
 def follow(parent: int) -> None:
-    """Be killed when ``parent``, the process that started this one, ends, or now if it has ended."""
+    """Be killed when ``parent``, which started this process, ends; if it has already ended, be killed now."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

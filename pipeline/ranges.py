@@ -1,6 +1,6 @@
-"""Which values each key of a config may have, whatever the others are.
+"""Allowed values of single config keys, independent of other keys.
 
-One table a kind of range. Keys that the chosen kinds do not have are passed over.
+There is one table per type of range. Keys that the chosen kinds do not have are skipped.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ ABOVE_ZERO = (
     "prior_training.matrix_learning_rate",
 )
 
-# Sizes of networks.
+# Network sizes.
 NETWORK_SIZES = (
     *(f"tokenizer.{part}.{key}" for part in ("encoder", "decoder") for key in ("depth", "width", "heads")),
     *(f"prior.{key}" for key in ("depth", "width", "heads", "max_length", "chunk", "overlap", "patch")),
@@ -118,7 +118,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (AUTO_OR_MORE, lambda value: value == "auto" if isinstance(value, str) else value >= 0, "auto, or 0 or more"),
 )
 
-# Ranges of whole numbers.
+# Ranges of integers, both ends included.
 BETWEEN = {
     "tokenizer.quantizer.codes": (2, 2**16),
     "tokenizer.quantizer.bits": (1, 64),
@@ -128,7 +128,7 @@ BETWEEN = {
 
 
 def get(config: Config, key: str) -> Any:
-    """The value of a dotted key; None for a key that the chosen kind does not have."""
+    """The value of a dotted key; None if the chosen kind does not have it."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part, None)
@@ -136,14 +136,14 @@ def get(config: Config, key: str) -> Any:
 
 
 def out_of_range(config: Config) -> str | None:
-    """One line that names the first value outside of its range, and what is allowed; or None."""
+    """One line that names the first value out of its range, and what is allowed; None if all values are valid."""
     for key, allowed in ALLOWED.items():
         if (value := get(config, key)) is not None and value not in allowed:
             return f"{key}={value!r}; allowed: {', '.join(map(str, allowed))}"
-    for keys, fits, said in RANGES:
+    for keys, fits, description in RANGES:
         for key in keys:
             if (value := get(config, key)) is not None and not fits(value):
-                return f"{key}={value}; allowed: {said}"
+                return f"{key}={value}; allowed: {description}"
     for key, (low, high) in BETWEEN.items():
         if (value := get(config, key)) is not None and not low <= value <= high:
             return f"{key}={value}; allowed: {low} to {high}"

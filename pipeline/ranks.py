@@ -1,7 +1,8 @@
-"""The processes of one run on several devices end together, each with one line and no traceback.
+"""Ranks of one run end together, each with one line instead of a traceback.
 
-Lightning starts the other ranks and kills the first one with -9, without a word, when one of them fails; where the
-first one notices earlier, it ends with the traceback of a broken connection. Here it says which rank ended, and how.
+Lightning starts the other ranks, and if one of them fails, it kills the first one with -9, without a message. If the
+first one notices the failure earlier, it ends with the traceback of a broken connection. Here it reports which rank
+ended, and how.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from pipeline.errors import RunError
 from pipeline.processes import REQUEUE, Preempted, is_follower
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 20.0  # the first process may be writing; where it only waits for the dead one, it waits no longer
-_NOTICE_SECONDS = 5.0  # a connection breaks before its process has ended
+_GRACE_SECONDS = 20.0  # for a first process that is still writing; if it only waits for the dead rank, it ends earlier
+_NOTICE_SECONDS = 5.0  # the connection breaks before the process has ended
 
 
 class Watched:
-    """Makes a strategy one on ranks that the first process starts and watches, or that a launcher started."""
+    """Mixin for strategies: the first process starts and watches the ranks, unless a launcher has started them."""
 
     started: Sequence[subprocess.Popen[bytes]] = ()
     """The ranks that this process started."""
@@ -43,7 +44,7 @@ class Watched:
 
 
 class WatchedDDP(Watched, DDPStrategy):
-    """Every rank keeps the whole training state."""
+    """DDP: every rank keeps the whole training state."""
 
 
 class _WatchedRanks(_SubprocessScriptLauncher):
@@ -53,7 +54,7 @@ class _WatchedRanks(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         super()._call_children_scripts()
-        # Lightning's observer gets an empty list, and has nothing to kill this process for.
+        # Lightning's observer gets an empty list, so that it never kills this process.
         self._strategy.started, self.procs = tuple(self.procs), []
         threading.Thread(target=_watch, args=(self._strategy.started,), daemon=True).start()
 
@@ -72,16 +73,18 @@ def _failed(started: Sequence[subprocess.Popen[bytes]]) -> OctavesError | None:
         if code == REQUEUE:
             return Preempted()
         if code:
-            how = f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code}; its message says why"
-            return RunError(f"process {rank} of this run {how}; run the same command again to continue")
+            outcome = (
+                f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code}; its message says why"
+            )
+            return RunError(f"process {rank} of this run {outcome}; run the same command again to continue")
     return None
 
 
 @contextmanager
 def ending_together(trainer: L.Trainer) -> Iterator[None]:
-    """Turn what a lost process does to this one into one line: raises RunError, Preempted or the loader's own error.
+    """Turn errors caused by a lost process into one line: raises RunError, Preempted or the loader's own error.
 
-    A rank that the first process started says nothing when it loses the others, for the first process speaks.
+    A rank that the first process started prints nothing if it loses the others, because the first process reports it.
     """
     try:
         yield
@@ -90,11 +93,11 @@ def ending_together(trainer: L.Trainer) -> Iterator[None]:
             raise OctavesError(message) from error
         raise
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # a batch that is fetched at that moment breaks its connection before torch notices
+        # fetching a batch at that moment fails with a connection error, before torch notices the dead worker
         if "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
             raise RunError(
                 f"a loader process has ended ({str(error).splitlines()[0]}); run the same command again to continue, "
-                "with a smaller trainer.num_workers where memory is short"
+                "with a smaller trainer.num_workers if memory is short"
             ) from error
         started = getattr(trainer.strategy, "started", ())
         deadline = time.monotonic() + _NOTICE_SECONDS
@@ -110,7 +113,7 @@ def ending_together(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _from_loader(error: OctavesError) -> str | None:
-    """The message alone where torch has wrapped an error of a loader process with its traceback."""
+    """The original message if torch has wrapped an error of a loader process with its traceback; otherwise None."""
     text = str(error)
     if "Original Traceback" not in text:
         return None

@@ -1,4 +1,4 @@
-"""rates: what runs pay for an image and how close they come, beside the image formats that everybody has."""
+"""rates: compare bit rate and PSNR of evaluated runs with those of common image formats."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str, tuple[Any, ...]]] = {
     "WebP": ("WEBP", {"method": 6}, "quality", (1, 5, 15, 30, 50, 70, 85, 95)),
     "JPEG 2000": ("JPEG2000", {"quality_mode": "dB"}, "quality_layers", ([18], [21], [24], [27], [30], [34], [38])),
 }
-"""Name to (Pillow's name, its options, the option that sets the quality, its values); no values: lossless."""
+"""Name: (Pillow format, its options, the option that sets the quality, its values; none for lossless formats)."""
 
 SAME = {
     "images": ("kind", "path", "size", "channels", "eval_view", "val_share", "split_seed"),
     "eval": ("num_images",),
 }
-"""Keys that decide which images an evaluation saw."""
+"""Config keys that determine the images of an evaluation."""
 
 COLOURS = colormaps["tab20"]
 
 
 def compare_rates(config: Config, request: RatesRequest) -> Path:
-    """Write ``rates.json`` and ``rates.png``: bits for each pixel beside PSNR. Returns the picture.
+    """Write ``rates.json`` and ``rates.png``: bits per pixel and PSNR. Returns the path of the plot.
 
-    The formats code ``eval.num_images`` held-out images of this config, as its tokenizer sees them. Raises RunError for
-    an evaluation that is missing, or of other images (``SAME``).
+    The image formats encode ``eval.num_images`` held-out images of this config, cropped as for its tokenizer. Raises
+    RunError for an evaluation that is missing or of other images (``SAME``).
     """
     curves = []
     for name in filter(None, (part.strip() for part in request.runs.split(","))):
@@ -57,8 +57,8 @@ def compare_rates(config: Config, request: RatesRequest) -> Path:
         curves.append(curve_of_format(name, pixels))
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
-    found = {"images": len(pixels), "image_size": list(pixels.shape[-2:]), "curves": curves}
-    (out / "rates.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results = {"images": len(pixels), "image_size": list(pixels.shape[-2:]), "curves": curves}
+    (out / "rates.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw_rates(curves, "x".join(map(str, pixels.shape[-2:])), out / "rates.png")
     for curve in curves:
         for point in curve["points"]:
@@ -69,10 +69,10 @@ def compare_rates(config: Config, request: RatesRequest) -> Path:
 
 
 def read_metrics(folder: Path, config: Config) -> dict[str, Any]:
-    """An evaluation's metrics. Raises RunError where they are missing, or of other images than this config's."""
+    """Metrics of an evaluation. Raises RunError if they are missing, or of other images than those of this config."""
     path = folder / "metrics.json"
     if not path.is_file():
-        raise RunError(f"{path} is missing: give folders of evaluations, e.g. runs/fashion/eval/default")
+        raise RunError(f"{path} is missing: give evaluation folders, e.g. runs/fashion/eval/default")
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     plain = metrics["settings"]["config"]
     own = to_plain(config)
@@ -81,13 +81,13 @@ def read_metrics(folder: Path, config: Config) -> dict[str, Any]:
             if plain[section][key] != own[section][key]:
                 raise RunError(
                     f"{path} has {section}.{key}={plain[section][key]}, this CONFIG {own[section][key]}: "
-                    "evaluations are compared on the same held-out images"
+                    "only evaluations of the same held-out images can be compared"
                 )
     return metrics
 
 
 def curves_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """Curves of an evaluation: under its prior where it has one; streams one point for each of their scales."""
+    """Curves of an evaluation, with and without its prior; streams have one point per scale."""
     metrics = read_metrics(folder, config)
     rate, name = metrics["rate"], metrics["settings"]["config"]["name"]
     streams = metrics.get("streams")
@@ -113,9 +113,9 @@ def curves_of_run(folder: Path, config: Config) -> list[dict[str, Any]]:
 
 
 def curve_of_format(name: str, pixels: Tensor) -> dict[str, Any]:
-    """Mean file size and PSNR of uint8 images [N, C, H, W] in an image format, at each of its qualities.
+    """Mean file size and PSNR of images uint8 [N, C, H, W] in an image format, for each of its qualities.
 
-    ``bits_per_pixel_without_frame`` leaves out what the format spends on a black image of that size: its headers.
+    ``bits_per_pixel_without_frame`` subtracts the size of a black image of the same size, i.e. the headers.
     """
     kind, options, key, values = FORMATS[name]
     points = []
@@ -138,19 +138,19 @@ def curve_of_format(name: str, pixels: Tensor) -> dict[str, Any]:
 
 
 def encode_file(image: Tensor, kind: str, options: dict[str, Any]) -> bytes:
-    """The bytes of an image uint8 [C, H, W] in a format of Pillow."""
+    """Encode an image uint8 [C, H, W] in a Pillow format."""
     file = io.BytesIO()
     pixels_to_picture(image).save(file, kind, **options)
     return file.getvalue()
 
 
 def decode_file(file: bytes, channels: int) -> Tensor:
-    """uint8 [C, H, W] of a file's bytes."""
+    """Decode a file to uint8 [C, H, W]."""
     return picture_to_pixels(Image.open(io.BytesIO(file)).convert("L" if channels == 1 else "RGB"))
 
 
 def draw_rates(curves: list[dict[str, Any]], size: str, path: Path) -> None:
-    """The curves in one plot; formats twice, with and without their headers; lossless ones as a mark on the axis."""
+    """Plot all curves; image formats also without headers; lossless formats as a mark on the axis."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axis = figure.subplots()
     for number, curve in enumerate(curves):

@@ -1,4 +1,4 @@
-"""reconstruct: images through the tokenizer and back, at its own size, or at any size where it has a head for that."""
+"""reconstruct: encode and decode images, at the tokenizer's size or, with a head, at any size."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ from stages.weights import load_tokenizer
 
 @torch.inference_mode()
 def reconstruct_images(config: Config, request: ReconstructRequest) -> Path:
-    """Write one PNG an image; returns the folder. Needs no prior.
+    """Write one PNG per image. Returns the folder. Needs no prior.
 
-    Raises RunError for sizes and crops that are none, InputError where the tokenizer has no head for another size.
+    Raises RunError for an invalid size or crop, or for another size without a head.
     """
     files = find_inputs(request.input)
     size, crop = parse_size(request.size), parse_crop(request.crop)
     tokenizer, _ = load_tokenizer(need(config.tokenizer.path, "tokenizer", "train-tokenizer", config))
     check_channels(tokenizer, config.images.channels)
-    device, own = device_of(config), tokenizer.layout.image_size
+    device, own_size = device_of(config), tokenizer.layout.image_size
     tokenizer.to(device)
     tokenizer.precision = resolve(config.sampling.precision, device)
     if size is not None and not tokenizer.renders:
         raise RunError(f"size={request.size}: {NO_HEAD}")
-    top, left, height, width = checked_crop(size or own, crop)
+    top, left, height, width = checked_crop(size or own_size, crop)
     out = Path(request.out)
     if out.exists() and not out.is_dir():
         raise RunError(f"out={out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         pixels = to_float(read_plain(file, config.images)[None])
-        if tuple(pixels.shape[-2:]) != own:
-            pixels = functional.interpolate(pixels, own, mode="bicubic", antialias=True).clamp(-1, 1)
+        if tuple(pixels.shape[-2:]) != own_size:
+            pixels = functional.interpolate(pixels, own_size, mode="bicubic", antialias=True).clamp(-1, 1)
         tokens = tokenizer.encode(pixels.to(device))
         if size is None:
-            made = tokenizer.decode(tokens)[..., top : top + height, left : left + width]
+            reconstruction = tokenizer.decode(tokens)[..., top : top + height, left : left + width]
         else:
-            made = tokenizer.render(tokens, size, crop)
-        pixels_to_picture(to_uint8(made[0]).cpu()).save(out / f"{file.stem}.png")
+            reconstruction = tokenizer.render(tokens, size, crop)
+        pixels_to_picture(to_uint8(reconstruction[0]).cpu()).save(out / f"{file.stem}.png")
     print(f"wrote {len(files)} images to {out}")
     return out
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of e.g. 300x517 or 300; None for an empty text. Raises RunError for anything else."""
+    """Parse (height, width) from e.g. 300x517 or 300; None for an empty text. Raises RunError for anything else."""
     if not text:
         return None
-    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip())
-    if found is None:
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip())
+    if match is None:
         raise RunError(f"size={text}; allowed: height x width in pixels, e.g. 300x517, or one number for a square")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def parse_crop(text: str) -> tuple[int, int, int, int] | None:
-    """(top, left, height, width) of comma-separated numbers; None for an empty text. Raises RunError."""
+    """Parse (top, left, height, width) from comma-separated numbers; None for an empty text. Raises RunError."""
     if not text:
         return None
     numbers = parse_numbers(text, "crop")

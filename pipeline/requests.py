@@ -1,4 +1,4 @@
-"""What sample, upsample and edit are asked for: prompts that a prior can read, inputs, and pictures as files."""
+"""Inputs and outputs of sample, upsample, colorize and edit: parse prompts, find images, save pictures."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class Asked:
     text: str
     """Empty for no caption."""
     name: str
-    """For people: the caption, the class's name, both, or nothing."""
+    """Name to display: caption and class name, or one of them; empty without both."""
 
     @classmethod
     def of(cls, label: int, text: str, class_names: Sequence[str]) -> Asked:
-        """A class id (-1: none) and a caption (empty: none), named by both."""
+        """Make a prompt of a class id (-1: none) and a caption (empty: none)."""
         parts = (text, class_names[label] if label >= 0 else "")
         return cls(label, text, ", ".join(part for part in parts if part))
 
     @property
     def file_name(self) -> str:
-        """The name as part of a file's name."""
-        kept = "".join(letter if letter.isalnum() else "_" for letter in self.name)
-        return kept.encode()[:80].decode(errors="ignore") or "sample"
+        """The name for use in file names: letters, digits and ``_``, at most 80 bytes; ``sample`` without a name."""
+        safe_name = "".join(letter if letter.isalnum() else "_" for letter in self.name)
+        return safe_name.encode()[:80].decode(errors="ignore") or "sample"
 
 
 def parse_prompts(request: Request, prior: Prior, every_class: bool = True) -> list[Asked]:
-    """Every combination of the request's captions and classes; ``every_class`` where it names neither.
+    """All combinations of the captions and classes of a request. Without both: all classes if ``every_class``.
 
-    Raises RunError for classes or captions that the prior does not know of, and for a count below 1.
+    Raises RunError for classes or captions that the prior does not support, and for a count below 1.
     """
     if request.count < 1:
         raise RunError(f"count={request.count}; allowed: 1 or more")
@@ -55,9 +55,9 @@ def parse_prompts(request: Request, prior: Prior, every_class: bool = True) -> l
 
 
 def ask(prior: Prior, classes: Sequence[str | int], texts: Sequence[str], every_class: bool = True) -> list[Asked]:
-    """Every combination of captions and classes (names or ids); ``every_class`` where neither is given.
+    """All combinations of captions and classes (names or ids). Without both: all classes if ``every_class``.
 
-    Raises RunError for classes or captions that the prior does not know of.
+    Raises RunError for classes or captions that the prior does not support.
     """
     texts = checked_texts(texts, prior.condition.uses_text)
     names = known_classes(prior)
@@ -67,17 +67,17 @@ def ask(prior: Prior, classes: Sequence[str | int], texts: Sequence[str], every_
 
 
 def known_classes(prior: Prior) -> list[str]:
-    """Names of the classes that can be asked of a prior; none where classes make no difference."""
+    """Names of the classes that a prior accepts; empty if it does not use classes."""
     return prior.class_names if prior.condition.uses_labels else []
 
 
 def to_prompts(models: Models, asked: Sequence[Asked]) -> Prompts:
-    """What the prior reads of prompts in plain words, one a sample."""
+    """Convert prompts to the input of the prior, one per sample."""
     return models.prompts([one.label for one in asked], [one.text for one in asked])
 
 
 def checked_texts(texts: Sequence[str], known: bool) -> list[str]:
-    """Captions without surrounding blanks. Raises RunError where the prior reads none, or for a blank one."""
+    """Captions without surrounding white space. Raises RunError if the prior uses none, and for an empty one."""
     if texts and not known:
         raise RunError(
             "text= is given, but this prior was trained without captions; leave it out, or train one with "
@@ -85,12 +85,12 @@ def checked_texts(texts: Sequence[str], known: bool) -> list[str]:
         )
     texts = [text.strip() for text in texts]
     if not all(texts):
-        raise RunError("text= has a caption without a single letter; leave text= out to sample without one")
+        raise RunError("text= contains an empty caption; leave text= out to sample without captions")
     return texts
 
 
 def class_ids(classes: Sequence[str | int], names: list[str]) -> list[int]:
-    """Class ids of names or ids; all classes where none is given, [-1] where there are none.
+    """Convert class names or ids to class ids. Without any: all classes, or [-1] if the prior has no classes.
 
     Raises RunError for an unknown class.
     """
@@ -107,49 +107,49 @@ def class_ids(classes: Sequence[str | int], names: list[str]) -> list[int]:
         elif str(part).isdecimal() and int(part) < len(names):
             ids.append(int(part))
         else:
-            raise RunError(f"classes={part}: allowed are 0 to {len(names) - 1}, or {', '.join(names[:20])}")
+            raise RunError(f"classes={part}; allowed: 0 to {len(names) - 1}, or {', '.join(names[:20])}")
     return ids
 
 
 def parse_numbers(text: str, key: str, kind: type[int] | type[float] = int) -> list:
-    """Comma-separated numbers. Raises RunError that names the key."""
+    """Parse comma-separated numbers. Raises RunError, naming the key."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise RunError(f"{key}={text}: allowed are numbers, comma-separated") from error
+        raise RunError(f"{key}={text}; allowed: comma-separated numbers") from error
 
 
 def find_inputs(path: str) -> list[Path]:
-    """The image of a path, or all images directly in a folder, by name.
+    """The image at a path, or all images directly in a folder, sorted by name.
 
-    Raises RunError where there is none, or where two differ in their endings only: results are named without them.
+    Raises RunError if there is none, or if two differ only in their extension, because results are named without it.
     """
     if not path:
         raise RunError("input= is missing: give an image, or a folder of images")
     given = Path(path).expanduser()
     if given.is_dir():
-        found = sorted(file for file in given.iterdir() if file.name.lower().endswith(ENDINGS))
-        if not found:
-            raise RunError(f"{given} holds no images; accepted endings: {', '.join(ENDINGS)}")
-        for one, next_one in pairwise(sorted(found, key=lambda file: file.stem)):
-            if one.stem == next_one.stem:
+        images = sorted(file for file in given.iterdir() if file.name.lower().endswith(ENDINGS))
+        if not images:
+            raise RunError(f"{given} contains no images; allowed file extensions: {', '.join(ENDINGS)}")
+        for first, second in pairwise(sorted(images, key=lambda file: file.stem)):
+            if first.stem == second.stem:
                 raise RunError(
-                    f"{given} holds {one.name} and {next_one.name}, whose results would have the same names; "
+                    f"{given} contains {first.name} and {second.name}, whose results would have the same name; "
                     "rename one of them"
                 )
-        return found
+        return images
     if not given.is_file():
         raise RunError(f"input={path}: no such image or folder")
     return [given]
 
 
 def read_plain(path: Path, images: ImagesConfig) -> Tensor:
-    """An image at its own size, uint8 [channels, h, w]. Raises CorruptImage."""
+    """Read an image at its own size as uint8 [channels, h, w]. Raises CorruptImage."""
     return picture_to_pixels(plain_image(decode(path, str(path)), images.channels, images.background))
 
 
 def save_pictures(folder: Path, names: list[str], pictures: Tensor) -> None:
-    """Write uint8 [N, C, h, w] as PNGs in RGB, gray ones too."""
+    """Write images uint8 [N, C, h, w] as RGB PNGs, gray images too."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in zip(names, pictures, strict=True):
         pixels_to_picture(picture).convert("RGB").save(folder / f"{name}.png")

@@ -1,7 +1,7 @@
-"""What a config must not be: values outside their range (``pipeline/ranges.py``), and parts that cannot work together.
+"""Checks of a config: values outside their range (``pipeline/ranges.py``) and parts that cannot work together.
 
-A new combination that must be refused is one entry of ``ILLEGAL``. Only a rule that builds a layout imports torch: all
-others answer before it is loaded.
+To reject another combination, add an entry to ``ILLEGAL``. Only a rule that builds a layout imports torch; all others
+are checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 Rule = tuple[Callable[["Config"], bool], Callable[["Config"], str]]
-"""(refuses, one line that says what to change)"""
+"""(function that returns True for an invalid config, function that returns one line on what to change)"""
 
 
 def averages(config: Config) -> bool:
-    """Whether moving averages stand between the prior's layers."""
+    """Whether the prior has moving averages between its layers."""
     return get(config, "prior.averaging") not in (None, "none")
 
 
 def misplaced(config: Config) -> str | None:
-    """Why the tokenizer's layout does not have ``prior.order``; None where it does."""
+    """Why the layout of the tokenizer does not support ``prior.order``; None if it does."""
     order = get(config, "prior.order")
     if config.prior.kind != "transformer" or order in ("natural", "reversed"):
         return None
@@ -41,7 +41,7 @@ def misplaced(config: Config) -> str | None:
         with torch.device("meta"):
             size = (config.images.size, config.images.size)
             layout = build_tokenizer(config.tokenizer, size, config.images.channels).layout
-    except InputError:  # numbers that do not fit the tokenizer: it says so when it is built
+    except InputError:  # values that do not fit the tokenizer: building it reports them
         return None
     try:
         permutation_of(layout, order)
@@ -52,18 +52,18 @@ def misplaced(config: Config) -> str | None:
 
 _WRITES_TO_FOLDERS: Rule = (
     lambda c: is_remote(c.tokens.path),
-    lambda c: f"tokens.path={c.tokens.path}: a cache is written to a folder; give one, and copy it to the URL then",
+    lambda c: f"tokens.path={c.tokens.path}: this command writes to a folder; give one, then copy it to the URL",
 )
 
 # Combinations of parts that cannot work together.
 ILLEGAL: list[Rule] = [
     (
         lambda c: len(c.images.crop_scale) != 2 or not 0 < c.images.crop_scale[0] <= c.images.crop_scale[1] <= 1,
-        lambda c: f"images.crop_scale={c.images.crop_scale}; allowed: two shares of the area, 0 < low <= high <= 1",
+        lambda c: f"images.crop_scale={c.images.crop_scale}; allowed: two fractions of the area, 0 < low <= high <= 1",
     ),
     (
         lambda c: c.images.kind in ("folder", "webdataset") and c.images.path is None,
-        lambda c: f"images.path is not set; images.kind={c.images.kind} needs images.path=<where your images lie>",
+        lambda c: f"images.path is not set; images.kind={c.images.kind} needs images.path=<location of your images>",
     ),
     (
         lambda c: c.trainer.devices == 0 or c.trainer.devices < -1,
@@ -73,7 +73,7 @@ ILLEGAL: list[Rule] = [
         lambda c: c.sampling.guidance != 1 and (c.condition.kind == "none" or c.condition.dropout == 0),
         lambda c: (
             f"sampling.guidance={c.sampling.guidance} with condition.kind={c.condition.kind} and condition.dropout="
-            f"{c.condition.dropout}: guidance needs a condition that training drops at times; set sampling.guidance=1"
+            f"{c.condition.dropout}: guidance needs a condition with dropout in training; set sampling.guidance=1"
         ),
     ),
     (
@@ -86,36 +86,36 @@ ILLEGAL: list[Rule] = [
     (
         lambda c: (c.tokenizer.kind == "sparse-dct") != (c.prior.kind == "chunked"),
         lambda c: (
-            f"tokenizer.kind={c.tokenizer.kind} with prior.kind={c.prior.kind}: lists need a prior that writes lists, "
-            f"and no other tokens do; set prior.kind={'chunked' if c.prior.kind != 'chunked' else 'transformer'}"
+            f"tokenizer.kind={c.tokenizer.kind} with prior.kind={c.prior.kind}: lists need a chunked "
+            f"prior, and it needs lists; set prior.kind={'chunked' if c.prior.kind != 'chunked' else 'transformer'}"
         ),
     ),
     (
         lambda c: c.images.channels == 3 and get(c, "tokenizer.chroma") == "4:2:0" and get(c, "prior.patch") % 2 == 1,
         lambda c: (
-            f"prior.patch={get(c, 'prior.patch')} with tokenizer.chroma=4:2:0: a patch holds whole blocks of chroma; "
-            "set it to an even number"
+            f"prior.patch={get(c, 'prior.patch')} with tokenizer.chroma=4:2:0: a patch must contain whole chroma "
+            "blocks; set prior.patch to an even number"
         ),
     ),
     (
         lambda c: c.eval.num_colorized > 0 and get(c, "prior.order") != "luma_first",
         lambda c: (
             f"eval.num_colorized={c.eval.num_colorized} with prior.order={get(c, 'prior.order') or 'natural'}: "
-            "colouring needs a prior that writes luma first; set prior.order=luma_first, or eval.num_colorized=0"
+            "colorization needs a prior that writes luma first; set prior.order=luma_first, or eval.num_colorized=0"
         ),
     ),
     (
         lambda c: c.eval.upsample_from > 0 and get(c, "prior.order") not in (None, *PREFIX_ORDERS),
         lambda c: (
-            f"eval.upsample_from={c.eval.upsample_from} with prior.order={get(c, 'prior.order')}: a small image begins "
-            "an image in natural order only; set eval.upsample_from=0"
+            f"eval.upsample_from={c.eval.upsample_from} with prior.order={get(c, 'prior.order')}: upsampling needs an "
+            "order that starts with the coarse scales; set prior.order=natural, or eval.upsample_from=0"
         ),
     ),
     (
         lambda c: bool(c.eval.edit_frozen) and get(c, "prior.order") not in (None, *PREFIX_ORDERS),
         lambda c: (
-            f"eval.edit_frozen={c.eval.edit_frozen} with prior.order={get(c, 'prior.order')}: the scales that stay "
-            "begin an image in natural order only; set eval.edit_frozen=[]"
+            f"eval.edit_frozen={c.eval.edit_frozen} with prior.order={get(c, 'prior.order')}: editing needs an order "
+            "that starts with the coarse scales; set prior.order=natural, or eval.edit_frozen=[]"
         ),
     ),
     (
@@ -131,15 +131,15 @@ ILLEGAL: list[Rule] = [
     (
         lambda c: c.tokenizer.kind == "bitplane" and get(c, "prior.order") != "natural",
         lambda c: (
-            f"prior.order={get(c, 'prior.order')} with tokenizer.kind=bitplane: elements of a stream have no place "
-            "before those that precede them are known; set prior.order=natural"
+            f"prior.order={get(c, 'prior.order')} with tokenizer.kind=bitplane: the position of an element in a stream "
+            "depends on all earlier elements; set prior.order=natural"
         ),
     ),
     (
         lambda c: get(c, "prior.order") == "scale" and averages(c),
         lambda c: (
-            f"prior.averaging={get(c, 'prior.averaging')} with prior.order=scale: elements of a scale come together, "
-            "so there is no past to average; set prior.averaging=none"
+            f"prior.averaging={get(c, 'prior.averaging')} with prior.order=scale: all elements of a scale are "
+            "predicted at once, so there are no earlier ones to average; set prior.averaging=none"
         ),
     ),
     (
@@ -147,13 +147,15 @@ ILLEGAL: list[Rule] = [
             get(c, "prior.order") == "interleaved" and averages(c) and get(c, "prior.averaging_borders") != "sample"
         ),
         lambda c: (
-            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with prior.order=interleaved: no scale is in "
-            "one piece; set prior.averaging_borders=sample"
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with prior.order=interleaved: scales are not "
+            "contiguous; set prior.averaging_borders=sample"
         ),
     ),
     (
         lambda c: get(c, "prior.order") == "scale" and c.sampling.compile,
-        lambda c: "sampling.compile=true with prior.order=scale: its steps are of many shapes; leave it out",
+        lambda c: (
+            "sampling.compile=true with prior.order=scale: its steps have many shapes; leave sampling.compile out"
+        ),
     ),
     (
         lambda c: (
@@ -162,7 +164,7 @@ ILLEGAL: list[Rule] = [
         ),
         lambda c: (
             f"sampling.rounds={c.sampling.rounds}, sampling.confidence_noise={c.sampling.confidence_noise} with "
-            f"prior.order={get(c, 'prior.order')}: one element is written at a time; leave them out, or set "
+            f"prior.order={get(c, 'prior.order')}: this order has no rounds; leave them out, or set "
             "prior.order=scale"
         ),
     ),
@@ -172,7 +174,10 @@ ILLEGAL: list[Rule] = [
     ),
     (
         lambda c: get(c, "tokenizer.transform") == "identity" and get(c, "tokenizer.scales") != 1,
-        lambda c: f"tokenizer.scales={get(c, 'tokenizer.scales')} with tokenizer.transform=identity, which has 1",
+        lambda c: (
+            f"tokenizer.scales={get(c, 'tokenizer.scales')} with tokenizer.transform=identity, which has one scale; "
+            "set tokenizer.scales=1"
+        ),
     ),
     (
         lambda c: not 0 <= (get(c, "tokenizer.overlap") or 0) <= (get(c, "tokenizer.patch") or 0),
@@ -191,29 +196,29 @@ ILLEGAL: list[Rule] = [
     (
         lambda c: get(c, "tokenizer.planes") == "ycbcr" and (get(c, "tokenizer.groups") or 1) > 1,
         lambda c: (
-            f"tokenizer.groups={get(c, 'tokenizer.groups')} with tokenizer.planes=ycbcr: luma and chroma are groups "
-            "already; set tokenizer.groups=1, or tokenizer.planes=all"
+            f"tokenizer.groups={get(c, 'tokenizer.groups')} with tokenizer.planes=ycbcr: luma and chroma already are "
+            "groups; set tokenizer.groups=1, or tokenizer.planes=all"
         ),
     ),
     (
         lambda c: c.eval.num_colorized > 0 and get(c, "tokenizer.planes") == "all",
         lambda c: (
-            f"eval.num_colorized={c.eval.num_colorized} with tokenizer.planes=all: colouring needs tokens that hold "
-            "luma and chroma apart; set tokenizer.planes=ycbcr, or eval.num_colorized=0"
+            f"eval.num_colorized={c.eval.num_colorized} with tokenizer.planes=all: colorization needs separate tokens "
+            "for luma and chroma; set tokenizer.planes=ycbcr, or eval.num_colorized=0"
         ),
     ),
     (
         lambda c: c.tokenizer_training.oversampling > 1 and get(c, "tokenizer.head.kind") in (None, "none"),
         lambda c: (
-            f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} without a head: nothing learns from "
-            "larger images; set tokenizer.head.kind=wavelet, or oversampling=1"
+            f"tokenizer_training.oversampling={c.tokenizer_training.oversampling} without a head: only a head learns "
+            "from larger images; set tokenizer.head.kind=wavelet, or oversampling=1"
         ),
     ),
     (
         lambda c: c.tokenizer_training.oversampling == 1 and get(c, "tokenizer.head.kind") not in (None, "none"),
         lambda c: (
-            f"tokenizer.head.kind={get(c, 'tokenizer.head.kind')} with tokenizer_training.oversampling=1: other sizes "
-            "are learned from larger images only; set oversampling to 2 or more"
+            f"tokenizer.head.kind={get(c, 'tokenizer.head.kind')} with tokenizer_training.oversampling=1: a head "
+            "learns other sizes from larger images; set oversampling to 2 or more"
         ),
     ),
     (
@@ -232,7 +237,7 @@ ILLEGAL: list[Rule] = [
     ),
     (
         lambda c: not all(1 <= multiple <= 64 for multiple in c.eval.head_sizes),
-        lambda c: f"eval.head_sizes={c.eval.head_sizes}; allowed: multiples of the size from 1 to 64",
+        lambda c: f"eval.head_sizes={c.eval.head_sizes}; allowed: multiples of the image size, from 1 to 64",
     ),
     (
         lambda c: c.tokenizer_training.start_from is not None and get(c, "tokenizer.head.kind") in (None, "none"),
@@ -244,14 +249,14 @@ ILLEGAL: list[Rule] = [
     (
         lambda c: c.tokenizer_training.start_from is not None and c.tokenizer_training.adversarial_weight > 0,
         lambda c: (
-            f"tokenizer_training.start_from with adversarial_weight={c.tokenizer_training.adversarial_weight}: what "
-            "the adversary judges is frozen; set tokenizer_training.adversarial_weight=0"
+            f"tokenizer_training.start_from with adversarial_weight={c.tokenizer_training.adversarial_weight}: the "
+            "decoder is frozen, so an adversary has no effect; set tokenizer_training.adversarial_weight=0"
         ),
     ),
     (
         lambda c: get(c, "prior.averaging") == "learned" and get(c, "prior.averaging_borders") == "grid",
         lambda c: (
-            "prior.averaging=learned with prior.averaging_borders=grid: learned windows have one dimension; set "
+            "prior.averaging=learned with prior.averaging_borders=grid: learned windows are one-dimensional; set "
             "prior.averaging_borders=scale or sample"
         ),
     ),
@@ -259,45 +264,47 @@ ILLEGAL: list[Rule] = [
         lambda c: averages(c) and get(c, "prior.averaging_borders") != "sample" and c.tokenizer.kind == "nested",
         lambda c: (
             f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with tokenizer.kind=nested: its scales have "
-            "one token and no grid; set prior.averaging_borders=sample"
+            "one token each and no grid; set prior.averaging_borders=sample"
         ),
     ),
     (
         lambda c: averages(c) and get(c, "prior.averaging_borders") != "sample" and c.tokenizer.kind == "bitplane",
         lambda c: (
-            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with tokenizer.kind=bitplane: scales of "
-            "streams have no fixed place; set prior.averaging_borders=sample"
+            f"prior.averaging_borders={get(c, 'prior.averaging_borders')} with tokenizer.kind=bitplane: the scales of "
+            "a stream have no fixed position; set prior.averaging_borders=sample"
         ),
     ),
     (
         lambda c: c.sampling.compile and averages(c),
-        lambda c: "sampling.compile=true with prior.averaging: moving averages are not compiled; leave one of them out",
+        lambda c: (
+            "sampling.compile=true with prior.averaging: moving averages cannot be compiled; leave one of them out"
+        ),
     ),
     (
         lambda c: c.sampling.compile and c.prior.kind == "chunked",
-        lambda c: "sampling.compile=true with prior.kind=chunked: it has nothing to compile; leave it out",
+        lambda c: "sampling.compile=true with prior.kind=chunked: it cannot be compiled; leave sampling.compile out",
     ),
     (
         lambda c: c.eval.num_colorized < 0 or c.eval.num_colorized == 1,
-        lambda c: f"eval.num_colorized={c.eval.num_colorized}; allowed: 0, or 2 and more",
+        lambda c: f"eval.num_colorized={c.eval.num_colorized}; allowed: 0, or 2 or more",
     ),
     (
         lambda c: c.trainer.strategy == "fsdp" and c.prior.kind == "chunked",
         lambda c: (
-            "trainer.strategy=fsdp with prior.kind=chunked: each process goes through lists in passes of its own, and "
-            "layers can be gathered only in common; set trainer.strategy=ddp"
+            "trainer.strategy=fsdp with prior.kind=chunked: processes may need different numbers of passes over a "
+            "list, but fsdp gathers layers on all of them at once; set trainer.strategy=ddp"
         ),
     ),
 ]
 
-# The same where one command alone minds, by its name.
+# Rules of single commands, by the name of the command.
 ILLEGAL_FOR: dict[str, list[Rule]] = {
     "train-tokenizer": [
         (
             lambda c: c.trainer.strategy == "fsdp",
             lambda c: (
-                "trainer.strategy=fsdp: train-tokenizer keeps whole networks in each process, and only train-prior "
-                "shares them out; set trainer.strategy=ddp here"
+                "trainer.strategy=fsdp: only train-prior supports it; train-tokenizer keeps the whole networks in each "
+                "process; set trainer.strategy=ddp here"
             ),
         ),
     ],
@@ -307,11 +314,11 @@ ILLEGAL_FOR: dict[str, list[Rule]] = {
 
 
 def broken_rule_for(command: str, config: Config) -> str | None:
-    """Like ``broken_rule``, of the rules of one command."""
+    """Like ``broken_rule``, for the rules of one command."""
     return next((message(config) for refuses, message in ILLEGAL_FOR.get(command, []) if refuses(config)), None)
 
 
 def broken_rule(config: Config) -> str | None:
-    """One line that says which value is outside its range or which parts do not fit, and what to change; or None."""
+    """One line that names an invalid value or combination and says what to change; None for a valid config."""
     combined = (message(config) for refuses, message in ILLEGAL if refuses(config))
     return out_of_range(config) or next(combined, None) or misplaced(config)

@@ -1,4 +1,4 @@
-"""The run folder: which stage wrote what, with which config, and who is writing now."""
+"""The run folder: locking, and the config that each stage was started with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.placement import device_of
 from pipeline.processes import is_first_process, is_follower
 from stages.precision import resolve
 
-# The sections that decide what a stage produces. `trainer` is missing on purpose: it decides where, not what.
+# Config sections that determine what a stage produces. `trainer` is not among them: it only says where to run.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("seed", "images", "tokenizer", "tokenizer_training"),
     "tokens": ("images", "tokenizer", "tokens"),
@@ -29,15 +29,16 @@ EARLIER_DEFAULTS: dict[str, Any] = {
     "tokenizer_training.optimizer": "adamw",
     "prior_training.optimizer": "adamw",
 }
-"""What the default of a key was in earlier versions, or what those did that did not have the key yet."""
+"""Earlier defaults of keys whose default has changed. For a key added later: what versions without it did."""
 SECTION_WITH_PRECISION = {"tokenizer": "tokenizer_training", "tokens": "tokens", "prior": "prior_training"}
 
 
 def stage_config(config: Config, stage: str) -> dict[str, Any]:
     """The plain config of one stage's sections.
 
-    Without the paths, for a run folder may be moved, without what a machine has room for, and without what to do with
-    unreadable images: who meets one after a day changes that and goes on (the manifest counts them).
+    It leaves out paths, because a run folder may be moved, and ``local_gigabytes``, which depends on the machine. It
+    also leaves out how to handle unreadable images, so that this can be changed when a run is continued (the manifest
+    counts such images).
     """
     plain = to_plain(config)
     sections = {section: plain[section] for section in STAGE_SECTIONS[stage]}
@@ -48,20 +49,21 @@ def stage_config(config: Config, stage: str) -> dict[str, Any]:
     for key in ("skip_corrupt", "max_corrupt_share"):
         sections.get("images", {}).pop(key, None)
     if stage == "prior":
-        sections["tokens"].pop("precision")  # the cache has that of its own
+        sections["tokens"].pop("precision")  # the precision of the cache, not of the prior
     return sections
 
 
 @contextmanager
 def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Config]:
-    """Lock ``folder`` for this process and hold it to one config: the one given, its precision settled, as it began.
+    """Lock ``folder`` for this process, check its config and yield the config to use.
 
-    The lock is flock's: it ends with the process that holds it, so a killed run leaves no stale lock. Raises RunError,
-    and InputError for a precision that the device does not have.
+    In that config, precision is ``32`` or ``bf16``, and defaults that have changed since the folder was started have
+    their earlier values. The lock is released when its process ends (flock), so a killed run leaves no stale lock.
+    Raises RunError, and InputError for a precision that the device does not support.
     """
     config = as_begun(folder, with_settled_precision(folder, config, stage), stage)
     if not is_first_process():
-        yield config  # the first process holds the lock for all ranks that it started
+        yield config  # the first process holds the lock for all ranks
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -75,31 +77,31 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Config]:
 
 
 def with_settled_precision(folder: Path, config: Config, stage: str) -> Config:
-    """The config with ``32`` or ``bf16`` as the precision of a stage.
+    """Replace precision ``auto`` of a stage by ``32`` or ``bf16``.
 
-    ``auto`` is what a folder in which something was made has written down, else what suits this machine. Raises
-    InputError for a precision that the device does not have, RunError where a folder has begun in it.
+    ``auto`` is the recorded precision if the folder already contains output, otherwise the best for this machine.
+    Raises InputError for a precision that the device does not support, RunError if the folder was started in it.
     """
     section, device = SECTION_WITH_PRECISION[stage], device_of(config)
     part = getattr(config, section)
-    # a rank that the first process started finds the decision there
-    begun = is_made(folder) or is_follower()
-    written = written_config(folder).get(section, {}).get("precision") if begun else None
-    goes_on = bool(written) and part.precision == "auto"
+    # the first process has already recorded its decision for the ranks that it started
+    started = is_made(folder) or is_follower()
+    written = written_config(folder).get(section, {}).get("precision") if started else None
+    continues = bool(written) and part.precision == "auto"
     try:
-        precision = resolve(str(written) if goes_on else part.precision, device)
+        precision = resolve(str(written) if continues else part.precision, device)
     except InputError as error:
-        if not goes_on:
+        if not continues:
             raise
         raise RunError(
-            f"{folder} began in precision {written}, which this {device.type} device does not have; go on with "
+            f"{folder} began in precision {written}, which this {device.type} device does not have; continue with "
             "trainer.accelerator=cpu or on another machine, or choose another RUN="
         ) from error
     return replace(config, **{section: replace(part, precision=precision)})
 
 
 def as_begun(folder: Path, config: Config, stage: str) -> Config:
-    """The config with the earlier default of every key that has its default, where something was made with that."""
+    """Set keys that have their default to the earlier default, if the folder was started with the earlier one."""
     if not is_made(folder):
         return config
     written, defaults = written_config(folder), defaults_of(config)
@@ -111,32 +113,34 @@ def as_begun(folder: Path, config: Config, stage: str) -> Config:
         if getattr(part, name) == default != earlier:
             config = replace(config, **{section: replace(part, **{name: earlier})})
             if is_first_process():
-                print(f"{folder} goes on with {key}={earlier}, as it began; the default is {default} now")
+                print(f"{folder} continues with {key}={earlier}, as before; the default is now {default}")
     return config
 
 
 def written_config(folder: Path) -> dict[str, Any]:
-    """What ``folder/config.yaml`` holds; empty where there is none."""
+    """Content of ``folder/config.yaml``; empty without that file."""
     path = folder / "config.yaml"
     written: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
     return dict(written)
 
 
 def defaults_of(config: Config) -> dict[str, dict[str, Any]]:
-    """The default of every key of every section, for the kinds that the config and its parts have."""
+    """The default of every key of every section, for the kinds that the config has."""
 
-    def of(part: Any) -> dict[str, Any]:
+    def defaults_of_part(part: Any) -> dict[str, Any]:
         inner = {field.name: getattr(part, field.name) for field in fields(part)}
-        return asdict(type(part)()) | {name: of(value) for name, value in inner.items() if is_dataclass(value)}
+        return asdict(type(part)()) | {
+            name: defaults_of_part(value) for name, value in inner.items() if is_dataclass(value)
+        }
 
     sections = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {name: of(section) for name, section in sections.items() if is_dataclass(section)}
+    return {name: defaults_of_part(section) for name, section in sections.items() if is_dataclass(section)}
 
 
 def hold_to_config(folder: Path, plain: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:
-    """Write ``folder/config.yaml``, or raise RunError that names the first key in which the written one differs.
+    """Write ``folder/config.yaml``. Raises RunError, naming the first difference, if the folder has another config.
 
-    A folder in which nothing was made yet takes the new config: a typo in the first call must not stick.
+    A folder without output takes the new config, so that a typo in the first call can be corrected.
     """
     path = folder / "config.yaml"
     if not path.exists() or not is_made(folder):
@@ -148,29 +152,29 @@ def hold_to_config(folder: Path, plain: dict[str, Any], defaults: dict[str, dict
 
 
 def is_made(folder: Path) -> bool:
-    """Whether a stage has made something in its folder."""
+    """Whether a stage has already written output to its folder."""
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "checkpoints/*.ckpt", "*/*.tar"))
 
 
 def difference_from(folder: Path, plain: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> str | None:
-    """The first key in which ``folder/config.yaml`` is not ``plain``, with both values; None where all agree.
+    """The first key in which ``folder/config.yaml`` differs from ``plain``, with both values; None if all are equal.
 
-    A key that is younger than the folder had its (earlier) default there, so that an interrupted run goes on with a
-    newer version. ``precision: auto`` agrees with every precision: the folder goes on in its own.
+    A key that did not exist when the folder was started had its (earlier) default, so an interrupted run can continue
+    with a newer version. ``precision: auto`` equals every precision, because the folder keeps its own.
     """
-    written, wanted = written_config(folder), dict(plain)
+    written, current = written_config(folder), dict(plain)
     if "prior" in plain:
-        written.get("tokens", {}).pop("precision", None)  # older versions wrote it down
+        written.get("tokens", {}).pop("precision", None)  # recorded by older versions
     for section in [name for name in plain if name in defaults and name in written]:
-        younger = plain[section].keys() - written[section].keys()
-        written[section] |= {key: EARLIER_DEFAULTS.get(f"{section}.{key}", defaults[section][key]) for key in younger}
+        new_keys = plain[section].keys() - written[section].keys()
+        written[section] |= {key: EARLIER_DEFAULTS.get(f"{section}.{key}", defaults[section][key]) for key in new_keys}
         if plain[section].get("precision") == "auto":
-            wanted[section] = plain[section] | {"precision": written[section]["precision"]}
-    return first_difference(written, wanted)
+            current[section] = plain[section] | {"precision": written[section]["precision"]}
+    return first_difference(written, current)
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> str | None:
-    """``key: old, now new`` of the first difference between two plain configs, or None."""
+    """The first difference between two plain configs as ``key: old, now new``; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
             inner = f"{key}.{name}" if key else str(name)
@@ -184,7 +188,7 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
 
 
 def need(path: str | Path, what: str, command: str, config: Config) -> Path:
-    """``path`` if it exists. Raises RunError that names the command which makes it."""
+    """Return ``path`` if it exists. Raises RunError, naming the command that creates it."""
     if not Path(path).exists():
         raise RunError(
             f"{path} is missing: no {what} yet. Run `python -m pipeline {command} <your config> run={config.run}` first"

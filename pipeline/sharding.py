@@ -1,8 +1,8 @@
-"""Training on processes that keep a share of the training state each: Lightning's strategy for FSDP2, made ours.
+"""Fully sharded training (FSDP2): Lightning's strategy with checkpoints that are independent of the strategy.
 
-What is notable here: a checkpoint is the file that DDP writes, entry for entry. Lightning's own numbers the optimiser's
-state by the order of the model's parameters, not by that of the optimiser's groups; read under another strategy it
-would be another parameter's. So the strategy and the number of processes may change from one call to the next.
+A checkpoint is the same file, entry for entry, that DDP writes, so the strategy and the number of processes may change
+from one call to the next. Lightning's own FSDP2 checkpoints number the state of the optimizer by the order of the
+model's parameters instead of the optimizer's groups; another strategy would assign it to the wrong parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.ranks import Watched
 
 
 class WatchedFSDP(Watched, ModelParallelStrategy):
-    """Fully sharded data parallel on ``processes``, of a module that shards itself in ``configure_model``."""
+    """Fully sharded data parallel on ``processes``, for a module that shards itself in ``configure_model``."""
 
     def __init__(self, processes: int, timeout: timedelta) -> None:
         super().__init__(
@@ -32,42 +32,42 @@ class WatchedFSDP(Watched, ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """``configure_model`` has sharded the module before."""
+        """False: ``configure_model`` has already sharded the module."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning asks for ``load_optimizer_state_dict``."""
+        """True: Lightning calls ``load_optimizer_state_dict``."""
         return True
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state on the CPU of the first process; every process must ask."""
+        """The full state on the CPU of the first process. Every process must call this."""
         saved: dict[str, Any] = optimizer.state_dict()
-        whole = {
-            number: {name: self._whole(value) for name, value in entries.items()}
+        full_state = {
+            number: {name: self._to_full(value) for name, value in entries.items()}
             for number, entries in saved["state"].items()
         }
-        return {**saved, "state": whole}
+        return {**saved, "state": full_state}
 
-    def _whole(self, value: Any) -> Any:
+    def _to_full(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        whole = value.full_tensor()
-        return whole.cpu() if self.is_global_zero else None
+        full_tensor = value.full_tensor()
+        return full_tensor.cpu() if self.is_global_zero else None
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """A checkpoint that stays in the page cache, which the processes of a machine share."""
+        """Load a checkpoint memory-mapped, so that the processes of a machine share it in the page cache."""
         loaded: dict[str, Any] = torch.load(checkpoint_path, "cpu", weights_only=weights_only, mmap=True)
         return loaded
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this process's share of the weights."""
+        """Load this process's share of the weights."""
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this process's share of the moments."""
+        """Load this process's share of the optimizer state."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             shares = {
@@ -78,8 +78,8 @@ class WatchedFSDP(Watched, ModelParallelStrategy):
 
 
 def share_of(value: Tensor, parameter: Tensor) -> Tensor:
-    """What this process keeps of a value of a parameter's shape; numbers of other shapes stay as they are."""
+    """This process's share of a value with the shape of a parameter. Values of other shapes are returned unchanged."""
     if value.shape != parameter.shape or not isinstance(parameter, DTensor):
         return value
-    whole = value.to(parameter.device)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    on_device = value.to(parameter.device)
+    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)

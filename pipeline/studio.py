@@ -1,4 +1,4 @@
-"""studio: a local web page to draw, upsample and edit pictures with a finished run."""
+"""studio: a local web page to sample, upsample and edit images with a finished run."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from pipeline.studio_page import build_page
 
 MAX_FILE_SIZE = "10mb"
 MAX_WAITING = 32
-"""Requests in the queue; more are told to come back."""
+"""Maximum number of queued requests; further ones are rejected."""
 MAX_SESSIONS = 100
-"""Pages whose last draw is kept."""
+"""Maximum number of pages whose last samples are kept."""
 
 
 def run_studio(config: Config, request: StudioRequest) -> None:
-    """Serve the page until it is interrupted. Raises RunError where gradio or a free port is missing."""
+    """Serve the page until interrupted. Raises RunError without gradio or without a free port."""
     if find_spec("gradio") is None:
         raise RunError("the studio needs gradio: run `make studio`, or `pip install 'octaves[studio]'`")
     if not 0 <= request.port < 2**16:
         raise RunError(f"port={request.port}; allowed: 1 to 65535, or 0 for the first free one from 7860")
     studio = Studio(config, load_models(config))
-    # ended from outside, it still removes what was uploaded
+    # exit normally on SIGTERM, so that uploads are removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="octaves-studio-") as uploads:
         # gradio reads these when it is imported
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        # what any decoder refuses by itself, whichever way a picture reached it: more than twice this number
+        # an upper limit for every decoder: Pillow rejects images with more than twice this number of pixels
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         _serve(studio, request)

@@ -1,7 +1,7 @@
-"""How the studio looks: pictures as HTML, the style sheet, and a canvas to paint a mask on.
+"""Appearance of the studio: images as HTML, the style sheet, and a canvas for painting a mask.
 
-Pictures travel inside the page (data URIs at their own size, enlarged by the browser): no file is written or served,
-and what is saved from the page has exactly the pixels that the model made.
+Images are part of the page (data URIs at their own size, enlarged by the browser): no file is written or served, and an
+image saved from the page has exactly the pixels of the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.images.views import pixels_to_picture
 from pipeline.studio_actions import Shown
 
 LARGEST_PIXELATED = 128
-"""Images up to this side are enlarged pixel by pixel; larger ones smoothly."""
+"""Images up to this side are enlarged without smoothing; larger ones are smoothed."""
 
 STYLE = """
 .gradio-container { max-width: 1160px !important; margin: 0 auto !important; }
@@ -53,8 +53,8 @@ PAINTER = """
 <button type="button">Clear the painting</button></p></div>
 """
 
-# props: hint (a line), picture (data URI of what is painted on), cells (a side),
-# value (the mask: cells x cells letters 0 or 1)
+# props: hint (one line), picture (data URI of the image to paint on), cells (per side),
+# value (the mask: cells x cells characters 0 or 1)
 PAINTER_SCRIPT = """
 const canvas = element.querySelector("canvas"), context = canvas.getContext("2d"), image = new Image();
 let open = [], paint = null;
@@ -93,14 +93,14 @@ load();
 
 
 def data_uri(pixels: Tensor) -> str:
-    """A PNG of uint8 [C, h, w] that stands in the page itself."""
+    """PNG of an image uint8 [C, h, w] as a data URI."""
     buffer = io.BytesIO()
     pixels_to_picture(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def pictures(shown: Sequence[Shown]) -> str:
-    """HTML of pictures side by side, all of one displayed size; a click saves one."""
+    """HTML of images side by side, displayed at the same size; a click saves an image."""
     parts = []
     for pixels, caption, name in shown:
         uri = data_uri(pixels)
@@ -114,7 +114,7 @@ def pictures(shown: Sequence[Shown]) -> str:
 
 
 def empty(text: str) -> str:
-    """HTML of the place where pictures will be."""
+    """HTML of a placeholder for images."""
     return f'<div class="empty"><span>{escape(text)}</span></div>'
 
 

@@ -1,4 +1,4 @@
-"""The studio's page: three tabs of controls around the actions. Gradio is an extra, imported when the page is built."""
+"""Page of the studio: three tabs of controls for the actions. Gradio, an extra, is only imported in ``build_page``."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from pipeline.studio_actions import (
 from pipeline.studio_looks import PAINTER, PAINTER_SCRIPT, data_uri, empty, line, pictures
 
 SECONDS_A_SCALE = 0.45
-"""How long each number of scales is shown while new pictures grow."""
+"""How long each number of scales is shown while new images are refined."""
 NEW_SEED = "() => Math.floor(Math.random() * 1000000)"
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
-"""For what uses the models: users wait for one another."""
+"""For events that use the models: users wait for each other."""
 ANY_TIME: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
-"""For what only looks at what is there."""
+"""For events that only show existing results."""
 
 NO_PREFIXES = (
-    "No slider over the scales: this tokenizer's decoder needs all of them at once. One trained with "
-    "tokenizer.attention=sit-scd or sit-sc shows pictures growing."
+    "No slider over the scales: this tokenizer's decoder needs all scales at once. Tokenizers trained with "
+    "tokenizer.attention=sit-scd or sit-sc can show images being refined."
 )
 NO_UPSAMPLING = f"Upsampling needs a scale-causal encoder: {DENSE_ENCODER}."
 OTHER_ORDER = {
-    "interleaved": "This prior writes all scales of a place together: a beginning of scales cannot be given to it.",
-    "luma_first": "This prior writes luma before chroma: what it is given must be all of the luma (octaves colorize).",
-    "reversed": "This prior writes the last tokens first: there is no beginning of an image that it could be given.",
+    "interleaved": "This prior samples all scales of a position together, so it cannot be given the first scales.",
+    "luma_first": "This prior samples luma before chroma, so it must be given all of the luma (octaves colorize).",
+    "reversed": "This prior samples the last tokens first, so it cannot be given the first scales.",
 }
 NO_FREEZING = f"Keeping whole scales needs a scale-causal encoder: {DENSE_ENCODER}."
 
 
 def build_page(studio: Studio) -> Any:
-    """The page, as gradio.Blocks, ready to be queued and launched."""
+    """The page as gradio.Blocks, ready to be queued and launched."""
     import gradio as gr
 
     config = studio.config
-    # uploads are forgotten after an hour
+    # uploads are deleted after an hour
     with gr.Blocks(title=config.name, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         _html(gr, f"<h1>{escape(config.name)}</h1><p>{escape(_summary(studio))}</p>", elem_id="head")
         with gr.Tab("Sample"):
@@ -91,30 +91,30 @@ def _sample_tab(gr: Any, studio: Studio) -> None:
                     "Watch them grow", size="sm", elem_id="grow", scale=1, min_width=140, elem_classes="beside"
                 )
             reach = _html(gr, line(_reach(studio, num_scales), "reach"), visible=growing, elem_id="reach")
-            view = _html(gr, empty("New pictures appear here."), elem_id="samples")
+            view = _html(gr, empty("New images appear here."), elem_id="samples")
             if not layout.decodes_prefixes:
                 _html(gr, line(NO_PREFIXES))
     drawn = gr.State(None)
 
     def draw(*values: Any, progress: Any = gr.Progress()) -> tuple[Drawn, str]:  # noqa: B008 (gradio's way)
-        made = draw_samples(studio, read_wish(*values), _tell(progress))
-        return made, pictures(made.shown(0))
+        samples = draw_samples(studio, read_wish(*values), _tell(progress))
+        return samples, pictures(samples.shown(0))
 
-    def grow(made: Drawn | None) -> Iterator[tuple[int, str, str]]:
-        for step in range(len(made.steps) if made else 0):
-            yield show(made, step + 1)
+    def grow(samples: Drawn | None) -> Iterator[tuple[int, str, str]]:
+        for step in range(len(samples.steps) if samples else 0):
+            yield show(samples, step + 1)
             time.sleep(SECONDS_A_SCALE)
 
-    def show(made: Drawn | None, chosen: Any) -> tuple[int, str, str]:
-        if made is None:
-            number = numbers[int(chosen) - 1]
-            return int(chosen), line(_reach(studio, number), "reach"), empty("Draw some pictures first.")
-        step = min(max(1, int(chosen)), len(made.steps)) - 1
-        number = made.steps[step][0]
-        return step + 1, line(_reach(studio, number), "reach"), pictures(made.shown(step))
+    def show(samples: Drawn | None, position: Any) -> tuple[int, str, str]:
+        if samples is None:
+            number = numbers[int(position) - 1]
+            return int(position), line(_reach(studio, number), "reach"), empty("Draw some images first.")
+        step = min(max(1, int(position)), len(samples.steps)) - 1
+        number = samples.steps[step][0]
+        return step + 1, line(_reach(studio, number), "reach"), pictures(samples.shown(step))
 
-    def look(made: Drawn | None, chosen: Any) -> tuple[str, str]:
-        return show(made, chosen)[1:]
+    def look(samples: Drawn | None, position: Any) -> tuple[str, str]:
+        return show(samples, position)[1:]
 
     done = gr.on(
         [button.click, *submits],
@@ -143,13 +143,11 @@ def _upsample_tab(gr: Any, studio: Studio) -> None:
             with gr.Row():
                 start = gr.Dropdown([(f"{s} px", s) for s in sides[:-1]], value=sides[-2], label="from", min_width=90)
                 stop = gr.Dropdown([(f"{s} px", s) for s in targets], value=sides[-1], label="to", min_width=90)
-            _html(gr, line("A larger picture is reduced to “from” by averaging first."))
+            _html(gr, line("A larger image is first reduced to “from” by averaging."))
             controls, submits = _controls(gr, studio, 4, any_first=True)
             button = gr.Button("Upsample", variant="primary", elem_id="upsample")
         with gr.Column(scale=3, min_width=300):
-            view = _html(
-                gr, empty("Upload a picture: it is enlarged to the right size by the prior."), elem_id="upsampled"
-            )
+            view = _html(gr, empty("Upload an image: the prior enlarges it to the chosen size."), elem_id="upsampled")
             note = _html(gr, "", elem_id="agreement")
 
     def upsample(path: Any, small: Any, large: Any, *values: Any, progress: Any = gr.Progress()) -> tuple[str, str]:  # noqa: B008
@@ -170,22 +168,22 @@ def _edit_tab(gr: Any, studio: Studio) -> None:
     layout, cells = studio.models.tokenizer.layout, mask_cells(studio)
     num_scales = len(layout.scales)
     natural = studio.models.prior.writes_prefixes
-    most = num_scales - 1 if layout.keeps_prefixes and natural else 0
-    if not most:
+    max_frozen = num_scales - 1 if layout.keeps_prefixes and natural else 0
+    if not max_frozen:
         _html(
             gr,
             line(
                 (NO_FREEZING if natural else OTHER_ORDER[studio.models.prior.order])
-                + (" What is painted can still be drawn anew." if cells else "")
+                + (" The painted area can still be sampled again." if cells else "")
             ),
         )
-    if not most and not cells:
+    if not max_frozen and not cells:
         return
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             upload = _upload(gr, "edit-upload")
-            # an update replaces all of the component's own properties
-            hint = "Paint what may change" + ("; with nothing painted, everything may." if most else ".")
+            # an update replaces all props of the component
+            hint = "Paint what may change" + ("; with nothing painted, everything may." if max_frozen else ".")
             props = {"cells": cells, "hint": hint}
             painter = _html(
                 gr,
@@ -199,19 +197,19 @@ def _edit_tab(gr: Any, studio: Studio) -> None:
             )
             frozen = gr.Slider(
                 0 if cells else 1,
-                max(1, most),
-                min(1, most),
+                max(1, max_frozen),
+                min(1, max_frozen),
                 step=1,
                 label="coarse scales kept",
-                visible=most > 0,
+                visible=max_frozen > 0,
                 elem_id="frozen",
                 buttons=[],
             )
             controls, submits = _controls(gr, studio, 4, any_first=True)
             button = gr.Button("Edit", variant="primary", elem_id="edit")
         with gr.Column(scale=3, min_width=300):
-            stays = "its coarse scales stay, the fine ones are" if most else "what you paint over is"
-            view = _html(gr, empty(f"Upload a picture: {stays} drawn anew."), elem_id="edited")
+            changes = "its coarse scales are kept, the fine ones are" if max_frozen else "the painted area is"
+            view = _html(gr, empty(f"Upload an image: {changes} sampled again."), elem_id="edited")
 
     def see(path: Any) -> Any:
         if not path:
@@ -238,7 +236,7 @@ def _html(gr: Any, text: str, **named: Any) -> Any:
 
 
 def _controls(gr: Any, studio: Studio, count: int, any_first: bool) -> tuple[list[Any], list[Any]]:
-    """(what ``read_wish`` reads, in its order; events that mean "go"). What the prior does not know is left out."""
+    """(controls in the order of ``read_wish``, events that mean "go"). Controls that the prior ignores are left out."""
     condition, settings = studio.models.prior.condition, studio.config.sampling
     label, text, guidance, submits = gr.State(-1), gr.State(""), gr.State(1.0), []
     if condition.uses_labels:
@@ -268,12 +266,12 @@ def _controls(gr: Any, studio: Studio, count: int, any_first: bool) -> tuple[lis
 
 
 def _upload(gr: Any, name: str) -> Any:
-    """A place for one picture. Gradio's Image would decode it before anybody could look at its size."""
+    """An input for one image. Gradio's own Image would decode it before its size can be checked."""
     return gr.File(label="picture", file_count="single", type="filepath", height=130, elem_id=name)
 
 
 def answered(gr: Any, action: Callable[..., Any]) -> Callable[..., Any]:
-    """``action`` with its errors as one line in the page: ours as they are, defects without their insides."""
+    """``action`` with errors as one line in the page: OctavesError with its message, other errors without details."""
 
     @functools.wraps(action)
     def run(*values: Any, **named: Any) -> Any:
@@ -283,8 +281,8 @@ def answered(gr: Any, action: Callable[..., Any]) -> Callable[..., Any]:
             message, title = str(error), "That does not work"
         except Exception:
             traceback.print_exc()
-            message, title = "A defect of the studio; the terminal it was started in shows where.", "Error"
-        # the message is shown as HTML, and may hold what a user wrote
+            message, title = "A bug in the studio; see the terminal where it was started.", "Error"
+        # the message is displayed as HTML and may contain user input
         raise gr.Error(escape(message), title=title, print_exception=False)
 
     return run

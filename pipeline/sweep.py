@@ -1,6 +1,6 @@
-"""sweep: one prior sampled under a grid of settings, with the figures of ``eval`` for every point.
+"""sweep: sample from one prior with a grid of settings, and measure each point with the metrics of ``eval``.
 
-All points have the same prompts and seeds and are measured against the same images, so they differ in nothing else.
+All points use the same prompts, seeds and reference images, so they differ only in the settings.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from stages.weights import check_pair, load_prior, load_tokenizer
 
 
 def sweep(config: Config, request: SweepRequest) -> Path:
-    """Draw ``eval.num_samples`` images at every point of the grid, measure them and write the table and a plot.
+    """Sample ``eval.num_samples`` images at every point of the grid, measure them, and write a table and a plot.
 
-    Returns the folder. Raises RunError, ConfigError or InputError before any work for a point that cannot be sampled
+    Returns the folder. Before any work, raises RunError, ConfigError or InputError for a point that cannot be sampled,
     and for parts that are missing or do not belong together.
     """
-    # nothing here is compared with another tokenizer
+    # no comparison with another tokenizer here
     config.eval = dataclasses.replace(config.eval, baseline=None)
     tokenizer_path = need(config.tokenizer.path, "tokenizer", "train-tokenizer", config)
     prior_path = need(config.prior.path, "prior", "train-prior", config)
     tokenizer, metadata = load_tokenizer(tokenizer_path)
     check_parts(config, tokenizer, tokenizer_path)
-    prior, of_prior = load_prior(prior_path)
-    check_pair(of_prior, prior_path, tokenizer_path)
+    prior, prior_metadata = load_prior(prior_path)
+    check_pair(prior_metadata, prior_path, tokenizer_path)
     models = assemble(config, tokenizer, prior)
     points = grid_of(config, request)
     for point in points:
@@ -64,11 +64,11 @@ def sweep(config: Config, request: SweepRequest) -> Path:
     clean = read_images(train_source, config.images, config.eval.num_samples).pixels
     spaces = judges.spaces(val.pixels, clean)
     if not spaces:
-        raise RunError(f"nothing can judge the samples: {'; '.join(skipped)}")
-    asked = ask(config, models, val, len(source.class_names))
-    found = []
+        raise RunError(f"the samples cannot be measured: {'; '.join(skipped)}")
+    prompts = ask(config, models, val, len(source.class_names))
+    entries = []
     for point in points:
-        drawn = draw(models, asked, point)
+        drawn = draw(models, prompts, point)
         entry: dict[str, Any] = {
             "guidance": point.guidance,
             "temperature": point.temperature[0] if len(point.temperature) == 1 else point.temperature,
@@ -77,31 +77,31 @@ def sweep(config: Config, request: SweepRequest) -> Path:
         }
         for space in spaces.values():
             entry |= space.measure(space.features(drawn.pixels), config.eval.neighbours, config.eval.seed)
-        if judges.classifier is not None and asked.conditional:
-            entry["class_accuracy"] = class_accuracy(judges.classifier, asked, drawn.pixels)
-        found.append(entry)
+        if judges.classifier is not None and prompts.conditional:
+            entry["class_accuracy"] = class_accuracy(judges.classifier, prompts, drawn.pixels)
+        entries.append(entry)
         print(" · ".join(f"{title} {cell}" for title, cell in cells_of(entry).items()), flush=True)
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
     result = {
         "settings": settings(config, tokenizer_path, metadata["kind"], device),
-        "num_samples": len(asked.seeds),
+        "num_samples": len(prompts.seeds),
         "num_reference": len(val),
-        "prompts": asked.by,
-        "seeds": [asked.seeds[0], asked.seeds[-1]],
+        "prompts": prompts.by,
+        "seeds": [prompts.seeds[0], prompts.seeds[-1]],
         "sampling": to_plain(config.sampling),
-        "points": found,
+        "points": entries,
         "skipped": skipped,
     }
     (out / "sweep.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (out / "sweep.md").write_text(markdown(config.name, result), encoding="utf-8")
-    draw_sweep(found, out / "sweep.png")
+    draw_sweep(entries, out / "sweep.png")
     print(f"wrote {out / 'sweep.json'}, {out / 'sweep.md'} and {out / 'sweep.png'}")
     return out
 
 
 def grid_of(config: Config, request: SweepRequest) -> list[SamplingConfig]:
-    """Every combination of the request's values, guidance running fastest. Raises RunError for what is no number."""
+    """All combinations of the request's values; guidance changes fastest. Raises RunError for invalid numbers."""
     own = config.sampling
     guidances = parse_numbers(request.guidances, "guidances", float) if request.guidances else [own.guidance]
     temperatures: list[list[float]] = [own.temperature]
@@ -117,7 +117,7 @@ def grid_of(config: Config, request: SweepRequest) -> list[SamplingConfig]:
 
 
 def cells_of(point: dict[str, Any]) -> dict[str, str]:
-    """One row of the table by its titles; a star marks a backbone that the tokenizer was trained against."""
+    """One row of the table as {title: cell}; a star marks a backbone that the tokenizer was trained with."""
     cells = {
         "guidance": f"{point['guidance']:g}",
         "temperature": str(point["temperature"]),
@@ -138,7 +138,7 @@ def cells_of(point: dict[str, Any]) -> dict[str, str]:
 
 
 def markdown(name: str, result: dict[str, Any]) -> str:
-    """The table, with what its figures depend on."""
+    """The table as Markdown, with what its values depend on."""
     points = result["points"]
     rows = [cells_of(point) for point in points]
     first = next(point[key] for point in points for key in point if key.startswith(("fd_", "fid")))
@@ -159,15 +159,15 @@ def markdown(name: str, result: dict[str, Any]) -> str:
 
 
 def draw_sweep(points: list[dict[str, Any]], path: Path) -> None:
-    """Fréchet distance over guidance, a line for each temperature and top-k, a panel for each backbone."""
+    """Plot Fréchet distance over guidance: one line per temperature and top-k, one panel per backbone."""
     keys = [key for key in ("fd_lite0", "fd_classifier", "fid") if key in points[0]]
     plot = Figure(figsize=(5.2 * len(keys), 3.9), dpi=120, layout="constrained")
     lines: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         lines.setdefault(f"temperature {point['temperature']}, top-k {point['top_k']}", []).append(point)
     for axis, key in zip(plot.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        for number, (name, mine) in enumerate(lines.items()):
-            ordered = sorted(mine, key=lambda point: point["guidance"])
+        for number, (name, members) in enumerate(lines.items()):
+            ordered = sorted(members, key=lambda point: point["guidance"])
             values = [point[key]["value"] for point in ordered]
             axis.plot([point["guidance"] for point in ordered], values, "o-", color=COLOURS(number % 20), label=name)
         real = points[0][f"{key}_of_real_images"]["value"]

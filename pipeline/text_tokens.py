@@ -1,7 +1,7 @@
-"""text-tokens: the bytes of a text as a token cache, for studies of priors whose claims are about text.
+"""text-tokens: write the bytes of a text as a token cache, to study priors that were proposed for text.
 
-What is notable here: nothing is tokenized, a byte is an element, and a sample is a piece of so many bytes; the last
-pieces are held out. A prior is trained on such a cache as on any other (condition.kind=none), without a tokenizer.
+There is no tokenizer: each byte is an element, and a sample is a piece of fixed length. The last pieces are held out
+for validation. A prior is trained on this cache as on any other (with condition.kind=none).
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from pipeline.run import stage_folder
 
 
 def text_layout(length: int) -> TokenLayout:
-    """One scale of ``length`` bytes."""
+    """Layout of one scale with ``length`` bytes."""
     return TokenLayout((Scale("text", length, None, 0, (Field("byte", 256),), (1, length)),))
 
 
 def cache_text(config: Config, request: TextTokensRequest) -> Path:
-    """Write ``config.tokens.path``; returns it.
+    """Write the cache to ``config.tokens.path`` and return that folder.
 
-    Raises ConfigError for a URL, RunError for a text too short, CacheError for a cache there.
+    Raises ConfigError for a URL, RunError for a text that is missing or too short, CacheError if a cache exists there.
     """
     check_command("text-tokens", config)
     path, folder = Path(request.file).expanduser(), Path(config.tokens.path)
     if not request.file or not path.is_file():
-        raise RunError(f"file={request.file}: no such file; give the text whose bytes are to be modelled")
+        raise RunError(f"file={request.file}: no such file; give a text file")
     if request.length < 2 or not 0 < request.held_out < 1:
         raise RunError(
-            f"length={request.length}, held_out={request.held_out:g}; allowed: 2 bytes or more, a share between 0 and 1"
+            f"length={request.length}, held_out={request.held_out:g}; allowed: 2 bytes or more, and a "
+            "fraction between 0 and 1"
         )
     content = path.read_bytes()
     count = len(content) // request.length
@@ -47,7 +48,7 @@ def cache_text(config: Config, request: TextTokensRequest) -> Path:
         raise RunError(f"{path} has {len(content)} bytes: too few for training and held-out pieces of {request.length}")
     with stage_folder(folder, config, "tokens"):
         if (folder / FILE).exists():
-            raise CacheError(f"{folder} holds a token cache already; choose another RUN=, or delete the folder")
+            raise CacheError(f"{folder} already contains a token cache; choose another RUN=, or delete the folder")
         pieces = np.frombuffer(content[: count * request.length], np.uint8).reshape(count, request.length)
         layout, identity = text_layout(request.length), hashlib.sha256(content).hexdigest()
         splits = {"train": pieces[: count - val], "val": pieces[count - val :]}
@@ -71,14 +72,14 @@ def cache_text(config: Config, request: TextTokensRequest) -> Path:
 
 
 def write_split(folder: Path, pieces: np.ndarray, layout: TokenLayout, config: Config, identity: str) -> SplitInfo:
-    """One shard of all pieces uint8 [n, length], in the cache's permutation."""
+    """Write all pieces, uint8 [n, length], as one shard in the permuted order of the cache."""
     places, size = order.source_order(len(pieces), config.tokens.permutation_seed), order.block_size(len(pieces))
     with ShardWriter(folder, 0, layout) as writer:
         for number, start in enumerate(range(0, len(places), size)):
-            some = places[start : start + size]
-            ids = pieces[some][:, None, :, None].astype(np.int64)
+            indices = places[start : start + size]
+            ids = pieces[indices][:, None, :, None].astype(np.int64)
             lengths, header = np.full(ids.shape[:2], ids.shape[2]), np.zeros((*ids.shape[:2], 0), np.int64)
-            labels = np.full(len(some), NO_LABEL)
-            writer.write(Block(number, ids, lengths, header, labels, some, [f"piece {place}" for place in some]))
+            labels = np.full(len(indices), NO_LABEL)
+            writer.write(Block(number, ids, lengths, header, labels, indices, [f"piece {place}" for place in indices]))
         shard: ShardInfo = writer.commit([])
     return SplitInfo(len(pieces), 0, 0, size, identity, (shard,))

@@ -1,4 +1,4 @@
-"""train-tokenizer and train-prior: load → build → run → save."""
+"""train-tokenizer and train-prior: load data, build models, train, save."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ from stages.weights import load_tokenizer, save_prior, save_tokenizer, take_over
 
 
 def train_tokenizer(config: Config) -> Path:
-    """Train (or, for a codec, only fit) stage 1 and write its averaged weights. Returns the file.
+    """Train stage 1 (a codec is only fitted) and write its averaged weights. Returns the file.
 
-    Raises ConfigError for a trainer that is for other commands.
+    Raises ConfigError for trainer settings that only other commands support.
     """
     check_command("train-tokenizer", config)
     path = Path(config.tokenizer.path)
@@ -67,18 +67,18 @@ def train_tokenizer(config: Config) -> Path:
         L.seed_everything(config.seed, verbose=False)
         tokenizer = build_tokenizer(config.tokenizer, size, config.images.channels)
         images = ImageDataModule(
-            dataclasses.replace(config.images, skip_corrupt=True),  # in-training validation leaves broken files out
+            dataclasses.replace(config.images, skip_corrupt=True),  # validation in training skips broken files
             training.batch_size_per_device,
             image_loaders(config),
             config.seed,
             validation_images=training.validation_images,
             oversampling=training.oversampling,
         )
-        taken: dict[str, Any] = {}
+        source_metadata: dict[str, Any] = {}
         if training.start_from is None:
             fit_statistics(config, tokenizer)
         else:
-            taken = take_over(tokenizer, config.tokenizer, training.start_from)
+            source_metadata = take_over(tokenizer, config.tokenizer, training.start_from)
         if training.oversampling > 1:
             check_large(images.source("train"), config.images.size * training.oversampling)
         if tokenizer.trainable:
@@ -92,13 +92,13 @@ def train_tokenizer(config: Config) -> Path:
         else:
             extra = {"steps": 0, "world_size": 1, "perceptual": "none"}
         if is_first_process():
-            save_tokenizer(path, tokenizer, config.tokenizer, extra | taken)
+            save_tokenizer(path, tokenizer, config.tokenizer, extra | source_metadata)
             print(f"wrote {path}")
     return path
 
 
 def fit_statistics(config: Config, tokenizer: Tokenizer) -> None:
-    """Measure what a tokenizer wants to know of the training images. Raises InputError for one that it refuses."""
+    """Fit the data statistics of a tokenizer on training images. Raises InputError for an image that it rejects."""
     keys: list[str] = []
     try:
         tokenizer.fit(first_images(config, config.tokenizer_training.fit_images, keys))
@@ -107,13 +107,13 @@ def fit_statistics(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def check_large(source: ImageSource, side: int, count: int = 16) -> None:
-    """Raise RunError where most of a few training images are stored smaller than ``side``: nothing is learned there."""
+    """Raise RunError if most of ``count`` training images are smaller than ``side``: they would teach nothing."""
     indices = range(0, len(source), max(1, len(source) // count))[:count]
     small = [index for index in indices if smaller_side(source[index].image) < side]
     if 2 * len(small) > len(indices):
         raise RunError(
             f"the training images are smaller than images.size times tokenizer_training.oversampling, {side} px; give "
-            "larger ones (of photos: octaves photos size=..., then images.path=photos...), or a smaller oversampling"
+            "larger ones (for photos: octaves photos size=..., then images.path=photos...), or a smaller oversampling"
         )
 
 
@@ -140,24 +140,24 @@ def train_prior(config: Config) -> Path:
             local_gigabytes=config.tokens.local_gigabytes,
         )
         manifest = tokens.manifest
-        if is_first_process() and not is_remote(config.tokens.path):  # copies are checked by whoever opens them
+        if is_first_process() and not is_remote(config.tokens.path):  # copies of remote shards are checked when opened
             for split in sorted(manifest.splits):
-                TokenReader(config.tokens.path, split, manifest).verify()  # a flipped bit would only make a worse prior
-        if Path(config.tokenizer.path).exists():  # a cache can be trained on without the tokenizer that made it
+                TokenReader(config.tokens.path, split, manifest).verify()  # otherwise bit errors would go unnoticed
+        if Path(config.tokenizer.path).exists():  # a cache can also be used without its tokenizer
             check_belongs(manifest, config.tokenizer.path, tokens_sha256(config.tokenizer.path))
         settings = dataclasses.replace(config.sampling, compile=False, scales=0)
-        check_sampling(settings, manifest.layout)  # now, not at the first validation
+        check_sampling(settings, manifest.layout)  # now instead of at the first validation
         L.seed_everything(config.seed, verbose=False)
         prior = build_prior(config.prior, config.condition, manifest.layout, list(manifest.class_names), manifest.text)
         if isinstance(prior.condition, TextCondition):
             prior.condition.set_empty(tokens.reader("train").empty_caption())
-        grammar = build_grammar(manifest.layout)  # the loader's own: the prior's goes where the prior goes
+        grammar = build_grammar(manifest.layout)  # for the loader; the prior's own moves to the device of the prior
         if isinstance(grammar, PlacedGrammar):
             tokens.cut_and_note(prior.max_length, grammar.annotate)
         if grammar is not None:
             print(tokens.lengths_report())
         pictures: list[Callback] = []
-        sharded = config.trainer.strategy == "fsdp"  # then no process alone can sample
+        sharded = config.trainer.strategy == "fsdp"  # then a single process cannot sample
         if Path(config.tokenizer.path).exists() and not sharded:
             tokenizer, _ = load_tokenizer(config.tokenizer.path)
             prompts = held_out_prompts(tokens.reader("val"), prior)
@@ -181,19 +181,19 @@ def train_prior(config: Config) -> Path:
 
 
 def held_out_prompts(reader: TokenReader | StreamedReader, prior: Prior, count: int = 16) -> Prompts:
-    """What the first ``count`` samples of the cache's held-out side would be asked for by."""
+    """Prompts of the first ``count`` samples of the validation split."""
     positions = np.arange(count) % len(reader)
     return Prompts.from_batch(widened(to_tensors(reader.read(positions, with_text=prior.condition.uses_text))))
 
 
 def first_images(config: Config, count: int, keys: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training images in evaluation view as batches [B, C, H, W] in [-1, 1] with labels [B]: what ``fit`` measures.
+    """Training images in evaluation view as batches [B, C, H, W] in [-1, 1] with labels [B], for ``fit``.
 
-    ``keys`` is made to hold those of the last batch.
+    ``keys`` is set to the keys of the current batch.
     """
-    images = dataclasses.replace(config.images, skip_corrupt=True)  # statistics survive a broken file; so does training
+    images = dataclasses.replace(config.images, skip_corrupt=True)  # broken files are skipped, as in training
     source = open_source(images, "train")
-    indices = range(0, len(source), max(1, len(source) // count))[:count]  # spread: folders are sorted by class
+    indices = range(0, len(source), max(1, len(source) // count))[:count]  # spread out: folders are sorted by class
     for start in range(0, len(indices), 64):
         views = [read_eval(source, index, images) for index in indices[start : start + 64]]
         views = [view for view in views if view.readable]
@@ -211,18 +211,18 @@ def fit(
     num_optimizers: int,
     pictures: Sequence[Callback] = (),
 ) -> L.Trainer:
-    """Train to ``max_steps``, from the newest whole checkpoint in ``folder`` if there is one.
+    """Train to ``max_steps``, starting from the newest intact checkpoint in ``folder``, if there is one.
 
-    Raises Preempted after SIGTERM and a checkpoint, and RunError when another process of the run has ended.
+    Raises Preempted after SIGTERM and a checkpoint, and RunError if another process of the run has ended.
     """
     quiet_lightning()
     micro_batches = training.max_steps * training.accumulate_batches
-    same = SamePrecision(training.precision)
-    callbacks: list[Callback] = [same, Throughput(training.max_steps, training.log_every), *pictures]
+    same_precision = SamePrecision(training.precision)
+    callbacks: list[Callback] = [same_precision, Throughput(training.max_steps, training.log_every), *pictures]
     if place.progress:
         callbacks.append(StepProgressBar(micro_batches))
     callbacks.append(Checkpoints(folder / FOLDER, training.checkpoint_every))
-    manual = not module.automatic_optimization
+    manual_optimization = not module.automatic_optimization
     trainer = L.Trainer(
         **placement(place),
         precision=TRAINER_PRECISIONS[training.precision],
@@ -232,12 +232,12 @@ def fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=training.log_every,
-        accumulate_grad_batches=1 if manual else training.accumulate_batches,
-        gradient_clip_val=None if manual else training.gradient_clip_norm,
+        accumulate_grad_batches=1 if manual_optimization else training.accumulate_batches,
+        gradient_clip_val=None if manual_optimization else training.gradient_clip_norm,
         logger=TensorBoardLogger(folder, name="", version="logs"),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=False,  # Lightning's own
+        enable_checkpointing=False,  # Lightning's own callback
         default_root_dir=folder,
     )
     checkpoint = newest_checkpoint(folder / FOLDER)
@@ -251,11 +251,11 @@ def fit(
 
 
 def quiet_lightning() -> None:
-    """Hide hints that do not apply here."""
+    """Hide Lightning's hints that do not apply here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for hint in (
         "does not have many workers",
-        r"Found \d+ module",  # the averaged copy and the perceptual network belong in eval mode
+        r"Found \d+ module",  # the averaged copy and the perceptual network are meant to be in eval mode
         "isinstance\\(treespec",
         "predict returned None",
     ):

@@ -144,8 +144,8 @@ def test_what_is_no_image_is_answered_by_one_line(model, images, words):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"classes": ["purple"]}, "classes=purple: allowed are 0 to 2, or blue, green, red"),
-        ({"classes": [-1]}, "classes=-1: allowed are 0 to 2"),
+        ({"classes": ["purple"]}, "classes=purple; allowed: 0 to 2, or blue, green, red"),
+        ({"classes": [-1]}, "classes=-1; allowed: 0 to 2"),
         ({"classes": "red"}, "classes='red'; allowed: a list, e.g. ['red']"),
         ({"texts": ["a tree"]}, "this prior was trained without captions"),
         ({"count": 0}, "count=0; allowed: 1 or more"),

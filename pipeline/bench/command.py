@@ -1,4 +1,4 @@
-"""bench: how fast every part of a config is on this machine, beside what it can be compared with."""
+"""bench: measure the speed of every part of a config on this machine, with a reference where available."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ PARTS: dict[str, Callable[[Place], list[Figure]]] = {
 }
 
 SHORT_PRODUCTS = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx512_vnni")
-"""Instructions for matrix products of short numbers, by the names that torch gives them."""
+"""Instructions for matrix products of numbers with fewer than 32 bits, by their names in torch."""
 
 
 def run_bench(config: Config, request: BenchRequest) -> Path:
-    """Print a table and write it as JSON. Weights are fresh, for they do not change a speed: no run is needed.
+    """Print a table and write it as JSON. Weights are new, because they do not affect speed, so no run is needed.
 
-    Raises RunError for an unknown part, no repeats, and for memory that cannot be measured.
+    Raises RunError for an unknown part, for fewer than one repeat, and if memory cannot be measured.
     """
     parts = list(PARTS) if request.parts == "all" else request.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -68,7 +68,7 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
         f"on {machine['device']}: {' '.join(machine['instructions'])}; usable cores: {machine['usable_cores']}, "
         f"threads: {machine['threads']}"
     )
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "machine": machine,
         "settings": {
             **asdict(request),
@@ -79,17 +79,17 @@ def run_bench(config: Config, request: BenchRequest) -> Path:
         "figures": [figure.to_dict() for figure in figures],
         "peak_memory_bytes": peak_memory(place.device),
     }
-    print(f"peak memory of all of it: {found['peak_memory_bytes'] / 1e6:.0f} MB")
+    print(f"peak memory of the whole benchmark: {results['peak_memory_bytes'] / 1e6:.0f} MB")
     if sides:
-        found["memory"] = measure_memory(config, sides)
+        results["memory"] = measure_memory(config, sides)
     out = Path(request.out)
-    write_atomically(out, json.dumps(found, indent=1).encode() + b"\n")
+    write_atomically(out, json.dumps(results, indent=1).encode() + b"\n")
     print(f"wrote {out}")
     return out
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Hardware and software that the results depend on."""
     return {
         "device": cpu_name() if device.type == "cpu" else device_name(device),
         "cpu": cpu_name(),
@@ -103,14 +103,17 @@ def machine_of(device: torch.device) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """The instruction set that torch's own loops use, then what multiplies matrices of less than 32 bits."""
-    # older versions of torch do not say what else there is
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return [torch.backends.cpu.get_cpu_capability(), *(name for name in SHORT_PRODUCTS if found.get(name) is True)]
+    """The instruction set that torch's own loops use, then instructions for matrix products with fewer than 32 bits."""
+    # older versions of torch do not report the latter
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [
+        torch.backends.cpu.get_cpu_capability(),
+        *(name for name in SHORT_PRODUCTS if capabilities.get(name) is True),
+    ]
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """Name of the processor if the system reports it, otherwise its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -120,7 +123,7 @@ def cpu_name() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process held: on a CUDA GPU where one was used, else resident ones."""
+    """Peak memory of this process in bytes: on a CUDA GPU if one was used, otherwise resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

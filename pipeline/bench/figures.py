@@ -1,4 +1,4 @@
-"""What a benchmark says: a speed or size, what it stands beside, and the goal."""
+"""Benchmark results: a speed or size, what it is compared with, and its goal."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ class Figure:
     """One line of the table."""
 
     part: str
-    """What was measured: transforms, tokenizer, training, cache, reader, prior, sampling."""
+    """Part that was measured: transforms, tokenizer, training, cache, reader, prior, sampling."""
     name: str
     value: float
     unit: str
     spread: tuple[float, float] | None = None
-    """The lowest and highest of all runs; None for what does not vary."""
+    """Lowest and highest value of all runs; None for values that do not vary."""
     against: str = ""
-    """What ``ratio`` compares with, measured in turn with it in the same run."""
+    """What ``ratio`` compares with, measured alternately in the same run."""
     ratio: float | None = None
-    """``value`` over that of ``against``."""
+    """``value`` divided by the value of ``against``."""
     goal: tuple[str, float] | None = None
-    """(">=" or "<=", bound) of the ratio, or of the value where there is no ratio."""
+    """(">=" or "<=", bound) for the ratio, or for the value if there is no ratio."""
 
     @property
     def met(self) -> bool | None:
         """Whether the goal is met; None without one."""
         if self.goal is None:
             return None
-        found = self.value if self.ratio is None else self.ratio
-        return found >= self.goal[1] if self.goal[0] == ">=" else found <= self.goal[1]
+        compared = self.value if self.ratio is None else self.ratio
+        return compared >= self.goal[1] if self.goal[0] == ">=" else compared <= self.goal[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -49,24 +49,24 @@ def speeds(
     repeats: int,
     against: Mapping[str, tuple[str, tuple[str, float] | None]] = {},
 ) -> list[Figure]:
-    """How much of ``unit`` every task does in a second, each of which does ``amount`` a call.
+    """Measure how much of ``unit`` each task does per second, if one call does ``amount``.
 
-    ``against`` names the task that another one is compared with, and the goal of the ratio.
+    ``against`` maps a task to the task it is compared with, and the goal of the ratio.
     """
     seconds = dict(zip(tasks, time_interleaved(list(tasks.values()), repeats), strict=True))
     median = {name: amount / statistics.median(runs) for name, runs in seconds.items()}
-    found = []
+    figures = []
     for name, runs in seconds.items():
         other, goal = against.get(name, ("", None))
-        # pairs of neighbours, so that a slow minute meets both
+        # ratio of consecutive runs, because a temporary slowdown affects both
         ratio = statistics.median(b / a for a, b in zip(runs, seconds[other], strict=True)) if other else None
         spread = (amount / max(runs), amount / min(runs))
-        found.append(Figure(part, name, median[name], unit, spread, other, ratio, goal))
-    return found
+        figures.append(Figure(part, name, median[name], unit, spread, other, ratio, goal))
+    return figures
 
 
 def line_of(figure: Figure) -> str:
-    """A line of the table: value, spread, ratio, goal."""
+    """A line of the table: value, ratio, goal."""
     line = f"{figure.part:11s}{figure.name:34s}{shortened(figure.value):>9s} {figure.unit:14s}"
     if figure.ratio is not None:
         line += f"{figure.ratio:7.2f} x {figure.against}"
@@ -76,7 +76,7 @@ def line_of(figure: Figure) -> str:
 
 
 def shortened(value: float) -> str:
-    """Three or four digits, with k or M."""
+    """Format with at most four digits, and k or M for large numbers."""
     for bound, letter in ((1e6, "M"), (1e4, "k")):
         if abs(value) >= bound:
             return f"{value / (1e6 if letter == 'M' else 1e3):.4g}{letter}"

@@ -1,4 +1,4 @@
-"""The memory of a prior over lists by image size: what grows with the image, and what does not."""
+"""Memory of a prior over lists by image size: what grows with the image, and what does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stages.measures.memory import saved_bytes
 from stages.prior.chunked import ChunkedPrior
 
 MEASURED = 8
-"""Images of which the one with the longest list is taken."""
+"""Number of images; the one with the longest list is used."""
 
 
 def check_memory(config: Config, sides: list[int]) -> None:
@@ -32,12 +32,12 @@ def check_memory(config: Config, sides: list[int]) -> None:
 
 
 def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
-    """What one list costs in training at each image side: by chunks, and by one decoder over the whole list.
+    """Training memory for one list at each image side: in chunks, and with one decoder over the whole list.
 
-    Nothing is trained for it; the parts are built as the config says, without a condition. Raises RunError for images
-    whose lists do not fill a chunk.
+    Nothing is trained: the parts are built as in the config, without a condition. Raises RunError for images whose
+    lists do not fill a chunk.
     """
-    found = []
+    results = []
     for side in sides:
         images = dataclasses.replace(config.images, size=side)
         source = open_source(images, "val")
@@ -46,19 +46,19 @@ def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
         tokenizer.fit([(to_float(pixels), torch.full((len(pixels),), -1))])
         tokens = tokenizer.encode(to_float(pixels))
         row = int(tokens.lengths.argmax())
-        one = tokens[row : row + 1].prefix(int(tokens.lengths[row]))
-        length = one.ids.shape[1]
+        longest = tokens[row : row + 1].prefix(int(tokens.lengths[row]))
+        length = longest.ids.shape[1]
         chunk: int = config.prior.chunk  # type: ignore[attr-defined]
         if length < chunk:
             raise RunError(f"lists of {side} px have {length} elements at most, less than prior.chunk={chunk}")
         entry: dict[str, Any] = {"side": side, "elements": length, "chunk": chunk}
         for name, size in (("by_chunks", chunk), ("whole", length)):
-            # the first chunk is always taken, a full one
+            # with this bias, training always takes the first chunk, which is full
             settings = dataclasses.replace(config.prior, chunk=size, early_bias=1e3)  # type: ignore[call-arg]
             prior = build_prior(settings, NoConditionConfig(), tokenizer.layout, [])
             assert isinstance(prior, ChunkedPrior)
-            entry[name] = bytes_of(prior, one)
-        found.append(entry)
+            entry[name] = bytes_of(prior, longest)
+        results.append(entry)
         print(
             f"memory {side:4d} px, {length:6d} elements: "
             + "; ".join(
@@ -68,12 +68,12 @@ def measure_memory(config: Config, sides: list[int]) -> list[dict[str, Any]]:
             )
             + " MB"
         )
-    return found
+    return results
 
 
 def bytes_of(prior: ChunkedPrior, tokens: Tokens) -> dict[str, int]:
     """Bytes saved by the layers of the decoders, by the encoder, and by the rest: embeddings, logits and losses."""
-    # keys and values are made of what the encoder says, and each decoder is given them
+    # keys and values that the decoders receive are computed from the encoder's output and count for the encoder
     prompts = Prompts.of_labels(torch.tensor([-1]))
     saved = saved_bytes(lambda: prior(tokens, prompts), prior, prior.parts, {"decoders": "encoder"})
     return {**saved, "total": sum(saved.values())}

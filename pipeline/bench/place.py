@@ -1,4 +1,4 @@
-"""What the benchmarks of one config share: its parts with fresh weights, and a folder that goes away."""
+"""Shared parts of the benchmarks of one config: models with new weights, and a temporary folder."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from stages.precision import resolve
 from stages.weights import load_tokenizer, save_tokenizer
 
 RANDOM = {"train": 2048, "val": 16}
-"""Samples of the cache that priors are trained on."""
+"""Number of samples in the cache that priors are trained on."""
 
 
 @dataclass
 class Place:
-    """A config, how often to measure, and a temporary folder. What is slow does not depend on what was learned."""
+    """A config, the number of repeats, and a temporary folder. Speed does not depend on what was learned."""
 
     config: Config
     repeats: int
@@ -48,13 +48,13 @@ class Place:
         for name in ("tokenizer_training", "tokens", "prior_training"):
             part = sections.get(name, getattr(self.config, name))
             sections[name] = dataclasses.replace(part, precision=resolve(part.precision, self.device))
-        # other processes would measure in folders of their own
+        # other processes would use other temporary folders
         trainer = dataclasses.replace(self.config.trainer, progress=False, devices=1, num_nodes=1)
         self.config = dataclasses.replace(self.config, **sections, trainer=trainer)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The config's tokenizer with fresh weights and measured statistics, also in the folder."""
+        """The tokenizer of the config with new weights and measured statistics; it is also saved in the folder."""
         images = self.config.images
         L.seed_everything(self.config.seed, verbose=False)
         tokenizer = build_tokenizer(self.config.tokenizer, (images.size, images.size), images.channels)
@@ -71,7 +71,7 @@ class Place:
 
     @cached_property
     def tokens(self) -> Path:
-        """A cache of random tokens in the tokenizer's layout: what they say does not change a speed."""
+        """A cache of random tokens in the layout of the tokenizer: their values do not affect speed."""
         folder, layout = self.folder / "random", self.tokenizer.layout
         splits = {name: write_random(folder / name, layout, count) for name, count in RANDOM.items()}
         Manifest(
@@ -92,7 +92,7 @@ class Place:
 
 
 def write_random(folder: Path, layout: TokenLayout, count: int) -> SplitInfo:
-    """One shard of ``count`` samples of a layout of fixed length, in one block."""
+    """Write one shard with one block of ``count`` random samples, for a layout of fixed length."""
     generator = np.random.default_rng(0)
     sizes = [[part.vocabulary_size for part in scale.fields] for scale in layout.scales for _ in range(scale.length)]
     ids = generator.integers(0, sizes, (count, 1, layout.length, layout.num_fields))

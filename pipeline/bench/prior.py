@@ -1,4 +1,4 @@
-"""A prior's speed: tokens a second of training and the share of the machine's peak, and tokens a second of sampling."""
+"""Speed of a prior: training in tokens/s and as a fraction of the peak, and sampling in tokens/s."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from stages.prior.transformer import TransformerPrior
 SAMPLES = 16
 """Sequences sampled at once."""
 MANY = 64
-"""The same where orders are compared, beside one alone."""
+"""Sequences sampled at once when orders are compared; a single sequence is measured, too."""
 PEAK_SIDE = 2048
-"""Side of the matrices whose product is taken for the peak."""
+"""Side of the square matrices whose product defines the peak."""
 
 
 def bench_prior(place: Place) -> list[Figure]:
-    """Tokens a second of training steps, and FLOPs a second over those of a matrix product.
+    """Tokens per second in training steps, and their FLOPs per second divided by those of a matrix product.
 
-    For layouts of fixed length, in every precision that the device multiplies.
+    Only for layouts of fixed length; in every precision in which the device multiplies.
     """
     config = place.config
     layout = place.tokenizer.layout
@@ -50,31 +50,31 @@ def bench_prior(place: Place) -> list[Figure]:
         return []
     training = config.prior_training
     kinds = {"32": torch.float32}
-    if resolve("auto", place.device) == "bf16":  # where it is emulated a step takes minutes
+    if resolve("auto", place.device) == "bf16":  # emulated bfloat16 would take minutes per step
         kinds["bf16"] = torch.bfloat16
     arms = {f"precision {name}": dataclasses.replace(training, precision=name) for name in kinds}
 
-    def built() -> Prior:
+    def new_prior() -> Prior:
         L.seed_everything(config.seed, verbose=False)
-        # text is another story: what its encoder gives is read, not computed
+        # no text: encoded captions are read, not computed
         return build_prior(config.prior, NoConditionConfig(), layout, [])
 
     def prepared(training: PriorTrainingConfig) -> tuple[PriorModule, L.LightningDataModule]:
         data = TokenDataModule(place.tokens, training.batch_size_per_device, token_loaders(config), config.seed, 1)
-        return PriorModule(built(), training, config.seed), data
+        return PriorModule(new_prior(), training, config.seed), data
 
-    found = compare_steps("prior", arms, prepared, place, layout.length, "tokens/s")
-    flops = flops_of_token(built(), place)
-    for figure, kind in zip(list(found), kinds.values(), strict=False):
+    figures = compare_steps("prior", arms, prepared, place, layout.length, "tokens/s")
+    flops = flops_of_token(new_prior(), place)
+    for figure, kind in zip(list(figures), kinds.values(), strict=False):
         peak = peak_of(kind, place.device)
         share = figure.value * flops / peak
         name = f"FLOPs over {peak / 1e9:.0f} GFLOP/s, {str(kind).removeprefix('torch.')}"
-        found.append(Figure("prior", name, share, "of the peak"))
-    return found
+        figures.append(Figure("prior", name, share, "of the peak"))
+    return figures
 
 
 def flops_of_token(prior: Prior, place: Place, batch: int = 4) -> float:
-    """FLOPs of a forward and backward pass for each token, as counted by PyTorch: matrix products and attention."""
+    """FLOPs per token of a forward and backward pass, as counted by PyTorch: matrix products and attention."""
     reader = TokenReader(place.tokens, "train")
     tokens = Tokens.from_batch(widened(to_tensors(reader.read(torch.arange(batch).numpy()))))
     with FlopCounterMode(display=False) as counter:
@@ -83,7 +83,7 @@ def flops_of_token(prior: Prior, place: Place, batch: int = 4) -> float:
 
 
 def peak_of(kind: torch.dtype, device: torch.device, runs: int = 8) -> float:
-    """FLOPs a second of the fastest of a few products of two square matrices."""
+    """FLOPs per second of the fastest of several products of two square matrices."""
     a = torch.randn(PEAK_SIDE, PEAK_SIDE, device=device).to(kind)
     seconds = []
     for _ in range(runs):
@@ -95,11 +95,11 @@ def peak_of(kind: torch.dtype, device: torch.device, runs: int = 8) -> float:
 
 
 def bench_sampling(place: Place) -> list[Figure]:
-    """Tokens a second of drawing whole sequences: with the cache, by full passes, and by Hugging Face's ``generate``.
+    """Tokens per second when sampling sequences: with cache, by full passes, and with ``generate`` of Hugging Face.
 
-    A prior of ``prior.order=scale`` stands beside it where the layout has that order. Hugging Face's draws from a Llama
-    of the same depth, width, heads, hidden size and vocabulary; it is left out where
-    transformers is not installed. For transformers over layouts of fixed length.
+    A prior with ``prior.order=scale`` is added if the layout supports that order. Hugging Face samples from a Llama
+    with the same depth, width, heads, hidden size and vocabulary; it is left out if transformers is not installed. Only
+    for transformers over layouts of fixed length.
     """
     config, device = place.config, place.device
     layout = place.tokenizer.layout
@@ -107,13 +107,14 @@ def bench_sampling(place: Place) -> list[Figure]:
         print("sampling: only transformers over layouts of fixed length are measured")
         return []
     L.seed_everything(config.seed, verbose=False)
-    own: Any = config.prior
-    names = ("natural", "scale") if has_scale_order(own, layout) else ("natural",)
+    prior_config: Any = config.prior
+    names = ("natural", "scale") if has_scale_order(prior_config, layout) else ("natural",)
     orders = {
-        order: build_prior(dataclasses.replace(own, order=order), NoConditionConfig(), layout, []) for order in names
+        order: build_prior(dataclasses.replace(prior_config, order=order), NoConditionConfig(), layout, [])
+        for order in names
     }
-    for each in orders.values():
-        each.eval().requires_grad_(False).to(device)
+    for order_prior in orders.values():
+        order_prior.eval().requires_grad_(False).to(device)
     prior = orders["natural"]
     assert isinstance(prior, TransformerPrior)
     plain: dict[str, Any] = {"guidance": 1.0, "scales": 0, "rounds": [], "confidence_noise": CONFIDENCE_NOISE}
@@ -122,14 +123,14 @@ def bench_sampling(place: Place) -> list[Figure]:
         prior.compile_step()
     prompts = Prompts.of_labels(torch.full((SAMPLES,), -1, device=device))
     seeds = list(range(SAMPLES))
-    drawn = sample(prior, prompts, settings, seeds)
+    tokens = sample(prior, prompts, settings, seeds)
 
     @torch.no_grad()
     def without_cache() -> None:
-        """What every element costs where nothing is kept, on tokens that are there."""
+        """The cost of sampling without a cache, on given tokens."""
         for position in range(layout.length):
-            state = prior.begin(prompts, drawn.prefix(position), layout.length)
-            logits = prior.logits(state, drawn.ids[:, 0, :0])
+            state = prior.begin(prompts, tokens.prefix(position), layout.length)
+            logits = prior.logits(state, tokens.ids[:, 0, :0])
             torch.multinomial(logits.softmax(-1), 1)
 
     tasks: dict[str, Any] = {
@@ -142,12 +143,12 @@ def bench_sampling(place: Place) -> list[Figure]:
         tasks |= {"Hugging Face's Llama": llama, "with cache again": tasks["with cache"]}
         goals["with cache again"] = ("Hugging Face's Llama", (">=", 2.0))
     amount = SAMPLES * layout.length
-    found = speeds("sampling", tasks, amount, "tokens/s", place.repeats, goals)
-    return found + (bench_orders(orders, settings, config.sampling.rounds, place) if len(orders) > 1 else [])
+    figures = speeds("sampling", tasks, amount, "tokens/s", place.repeats, goals)
+    return figures + (bench_orders(orders, settings, config.sampling.rounds, place) if len(orders) > 1 else [])
 
 
 def has_scale_order(config: Any, layout: TokenLayout) -> bool:
-    """Whether a prior of this config can also be one of ``prior.order=scale``."""
+    """Whether a prior with this config also supports ``prior.order=scale``."""
     try:
         permutation_of(layout, "scale")
     except InputError:
@@ -156,12 +157,12 @@ def has_scale_order(config: Any, layout: TokenLayout) -> bool:
 
 
 def bench_orders(orders: dict[str, Prior], settings: SamplingConfig, rounds: list[int], place: Place) -> list[Figure]:
-    """Images a second, one and many at once: element by element, and scale by scale in the config's rounds."""
-    found, layout = [], orders["natural"].layout
-    said = "+".join(map(str, rounds_of(rounds, len(layout.scales))))
+    """Images per second, one and many at once: element by element, and scale by scale in the rounds of the config."""
+    figures, layout = [], orders["natural"].layout
+    rounds_text = "+".join(map(str, rounds_of(rounds, len(layout.scales))))
     for batch, goal in ((1, (">=", 5.0)), (MANY, None)):
         prompts = Prompts.of_labels(torch.full((batch,), -1, device=place.device))
-        elements, scales = f"batch {batch}, token order", f"batch {batch}, scale order, {said} rounds"
+        elements, scales = f"batch {batch}, token order", f"batch {batch}, scale order, {rounds_text} rounds"
         tasks = {
             elements: partial(sample, orders["natural"], prompts, settings, range(batch)),
             scales: partial(
@@ -169,16 +170,16 @@ def bench_orders(orders: dict[str, Prior], settings: SamplingConfig, rounds: lis
             ),
         }
         goals = {scales: (elements, goal if layout.length >= 256 else None)}
-        found += speeds("sampling", tasks, batch, "images/s", place.repeats, goals)
-    return found
+        figures += speeds("sampling", tasks, batch, "images/s", place.repeats, goals)
+    return figures
 
 
 def llama_like(prior: TransformerPrior, length: int, device: torch.device) -> Any:
-    """Draws ``length`` tokens of SAMPLES sequences from a Llama like ``prior``; None without transformers."""
+    """Function that samples ``length`` tokens of SAMPLES sequences from a similar Llama; None without transformers."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
-        print("sampling: transformers is not installed (make text), so there is nothing to compare with")
+        print("sampling: transformers is not installed (make text), so there is no comparison with it")
         return None
     config = prior.config
     hidden = int(prior.blocks[0].mlp.fc1_x.out_features)  # type: ignore[union-attr, arg-type]

@@ -1,4 +1,4 @@
-"""Training steps of several arms, in turn: real trainers over real data, timed behind their first steps."""
+"""Time training steps of several arms alternately: real trainers on real data, after some warm-up steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.placement import wait_for
 from pipeline.train import fit
 
 WARM, TIMED = 4, 12
-"""Steps of a run that are not timed, and that are."""
+"""Steps of a run: warm-up steps, timed steps."""
 
 
 class StepTimes(L.Callback):
-    """When the steps of a run began and ended."""
+    """Records when the steps of a run begin and end."""
 
     def __init__(self) -> None:
         self.begins: list[float] = []
@@ -35,12 +35,12 @@ class StepTimes(L.Callback):
 
     @property
     def seconds(self) -> float:
-        """Seconds of a timed micro-batch, the wait for its data included."""
+        """Seconds per timed micro-batch, including the wait for its data."""
         return (self.ends[-1] - self.ends[WARM - 1]) / (len(self.ends) - WARM)
 
     @property
     def wait_share(self) -> float:
-        """Share of that time in which a step waited for its data."""
+        """Fraction of that time in which a step waited for its data."""
         waits = [begin - end for begin, end in zip(self.begins[WARM:], self.ends[WARM - 1 :], strict=False)]
         return sum(waits) / (self.ends[-1] - self.ends[WARM - 1])
 
@@ -53,9 +53,10 @@ def compare_steps(
     amount: float,
     unit: str,
 ) -> list[Figure]:
-    """``amount`` times samples a second of each arm, compared with the first one, and its share of waiting for data.
+    """``amount`` times samples per second for each arm, compared with the first arm; and the last arm's wait for data.
 
-    ``prepared`` builds (module, data) of an arm's training section; an arm is trained anew for every repeat.
+    ``prepared`` builds (module, data) from the training section of an arm. Arms are trained from scratch in each
+    repeat.
     """
     names = list(trainings)
     runs: dict[str, list[StepTimes]] = {name: [] for name in names}
@@ -77,15 +78,15 @@ def compare_steps(
             runs[name].append(times)
     batch = trainings[names[0]].batch_size_per_device * amount
     first = [times.seconds for times in runs[names[0]]]
-    found = []
+    figures = []
     for name in names:
         seconds = [times.seconds for times in runs[name]]
         ratio = statistics.median(b / a for a, b in zip(seconds, first, strict=True)) if name != names[0] else None
         spread = (batch / max(seconds), batch / min(seconds))
         against = "" if ratio is None else names[0]
-        found.append(Figure(part, name, batch / statistics.median(seconds), unit, spread, against, ratio))
+        figures.append(Figure(part, name, batch / statistics.median(seconds), unit, spread, against, ratio))
     waits = [times.wait_share for times in runs[names[-1]]]
     spread = (min(waits), max(waits))
     share = statistics.median(waits)
-    found.append(Figure(part, f"waiting for data ({names[-1]})", share, "of the time", spread, goal=("<=", 0.02)))
-    return found
+    figures.append(Figure(part, f"waiting for data ({names[-1]})", share, "of the time", spread, goal=("<=", 0.02)))
+    return figures

@@ -1,4 +1,4 @@
-"""A tokenizer's speed: images encoded and decoded, and images a second of training with each of its losses."""
+"""Speed of a tokenizer in images per second: encoding, decoding, and training with each of its losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOSSES: dict[str, dict[str, float | str]] = {
 
 
 def bench_tokenizer(place: Place) -> list[Figure]:
-    """Images a second of encoding, decoding and, for streams and lists, of noting what may follow."""
+    """Images per second when encoding, decoding and, for streams and lists, annotating tokens with their grammar."""
     tokenizer, batches = place.tokenizer, place.batches
     encoded: list[Tokens] = [tokenizer.encode(batch) for batch in batches]
     tasks: dict[str, Callable[[], object]] = {
@@ -42,14 +42,14 @@ def bench_tokenizer(place: Place) -> list[Figure]:
 
 
 def bench_training(place: Place) -> list[Figure]:
-    """Images a second of training steps of one micro-batch, with losses left out in turn. None for a codec."""
+    """Images per second in training steps of one micro-batch, with some losses left out. Empty for a codec."""
     config = place.config
     training = dataclasses.replace(config.tokenizer_training, start_from=None)
     size = (config.images.size, config.images.size)
     arms: dict[str, TokenizerTrainingConfig] = {}
     for name, changes in LOSSES.items():
         arm = dataclasses.replace(training, **changes)  # type: ignore[arg-type]
-        if arm not in arms.values():  # the config may train without one of them
+        if arm not in arms.values():  # the config itself may leave a loss out
             arms[name] = arm
     if not build_tokenizer(config.tokenizer, size, config.images.channels).trainable:
         print("training: a codec is not trained")

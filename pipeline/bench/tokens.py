@@ -1,4 +1,4 @@
-"""The token cache: writing against encoding alone, size against the bare tokens, reading against webdataset."""
+"""The token cache: writing compared with encoding alone, size with bare tokens, reading with webdataset."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from pipeline.text_tokens import TextTokensRequest, cache_text
 from stages.precision import autocast
 
 MOST_IMAGES = 20_000
-"""Images of the largest set that is cached: its pixels are held in memory to encode them alone."""
+"""Maximum number of images to cache; their pixels are held in memory to measure encoding alone."""
 READ_SAMPLES, READ_TOKENS, READ_BATCH = 40_000, 256, 64
-"""Samples of the cache that is read, tokens of each, samples of a batch."""
+"""Number of samples in the cache that is read, tokens per sample, samples per batch."""
 
 
 def bench_cache(place: Place) -> list[Figure]:
-    """Images a second from files to shards, of encoding the same images in memory, and of reading them; bytes a sample.
+    """Images per second from files to shards, when only encoding from memory, and when only reading; bytes per sample.
 
-    Where nothing else runs beside the loader (``trainer.num_workers=0``), reading adds to encoding.
+    If the loader runs in the main process (``trainer.num_workers=0``), the time for reading adds to that for encoding.
     """
     config = place.config
     tokenizer, folder = place.tokenizer, Path(config.tokens.path)
     sources = [open_source(config.images, split) for split in ("train", "val")]
 
     if sum(map(len, sources)) > MOST_IMAGES:
-        print(f"cache: more than {MOST_IMAGES} images; bench a smaller set (images.path=...) of the same size")
+        print(f"cache: more than {MOST_IMAGES} images; use a smaller set (images.path=...) of the same image size")
         return []
 
     def read() -> torch.Tensor:
@@ -52,7 +52,7 @@ def bench_cache(place: Place) -> list[Figure]:
 
     pixels = read()
     flips = (False, True) if config.images.flip else (False,)
-    # a block is encoded by itself: small sets have small ones
+    # a block is encoded separately, and small sets have small blocks
     batch = min(config.tokens.encode_batch_size, block_size(len(sources[0])))
 
     def write() -> None:
@@ -67,7 +67,7 @@ def bench_cache(place: Place) -> list[Figure]:
                     views = to_float(part.flip(-1) if flip else part)
                     tokenizer.encode(views.to(place.device)).to("cpu")
 
-    found = speeds(
+    figures = speeds(
         "cache",
         {"images to shards": write, "encoding alone": encode, "reading alone": read},
         len(pixels),
@@ -75,11 +75,11 @@ def bench_cache(place: Place) -> list[Figure]:
         place.repeats,
         {"images to shards": ("encoding alone", (">=", 0.95))},
     )
-    return [*found, size_of(folder)]
+    return [*figures, size_of(folder)]
 
 
 def size_of(folder: Path) -> Figure:
-    """Bytes of a sample in a cache beside those of its bare tokens and label; keys and captions do not count."""
+    """Bytes per sample in a cache, compared with its bare tokens and label; keys and captions are not counted."""
     manifest = Manifest.load(folder)
     stored = bare = named = 0
     for split, info in manifest.splits.items():
@@ -94,7 +94,7 @@ def size_of(folder: Path) -> Figure:
                         data = memoryview(content)[member.offset_data : member.offset_data + member.size]
                         bare += read_npy(data).nbytes
                     elif extension != "index.npy":
-                        # with its header and its padding
+                        # including its header and padding
                         named += tarfile.BLOCKSIZE + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     count = sum(info.count for info in manifest.splits.values())
     ratio, against = (stored - named) / bare, "bare tokens and labels"
@@ -102,7 +102,7 @@ def size_of(folder: Path) -> Figure:
 
 
 def bench_reader(place: Place) -> list[Figure]:
-    """Samples a second of a process: random batches of our shards, and webdataset's of one record a sample."""
+    """Samples per second of one process: random batches from our shards, and webdataset with a record per sample."""
     generator = np.random.default_rng(0)
     text = place.folder / "bytes.bin"
     text.write_bytes(generator.integers(0, 256, READ_SAMPLES * READ_TOKENS, dtype=np.uint8).tobytes())
@@ -126,8 +126,8 @@ def bench_reader(place: Place) -> list[Figure]:
                 return
 
     def records() -> Iterator[object]:
-        found = webdataset.WebDataset(str(plain), shardshuffle=False).shuffle(1000).decode()
-        yield from found.to_tuple("tokens.npy", "cls").batched(READ_BATCH)
+        dataset = webdataset.WebDataset(str(plain), shardshuffle=False).shuffle(1000).decode()
+        yield from dataset.to_tuple("tokens.npy", "cls").batched(READ_BATCH)
 
     figures = speeds(
         "reader",
@@ -140,5 +140,5 @@ def bench_reader(place: Place) -> list[Figure]:
         place.repeats,
         {"blocks, random batches": ("webdataset, a record a sample", None)},
     )
-    wanted = Figure("reader", "one process", figures[0].value, "samples/s", figures[0].spread, goal=(">=", 1e5))
-    return [*figures, wanted]
+    one_process = Figure("reader", "one process", figures[0].value, "samples/s", figures[0].spread, goal=(">=", 1e5))
+    return [*figures, one_process]

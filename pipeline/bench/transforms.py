@@ -1,4 +1,4 @@
-"""Haar and CDF 9/7 against PyWavelets', and Haar against a copy of the same bytes."""
+"""Haar and CDF 9/7 compared with PyWavelets, and Haar compared with copying the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = 3
 
 
 def bench_transforms(repeats: int, device: torch.device) -> list[Figure]:
-    """Megapixels a second (of one channel) of a batch of colour images, float32, there and back."""
+    """Megapixels per second (of one channel) for a batch of color images, float32, analysis and synthesis."""
     pixels = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0))
     settings = {"wavelet": "haar", "mode": "periodization", "axes": (-2, -1)}
     lifted = {**settings, "wavelet": "bior4.4"}

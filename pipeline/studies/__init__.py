@@ -1,1 +1,1 @@
-"""study: a named grid of configs over seeds, each trained once, and one table of what came out."""
+"""study: a named grid of configs and seeds, each trained once, and one table of the results."""

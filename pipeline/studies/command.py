@@ -1,4 +1,4 @@
-"""study: train every cell of a study that is not there yet, and write one table of all."""
+"""study: train all missing cells of a study, and write one table of all cells."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pipeline.studies.train import outdated, train
 
 @dataclass
 class StudyRequest:
-    """The command's own keys; every other ``key=value`` overrides the configs of all arms."""
+    """Keys of ``study``; every other ``key=value`` overrides the configs of all arms."""
 
     out: str = "runs/studies"
-    """Folder of all studies: runs in ``runs``, which studies share, tables in the study's own folder."""
+    """Folder of all studies: runs are in ``runs`` and shared by studies, tables in a folder per study."""
     jobs: int = 1
-    """Stages that run at once, each with its share of the cores."""
+    """Number of stages that run at once, each with its share of the cores."""
     minutes: float | None = None
-    """After so many minutes no further stage begins; what is missing is "not run"."""
+    """After this time no further stage starts; missing cells are listed as "not run"."""
     only: str = ""
-    """Arms to train, comma-separated; the table has all. Empty: every arm."""
+    """Arms to train, comma-separated; empty: all. The table always contains all arms."""
     train: bool = True
-    """False writes the table of what is there."""
+    """False only writes the table of existing results."""
 
 
 def run_study(arguments: Sequence[str]) -> Path:
-    """Run a study named by the first of ``arguments``; returns the table.
+    """Run the study named by the first of ``arguments``. Returns the path of the table.
 
-    Raises ConfigError for a study or arm that cannot run, before any work, and RunError when a cell failed, after the
-    table was written.
+    Raises ConfigError for a study or arm that cannot run, before any work; RunError if a cell failed, after the table
+    is written.
     """
     if not arguments:
         raise RunError("octaves study needs a study: a YAML, or the name of one in configs/studies")
@@ -47,8 +47,8 @@ def run_study(arguments: Sequence[str]) -> Path:
     outcome = outdated(cells)
     try:
         if request.train:
-            wanted = [cell for cell in cells if not chosen or cell.arm in chosen]
-            train(wanted, request.jobs, request.minutes, outcome)
+            selected = [cell for cell in cells if not chosen or cell.arm in chosen]
+            train(selected, request.jobs, request.minutes, outcome)
     finally:
         table = write_tables(study, path.stem, cells, outcome, Path(request.out) / path.stem)
     print(f"\n{table.read_text(encoding='utf-8')}\nwrote {table} and cells.csv, study.json, plot.png beside it")
@@ -62,7 +62,7 @@ def run_study(arguments: Sequence[str]) -> Path:
 
 
 def read_request(arguments: Sequence[str]) -> tuple[StudyRequest, list[str]]:
-    """(the command's own keys, overrides). Raises RunError for a wrong value."""
+    """(keys of the command, overrides). Raises RunError for an invalid value."""
     request, overrides = StudyRequest(), []
     own = {field.name for field in fields(StudyRequest)}
     for item in arguments:
@@ -73,13 +73,13 @@ def read_request(arguments: Sequence[str]) -> tuple[StudyRequest, list[str]]:
             try:
                 number = int(value) if key == "jobs" else float(value)
             except ValueError as error:
-                raise RunError(f"{item}: allowed is a number") from error
+                raise RunError(f"{item}; allowed: a number") from error
             if number < (1 if key == "jobs" else 0):
-                raise RunError(f"{item}: allowed is {'1' if key == 'jobs' else '0'} or more")
+                raise RunError(f"{item}; allowed: {'1' if key == 'jobs' else '0'} or more")
             setattr(request, key, number)
         elif key == "train":
             if value not in ("true", "false"):
-                raise RunError(f"{item}: allowed is true or false")
+                raise RunError(f"{item}; allowed: true or false")
             request.train = value == "true"
         else:
             setattr(request, key, value)

@@ -1,11 +1,12 @@
-"""What a study consists of: arms of configs and seeds, and the folder of runs in which each is trained once.
+"""Definition of a study: arms (configs) and seeds, and the run folders in which each cell is trained once.
 
-What is notable here:
+Notes:
 
-- a cell is one arm with one seed; its run is named by a hash of what decides its tokens (seed, images, tokenizer and
-  its training), its prior and its evaluation by hashes of theirs. Cells that agree share, also between studies.
-  Only what differs from the defaults counts, so that a key which a newer version adds changes no name;
-- all first seeds come before all second ones, so that a study that is stopped has every arm.
+- A cell is one arm with one seed. Its run is named by a hash of what determines its tokens (seed, images, tokenizer and
+  its training); its prior and its evaluation are named by their own hashes. Cells with equal hashes share results, also
+  between studies. Only values that differ from the defaults are hashed, so a key that a newer version adds changes no
+  name.
+- All first seeds come before all second seeds, so that an interrupted study has results for every arm.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FIGURES = [
     "rate.prior_bits_per_pixel",
     "samples.fd_lite0.value",
 ]
-"""What a study shows when it does not say."""
+"""Default figures of a study."""
 
 OWN = (
     "seed",
@@ -46,43 +47,43 @@ OWN = (
     "eval.name",
     "tokenizer_training.start_from",
 )
-"""Keys of the config that neither a study nor its command line may set; nor may they set any of ``trainer``."""
+"""Config keys that neither a study nor its command line may set, like all keys of ``trainer``."""
 
 
 @dataclass
 class ArmConfig:
-    """One row of the table."""
+    """An arm, one row of the table."""
 
     name: str = MISSING
-    """Of letters, digits, dots and dashes; unique in its study."""
+    """Letters, digits, dots and dashes; unique within its study."""
     config: str | None = None
-    """A YAML or the name of a shipped experiment; default: the study's."""
+    """A YAML or the name of a shipped experiment; default: that of the study."""
     keys: dict[str, Any] = field(default_factory=dict)
-    """Dotted keys of the config and their values, over those of the study."""
+    """Dotted config keys and their values; they override those of the study."""
     seeds: list[int] | None = None
-    """Default: the study's."""
+    """Default: those of the study."""
     prior: bool | None = None
-    """Whether it has a second stage; default: the study's."""
+    """Whether it has a second stage; default: as in the study."""
 
 
 @dataclass
 class StudyConfig:
-    """A study's YAML."""
+    """YAML of a study."""
 
     question: str = MISSING
-    """In one sentence; it stands over the table."""
+    """One sentence, shown above the table."""
     config: str = "photos64"
-    """The experiment from which the arms differ."""
+    """The experiment that the arms modify."""
     keys: dict[str, Any] = field(default_factory=dict)
-    """Dotted keys of the config and their values, for all arms."""
+    """Dotted config keys and their values, for all arms."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Of arms that name none."""
+    """Seeds of arms without their own."""
     prior: bool = False
-    """Whether the arms have a second stage: tokens cached, a prior trained and sampled."""
+    """Whether the arms have a second stage: cached tokens, and a prior that is trained and sampled."""
     figures: list[str] = field(default_factory=lambda: list(FIGURES))
     """Columns: dotted keys of ``metrics.json``; ``*`` stands for every entry of a list."""
     plot: list[str] = field(default_factory=lambda: ["tokenizer.psnr_mean_of_images"])
-    """Which of them are drawn, a panel each."""
+    """Figures to plot, one panel each."""
     arms: list[ArmConfig] = MISSING
 
 
@@ -94,7 +95,7 @@ class Cell:
     seed: int
     config: Config
     command: tuple[str, ...]
-    """What follows ``octaves <stage>``."""
+    """Arguments after ``octaves <stage>``."""
     prior: bool
 
     @property
@@ -104,12 +105,12 @@ class Cell:
 
     @property
     def metrics(self) -> Path:
-        """What its evaluation writes."""
+        """The file that its evaluation writes."""
         return self.run / "eval" / self.config.eval.name / "metrics.json"
 
     @property
     def stages(self) -> tuple[tuple[str, Path], ...]:
-        """(command, the file that it writes last) in order."""
+        """(command, the file that it writes last), in order."""
         first = ("train-tokenizer", Path(self.config.tokenizer.path))
         second = (
             ("cache-tokens", Path(self.config.tokens.path) / "manifest.json"),
@@ -119,7 +120,7 @@ class Cell:
 
 
 def find_study(name: str) -> Path:
-    """The YAML of a path, or of a shipped study's name. Raises ConfigError that lists the shipped ones."""
+    """Find a study by the path of its YAML or by the name of a shipped study. Raises ConfigError, listing these."""
     folder = CONFIG_FOLDER / "studies"
     for candidate in (Path(name), folder / f"{name}.yaml"):
         if candidate.is_file():
@@ -129,7 +130,7 @@ def find_study(name: str) -> Path:
 
 
 def load_study(path: Path) -> StudyConfig:
-    """The study of a YAML. Raises ConfigError for an unknown key, a missing one, or two arms of one name."""
+    """Load a study from its YAML. Raises ConfigError for an unknown or missing key, or two arms with the same name."""
     raw = read_yaml(path)
     if not isinstance(raw, DictConfig):
         raise ConfigError(f"{path}: a study is a mapping of question, config, keys, seeds, figures and arms")
@@ -143,7 +144,7 @@ def load_study(path: Path) -> StudyConfig:
 
 
 def check_study(study: StudyConfig, file: str) -> None:
-    """Raise ConfigError for arms, seeds, keys or panels that make no sense."""
+    """Raise ConfigError for invalid arms, seeds, keys or panels."""
     names = [arm.name for arm in study.arms]
     for name in names:
         if names.count(name) > 1 or not name.replace("-", "").replace(".", "").isalnum():
@@ -160,17 +161,19 @@ def check_study(study: StudyConfig, file: str) -> None:
 
 
 def check_keys(keys: Iterable[str], where: str) -> None:
-    """Raise ConfigError for keys that the study itself sets, or by which runs are not told apart."""
+    """Raise ConfigError for keys that the study sets itself, or that do not distinguish runs."""
     for key in keys:
         if key in OWN or key.split(".")[0] == "trainer":
-            raise ConfigError(f"{where}: {key} is no key of a study: runs are told apart by what decides their tokens")
+            raise ConfigError(
+                f"{where}: {key} cannot be set in a study, which sets it itself or ignores it; leave it out"
+            )
 
 
 def cells_of(study: StudyConfig, root: Path, extra: Sequence[str] = ()) -> list[Cell]:
-    """All cells, first seeds first; ``extra`` are overrides of all. Raises ConfigError for one that cannot run."""
+    """All cells, first seeds first; ``extra`` are overrides for all. Raises ConfigError for a cell that cannot run."""
     check_keys((item.partition("=")[0] for item in extra), "study")
     seeds = {arm.name: study.seeds if arm.seeds is None else arm.seeds for arm in study.arms}
-    rounds = max(len(each) for each in seeds.values())
+    rounds = max(len(arm_seeds) for arm_seeds in seeds.values())
     return [
         build_cell(study, arm, seeds[arm.name][turn], root, extra)
         for turn in range(rounds)
@@ -180,7 +183,7 @@ def cells_of(study: StudyConfig, root: Path, extra: Sequence[str] = ()) -> list[
 
 
 def build_cell(study: StudyConfig, arm: ArmConfig, seed: int, root: Path, extra: Sequence[str]) -> Cell:
-    """One cell, with its places under ``root``. Raises ConfigError that names the arm."""
+    """Build one cell, with its folders under ``root``. Raises ConfigError that names the arm."""
     prior = study.prior if arm.prior is None else arm.prior
     chosen = study.keys | arm.keys
     written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in chosen.items()}
@@ -191,11 +194,11 @@ def build_cell(study: StudyConfig, arm: ArmConfig, seed: int, root: Path, extra:
         defaults = defaults_of(config)
         tokens = [chosen_in(stage_config(config, stage), defaults) for stage in ("tokenizer", "tokens")]
         run = root / f"{config.tokenizer.kind}-{digest(*tokens)}"
-        own = digest(chosen_in(stage_config(config, "prior"), defaults)) if prior else "none"
-        places = [f"run={run}", f"prior.path={run}/priors/{own}/prior.safetensors"]
-        judged = {"eval": to_plain(config.eval)} | ({"sampling": to_plain(config.sampling)} if prior else {})
-        measured = digest(own, chosen_in(judged, defaults))
-        places += [f"eval.name={measured}", "trainer.progress=false"]
+        prior_digest = digest(chosen_in(stage_config(config, "prior"), defaults)) if prior else "none"
+        places = [f"run={run}", f"prior.path={run}/priors/{prior_digest}/prior.safetensors"]
+        eval_sections = {"eval": to_plain(config.eval)} | ({"sampling": to_plain(config.sampling)} if prior else {})
+        eval_digest = digest(prior_digest, chosen_in(eval_sections, defaults))
+        places += [f"eval.name={eval_digest}", "trainer.progress=false"]
         config = load_config(name, [*keys, *places])
     except ConfigError as error:
         raise ConfigError(f"arm {arm.name}: {error}") from error
@@ -203,17 +206,17 @@ def build_cell(study: StudyConfig, arm: ArmConfig, seed: int, root: Path, extra:
 
 
 def chosen_in(plain: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What of a plain config is not its default; every kind stays."""
-    found: dict[str, Any] = {}
+    """The values of a plain config that differ from their defaults; every kind is kept."""
+    changed: dict[str, Any] = {}
     for key, value in plain.items():
         default = defaults.get(key)
         if isinstance(value, dict):
-            found[key] = chosen_in(value, default if isinstance(default, dict) else {})
+            changed[key] = chosen_in(value, default if isinstance(default, dict) else {})
         elif key == "kind" or key not in defaults or value != default:
-            found[key] = value
-    return found
+            changed[key] = value
+    return changed
 
 
 def digest(*parts: Any) -> str:
-    """Eight hexadecimal digits that tell plain data apart."""
+    """Hash of plain data with eight hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What came out of a study: every cell as CSV and JSON, means and spreads of the arms as Markdown and as a plot."""
+"""Results of a study: all cells as CSV and JSON; means and spreads of the arms as Markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -32,42 +32,42 @@ TITLES = {known.key: known.title for known in FIGURES} | {
     "rate.scales.*.entropy_bits": "Entropy by scale, bits an image",
 }
 Value = float | tuple[float, ...] | None
-"""One figure of one cell; several numbers where its key has a ``*``."""
+"""One figure of one cell; a tuple if its key contains ``*``."""
 
 
 def values_of(metrics: dict[str, Any], key: str) -> Value:
-    """The figure of a dotted key, in which ``*`` stands for every entry of a list; None where there is none."""
+    """The value of a dotted key, where ``*`` stands for every entry of a list; None if it is missing."""
     before, star, after = key.partition(".*.")
     if not star:
         value = look_up(metrics, key)
         return None if value is None else number(value, key)
     entries = look_up(metrics, before) or []
-    found = [look_up(entry, after) for entry in entries]
-    return tuple(number(value, key) for value in found) if found and None not in found else None
+    values = [look_up(entry, after) for entry in entries]
+    return tuple(number(value, key) for value in values) if values and None not in values else None
 
 
 def number(value: Any, key: str) -> float:
-    """A number of ``metrics.json``. Raises ConfigError that names the figure for anything else."""
+    """A number from ``metrics.json``. Raises ConfigError, naming the key, for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"figures: {key} is no number in metrics.json; name one, e.g. tokenizer.fd_lite0.value")
+        raise ConfigError(f"figures: {key} is not a number in metrics.json; name one, e.g. tokenizer.fd_lite0.value")
     return float(value)
 
 
 def write_tables(study: StudyConfig, name: str, cells: Sequence[Cell], outcome: Outcome, out: Path) -> Path:
-    """Write ``cells.csv``, ``study.json``, ``table.md`` and ``plot.png`` into ``out``; returns the Markdown table."""
+    """Write ``cells.csv``, ``study.json``, ``table.md`` and ``plot.png`` to ``out``. Returns ``table.md``."""
     out.mkdir(parents=True, exist_ok=True)
     rows = [row_of(study, cell, outcome) for cell in cells]
     text = markdown(study, name, rows)
     write_atomically(out / "cells.csv", csv_of(study, rows).encode())
-    found = {"study": name, "question": study.question, "cells": rows}
-    write_atomically(out / "study.json", (json.dumps(found, indent=1) + "\n").encode())
+    summary = {"study": name, "question": study.question, "cells": rows}
+    write_atomically(out / "study.json", (json.dumps(summary, indent=1) + "\n").encode())
     write_atomically(out / "table.md", text.encode())
     draw(study, rows, out / "plot.png")
     return out / "table.md"
 
 
 def row_of(study: StudyConfig, cell: Cell, outcome: Outcome) -> dict[str, Any]:
-    """Plain data of a cell: what it was, its state (done, not run, failed: why) and its figures."""
+    """Plain data of a cell: arm and seed, state (done, not run, failed: reason), figures and settings."""
     failed = outcome.reason(cell)
     done = failed is None and cell.metrics.exists()
     metrics = json.loads(cell.metrics.read_text(encoding="utf-8")) if done else {}
@@ -88,12 +88,12 @@ def row_of(study: StudyConfig, cell: Cell, outcome: Outcome) -> dict[str, Any]:
 
 
 def count(network: nn.Module) -> int:
-    """Learned numbers of a network."""
+    """Number of parameters of a network."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def csv_of(study: StudyConfig, rows: Sequence[dict[str, Any]]) -> str:
-    """One line a cell; several numbers of a figure are parted by blanks."""
+    """One line per cell; several values of one figure are separated by spaces."""
     text = io.StringIO()
     plain = ("arm", "seed", "state", "tokenizer_parameters", "prior_parameters")
     training = ("cpu_minutes", "peak_megabytes")
@@ -101,41 +101,41 @@ def csv_of(study: StudyConfig, rows: Sequence[dict[str, Any]]) -> str:
     writer.writerow([*plain, *training, *study.figures])
     for row in rows:
         values = [row["figures"][key] for key in study.figures]
-        told = [" ".join(map(str, value)) if isinstance(value, tuple) else value for value in values]
+        formatted = [" ".join(map(str, value)) if isinstance(value, tuple) else value for value in values]
         spent = [(row["training"] or {}).get(key) for key in training]
-        writer.writerow([*(row[key] for key in plain), *spent, *told])
+        writer.writerow([*(row[key] for key in plain), *spent, *formatted])
     return text.getvalue()
 
 
 def spread(values: Sequence[Value]) -> str:
-    """Mean ± sample standard deviation of what the seeds have; a single one without spread; a dash for none."""
+    """Mean ± sample standard deviation over seeds; no deviation for a single value; a dash without values."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
     if isinstance(known[0], tuple):
         if any(not isinstance(value, tuple) or len(value) != len(known[0]) for value in known):
             return "–"
-        return ", ".join(spread(each) for each in zip(*known, strict=True))  # type: ignore[arg-type]
+        return ", ".join(spread(column) for column in zip(*known, strict=True))  # type: ignore[arg-type]
     mean = statistics.fmean(known)  # type: ignore[arg-type]
     return figure(mean) + (f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else "")  # type: ignore[type-var]
 
 
 def markdown(study: StudyConfig, name: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The table of arms."""
+    """The table of arms as Markdown."""
     shown = [key for key in study.figures if any(row["figures"][key] is not None for row in rows)]
     head = ["arm", "seeds", "parameters", "CPU min", "peak MB", *(TITLES.get(key, key) for key in shown)]
     lines = [f"# {name}", "", study.question, "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm]
-        done = [row for row in mine if row["state"] == "done"]
+        arm_rows = [row for row in rows if row["arm"] == arm]
+        done = [row for row in arm_rows if row["state"] == "done"]
         if not done:
-            cells = [arm, "0", *["–"] * (len(head) - 3), mine[0]["state"]]
+            cells = [arm, "0", *["–"] * (len(head) - 3), arm_rows[0]["state"]]
             lines.append(f"| {' | '.join(cells)} |")
             continue
         sizes = [row["tokenizer_parameters"] + (row["prior_parameters"] or 0) for row in done]
-        spent = [row["training"] for row in done if row["training"] is not None]
-        minutes = f"{statistics.fmean(each['cpu_minutes'] for each in spent):.1f}" if spent else "–"
-        peaks = [each["peak_megabytes"] for each in spent if each["peak_megabytes"] is not None]
+        efforts = [row["training"] for row in done if row["training"] is not None]
+        minutes = f"{statistics.fmean(entry['cpu_minutes'] for entry in efforts):.1f}" if efforts else "–"
+        peaks = [entry["peak_megabytes"] for entry in efforts if entry["peak_megabytes"] is not None]
         cells = [arm, str(len(done)), f"{sizes[0]:,}", minutes, f"{max(peaks):,.0f}" if peaks else "–"]
         cells += [spread([row["figures"][key] for row in done]) for key in shown]
         lines.append(f"| {' | '.join(cells)} |")
@@ -147,7 +147,7 @@ def markdown(study: StudyConfig, name: str, rows: Sequence[dict[str, Any]]) -> s
 
 
 def draw(study: StudyConfig, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each figure of ``study.plot``: a line of dots for each arm, a bar for the mean."""
+    """Plot one panel per figure of ``study.plot``: a row of dots per arm, with a bar at the mean."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     plot = Plot(figsize=(4.4 * len(study.plot) + 1, 0.36 * len(arms) + 1.3), dpi=120, layout="constrained")
     panels = plot.subplots(1, len(study.plot), squeeze=False, sharey=True)[0]

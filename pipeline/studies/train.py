@@ -1,8 +1,8 @@
-"""Training and evaluating the cells of a study: one process a stage, several runs side by side.
+"""Training and evaluation of the cells of a study: one process per stage, several at once.
 
-Every stage is the command that a user would give, so it resumes as that does; what is finished is not done again. Cells
-that share a stage wait for it; two priors of one tokenizer train side by side. A stage that fails takes all cells that
-need it with it; the others go on.
+Every stage is an ordinary command, so it resumes like one; finished stages are not repeated. Cells that share a stage
+wait for it; two priors of one tokenizer train side by side. If a stage fails, all cells that need it fail; the others
+continue.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ POLL_SECONDS = 0.5
 GRACE_SECONDS = 120.0
 """How long stages may take to save after SIGTERM."""
 STAGES = {"train-tokenizer": "tokenizer", "cache-tokens": "tokens", "train-prior": "prior"}
-"""Commands that hold their folder to one config, and the sections of it (``STAGE_SECTIONS``)."""
+"""Commands that check the config of their folder, and the stage name of that config (``STAGE_SECTIONS``)."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One stage of one cell, running."""
+    """A running stage of a cell."""
 
     cell: Cell
     stage: str
@@ -47,43 +47,45 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the stage prints; several stages of one run may be running."""
+        """Log file of the stage. Several stages of one run may be running."""
         parts = self.made.relative_to(self.cell.run).parent.parts
         return self.cell.run / f"study-{'-'.join(parts)}.log"
 
 
 @dataclass
 class Outcome:
-    """What training the cells came to, as far as it did not work."""
+    """What went wrong while training the cells."""
 
     failed: dict[Path, str] = field(default_factory=dict)
-    """What a stage that failed would have written, or what it wrote with another config: why."""
+    """Reason by file: the file that a failed stage would have written, or one that was made with another config."""
 
     def reason(self, cell: Cell) -> str | None:
-        """Why a cell has no evaluation; None where nothing failed."""
-        return next((self.failed[made] for _, made in cell.stages if made in self.failed), None)
+        """Why a cell has no evaluation; None if nothing failed."""
+        return next((self.failed[output] for _, output in cell.stages if output in self.failed), None)
 
 
 def outdated(cells: Sequence[Cell]) -> Outcome:
-    """What was made with another config than the cell's: runs are named by keys that differ from their defaults, and a
-    newer version may have other defaults."""
+    """Find files that were made with another config than the cell's.
+
+    Runs are named by keys that differ from their defaults, and a newer version may have other defaults.
+    """
     outcome = Outcome()
     for cell in cells:
-        for stage, made in cell.stages:
-            if stage in STAGES and made.exists() and (made.parent / "config.yaml").exists():
+        for stage, output in cell.stages:
+            if stage in STAGES and output.exists() and (output.parent / "config.yaml").exists():
                 difference = difference_from(
-                    made.parent, stage_config(cell.config, STAGES[stage]), defaults_of(cell.config)
+                    output.parent, stage_config(cell.config, STAGES[stage]), defaults_of(cell.config)
                 )
                 if difference:
-                    outcome.failed[made] = f"{made.parent} was made with another config ({difference}); delete it"
+                    outcome.failed[output] = f"{output.parent} was made with another config ({difference}); delete it"
     return outcome
 
 
 def train(cells: Sequence[Cell], jobs: int, minutes: float | None, outcome: Outcome) -> None:
-    """Run what is missing, ``jobs`` processes at once; after ``minutes`` (None: no limit) no stage begins.
+    """Run missing stages, ``jobs`` processes at once; after ``minutes`` (None: no limit) no stage starts.
 
-    Cells that ``outcome`` has as failed are left out, and those that fail are put there. SIGTERM (Preempted) and Ctrl-C
-    are passed on to the stages, which save.
+    Cells that ``outcome`` lists as failed are skipped; new failures are added to it. SIGTERM (Preempted) and Ctrl-C are
+    passed on to the stages, which save.
     """
     running: list[Job] = []
     end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -96,8 +98,8 @@ def train(cells: Sequence[Cell], jobs: int, minutes: float | None, outcome: Outc
                         outcome.failed[job.made] = line
                         print(f"{job.cell.arm}, seed {job.cell.seed}: {job.stage} failed: {line}", flush=True)
             late = end is not None and time.monotonic() > end
-            while len(running) < jobs and not late and (found := next_stage(cells, running, outcome)):
-                running.append(start(*found, jobs))
+            while len(running) < jobs and not late and (job_spec := next_stage(cells, running, outcome)):
+                running.append(start(*job_spec, jobs))
             if not running:
                 return
             time.sleep(POLL_SECONDS)
@@ -113,19 +115,19 @@ def train(cells: Sequence[Cell], jobs: int, minutes: float | None, outcome: Outc
 
 
 def next_stage(cells: Sequence[Cell], running: Sequence[Job], outcome: Outcome) -> tuple[Cell, str] | None:
-    """The first stage that is missing and that no running one holds up."""
+    """The first missing stage that no running stage blocks."""
     busy = {job.made for job in running}
     for cell in cells:
         if outcome.reason(cell) is not None:
             continue
-        stage, made = next(((name, made) for name, made in cell.stages if not made.exists()), (None, None))
-        if stage is not None and made not in busy:
+        stage, output = next(((name, output) for name, output in cell.stages if not output.exists()), (None, None))
+        if stage is not None and output not in busy:
             return cell, stage
     return None
 
 
 def start(cell: Cell, stage: str, jobs: int) -> Job:
-    """Begin a stage; what it prints goes to its log in the cell's run."""
+    """Start a stage; its output goes to its log in the run of the cell."""
     cell.run.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pipeline", stage, *cell.command]
     job = Job(cell, stage, time.monotonic())
@@ -137,15 +139,15 @@ def start(cell: Cell, stage: str, jobs: int) -> Job:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment_beside(jobs),  # commands that each take every core starve one another
-            start_new_session=True,  # Ctrl-C is this process's to hear: a stage saves after SIGTERM alone
+            env=environment_beside(jobs),  # commands that use all cores would slow each other down
+            start_new_session=True,  # only this process receives Ctrl-C: stages save on SIGTERM
             preexec_fn=partial(prepare_child, os.getpid()),
         )
     return job
 
 
 def finished(job: Job) -> str | None:
-    """None while a job runs, "" when it has done its work, otherwise the last line that it printed."""
+    """None while a job runs, "" if it was successful, otherwise the last line of its output."""
     pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
     if not pid:
         return None
@@ -163,31 +165,33 @@ def finished(job: Job) -> str | None:
 
 
 def remember(job: Job, seconds: float, megabytes: float) -> None:
-    """Add what a stage took to ``study.json`` in its run, by the file that the stage makes."""
+    """Add the resources that a stage used to ``study.json`` in its run, under the file that the stage writes."""
     path = job.cell.run / "study.json"
-    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = str(job.made.relative_to(job.cell.run))
-    before = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_megabytes": 0.0} | seen.get(key, {})
-    seen[key] = {
-        "peak_megabytes": max(before["peak_megabytes"], megabytes),
-        "cpu_seconds": before["cpu_seconds"] + seconds,
-        "wall_seconds": before["wall_seconds"] + time.monotonic() - job.begun,
+    totals = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_megabytes": 0.0} | recorded.get(key, {})
+    recorded[key] = {
+        "peak_megabytes": max(totals["peak_megabytes"], megabytes),
+        "cpu_seconds": totals["cpu_seconds"] + seconds,
+        "wall_seconds": totals["wall_seconds"] + time.monotonic() - job.begun,
     }
-    write_atomically(path, json.dumps(seen, indent=1).encode())
+    write_atomically(path, json.dumps(recorded, indent=1).encode())
 
 
 def effort(cell: Cell) -> dict[str, float | None] | None:
-    """CPU minutes of training the cell's stages and the most memory that one took; None where nobody counted.
+    """CPU minutes of training for the cell's stages and peak memory of one of them; None if not recorded.
 
-    Caching and evaluation are left out. Memory is the resident set of the training process, libraries and all.
+    Caching and evaluation are not included. Memory is the resident set of the training process, including libraries.
     """
     path = cell.run / "study.json"
-    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    own = [str(made.relative_to(cell.run)) for name, made in cell.stages if name.startswith("train")]
-    if not all(key in seen for key in own):
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    files = [str(output.relative_to(cell.run)) for name, output in cell.stages if name.startswith("train")]
+    if not all(key in recorded for key in files):
         return None
-    found = [seen[key] for key in own]
+    entries = [recorded[key] for key in files]
     return {
-        "cpu_minutes": sum(each["cpu_seconds"] for each in found) / 60,
-        "peak_megabytes": max((each["peak_megabytes"] for each in found if "peak_megabytes" in each), default=None),
+        "cpu_minutes": sum(entry["cpu_seconds"] for entry in entries) / 60,
+        "peak_megabytes": max(
+            (entry["peak_megabytes"] for entry in entries if "peak_megabytes" in entry), default=None
+        ),
     }

@@ -38,7 +38,7 @@ def test_pictures_are_on_one_side_and_crops_are_exact(tmp_path: Path, capsys: py
     run_photos(["size=16", "reduce=2"])
     out = tmp_path / "home" / "photos16"
     printed = capsys.readouterr().out
-    assert "goes on without lost" in printed and "pip install lost" in printed and str(out) in printed
+    assert "continuing without lost" in printed and "pip install lost" in printed and str(out) in printed
     index = json.loads((out / "index.json").read_text())
     assert not set(index["pictures"]["train"]) & set(index["pictures"]["val"])
     assert index["pictures"]["train"] | index["pictures"]["val"] == {

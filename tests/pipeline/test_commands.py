@@ -70,7 +70,7 @@ def test_a_run_goes_on_with_the_defaults_that_it_began_with(finished, tmp_path, 
     with stage_folder(folder / "tokenizer", loaded, "tokenizer") as begun:
         assert begun.tokenizer_training.optimizer == "muon"
         assert begun.tokenizer_training.r1_weight == loaded.tokenizer_training.r1_weight  # it began with what is now
-    assert "goes on with tokenizer_training.optimizer=muon, as it began" in capsys.readouterr().out
+    assert "continues with tokenizer_training.optimizer=muon, as before" in capsys.readouterr().out
     written.tokenizer_training.r1_weight = 2.0
     OmegaConf.save(written, path)
     with stage_folder(folder / "tokenizer", loaded, "tokenizer") as begun:
@@ -93,8 +93,8 @@ def test_finished_stages_have_nothing_to_do(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [
-        ("sample", ["classes=purple"], "classes=purple: allowed are 0 to 2, or blue, green, red"),
-        ("sample", ["classes=3"], "classes=3: allowed are 0 to 2"),
+        ("sample", ["classes=purple"], "classes=purple; allowed: 0 to 2, or blue, green, red"),
+        ("sample", ["classes=3"], "classes=3; allowed: 0 to 2"),
         ("sample", ["count=0"], "count=0"),
         ("sample", ["sampling.scales=9"], "sampling.scales=9; allowed: 1 to 3"),
         ("sample", ["sampling.top_p=[2.0]"], "sampling.top_p"),

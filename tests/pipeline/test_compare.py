@@ -111,11 +111,11 @@ def test_what_a_figure_depends_on_is_named_where_it_differs(tmp_path, change, ti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["runs={folder}"], "two folders of evaluations or more"),
+        (["runs={folder}"], "two or more evaluation folders"),
         (["runs={folder},nowhere"], "nowhere/metrics.json is missing"),
         (["photos64", "runs={folder},{folder}"], "compare: 'photos64'; allowed: runs=folder,folder and out=folder"),
-        (["runs={folder},{empty}"], "is no result of an evaluation"),
-        (["runs={folder},{broken}"], "is no JSON"),
+        (["runs={folder},{empty}"], "is not the result of an evaluation"),
+        (["runs={folder},{broken}"], "is not valid JSON"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, capsys, arguments, message):

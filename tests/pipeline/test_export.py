@@ -65,7 +65,7 @@ def test_captions_are_read_as_by_the_command(tmp_path, image_folder):
     assert drawn[0].tobytes() != octaves.to_pil(model.sample(texts=["the sky"], classes=["red"]))[0].tobytes()
     card = (tmp_path / "run/export/README.md").read_text()
     assert front_matter_of(card)["pipeline_tag"] == "text-to-image"
-    assert "read by the text encoder `words`" in card and "Its classes: blue, green, red." in card
+    assert "encoded by the text encoder `words`" in card and "Its classes: blue, green, red." in card
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_an_evaluation_of_other_weights_is_not_quoted(evaluated, finished, tmp_p
     assert "Not evaluated: this run has no evaluation 'none'" in (tmp_path / "run/export/README.md").read_text()
     path.write_text("{}")
     assert export(given) == 2
-    assert "is damaged or no evaluation" in capsys.readouterr().err
+    assert "is damaged or not an evaluation" in capsys.readouterr().err
 
 
 def test_a_tokenizer_alone_is_exported_and_loaded(tmp_path, image_folder, capsys):
@@ -187,12 +187,12 @@ def test_an_export_is_replaced_and_nothing_else(tmp_path, image_folder, capsys):
     assert export(given, "license=mit") == 0
     assert not (out / "encoder.pt2").exists() and front_matter_of((out / "README.md").read_text())["license"] == "mit"
     (out / "notes.txt").write_text("mine")
-    assert export(given) == 2 and "also holds notes.txt" in capsys.readouterr().err
+    assert export(given) == 2 and "also contains notes.txt" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     assert export(given, f"out={tmp_path}/mine") == 0  # an empty folder may be taken
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "bert"}')
-    for place, words in (("other", "holds something else than an export"), ("vit-vqgan.yaml", "is a file")):
+    for place, words in (("other", "contains something other than an export"), ("vit-vqgan.yaml", "is a file")):
         before = snapshot(tmp_path / place)
         assert export(given, f"out={tmp_path}/{place}") == 2
         assert words in one_line(capsys) and snapshot(tmp_path / place) == before
@@ -231,7 +231,7 @@ def test_a_failed_export_leaves_the_old_one_and_no_traces(tmp_path, image_folder
     [
         ("bitplane", ["programs=true"], "has no network that could be exported"),
         ("sparse-dct", ["programs=true"], "has no network that could be exported"),
-        ("sit", ["programs=yes"], "programs=yes: allowed is true or false"),
+        ("sit", ["programs=yes"], "programs=yes; allowed: true or false"),
         ("sit", ["license=My own!"], "license=My own!; allowed: a name such as mit"),
         ("sit", ["sampling.scales=9"], "sampling.scales=9; allowed: 1 to 3"),
         ("sit", ["tokenizer.path={folder}/none"], "none is missing: no tokenizer yet"),
@@ -276,12 +276,12 @@ def damage(folder, name, content=None):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda f: damage(f, "tokenizer.safetensors"), "tokenizer.safetensors is not the file that config.json names"),
+        (lambda f: damage(f, "tokenizer.safetensors"), "tokenizer.safetensors is not the file listed in config.json"),
         (lambda f: damage(f, "prior.safetensors", b"version https://git-lfs"), "git lfs pull"),
         (lambda f: (f / "prior.safetensors").unlink(), "prior.safetensors is missing"),
-        (lambda f: damage(f, "config.json", b"{"), "missing or no JSON"),
+        (lambda f: damage(f, "config.json", b"{"), "missing or not valid JSON"),
         (lambda f: damage(f, "config.json", b"[]"), "format None, expected 'octaves-export/1'"),
-        (lambda f: damage(f, "config.json", b'{"format": "octaves-export/1"}'), "names no files"),
+        (lambda f: damage(f, "config.json", b'{"format": "octaves-export/1"}'), "lists no files"),
         (lambda f: damage(f, "config.json", b'{"model_type": "bert"}'), "was not written by `octaves export`"),
         (lambda f: (f / "config.json").unlink(), "is neither an export (it has no config.json) nor a run"),
         (lambda f: shutil.rmtree(f), "no such file or folder"),

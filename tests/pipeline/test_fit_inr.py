@@ -97,7 +97,7 @@ def test_images_are_upright_over_white_and_reduced_without_aliases(tmp_path):
         (("{photo}", "{photo}"), "would have the same name; rename the image"),
         (("{folder}/psnr.png",), "psnr.png and the plot psnr.png would have the same name"),
         (("{photo}", "out={folder}"), "would overwrite the image"),
-        (("{photo}", "out={photo}"), "give a folder that can be made"),
+        (("{photo}", "out={photo}"), "give a folder that can be created"),
         (("{photo}", "variants=siren,mlp"), "variants=mlp; allowed: all, fourier-relu, siren, wire-real, wire, split"),
         (("{photo}", "variants="), "variants=; allowed: all, fourier-relu"),
         (("{photo}", "steps=0"), "steps=0; allowed: 1 or more"),

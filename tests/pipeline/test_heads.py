@@ -88,7 +88,7 @@ def test_a_whole_folder_and_gray_pictures(finished, headed, tmp_path):
         (["size=0x4"], "size=0x4; allowed: 1 to 16384"),
         (["size=20000"], "size=20000x20000; allowed: 1 to 16384"),
         (["crop=1,2,3"], "crop=1,2,3; allowed: four numbers"),
-        (["crop=a,2,3,4"], "crop=a,2,3,4: allowed are numbers"),
+        (["crop=a,2,3,4"], "crop=a,2,3,4; allowed: comma-separated numbers"),
         (["size=30x30", "crop=0,0,31,1"], "lies outside of 30x30"),
         (["crop=10,10,7,1"], "lies outside of 16x16"),
         (["input="], "input= is missing"),

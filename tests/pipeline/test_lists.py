@@ -174,16 +174,16 @@ def test_colouring_is_evaluated(lists, luma):
     ("command", "items", "message"),
     [
         ("colorize", ("input={gray}",), "prior.order=natural; train one with prior.order=luma_first"),
-        ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colouring"),
+        ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colorization"),
         ("edit", ("input={image}", "frozen=9"), "frozen=9; allowed: 1 to 5 of the 6 scales"),
-        ("upsample", ("input={image}", "to=8"), "that is no larger"),
-        ("sample", ("eval.num_colorized=-1",), "eval.num_colorized=-1; allowed: 0, or 2 and more"),
+        ("upsample", ("input={image}", "to=8"), "the result would not be larger"),
+        ("sample", ("eval.num_colorized=-1",), "eval.num_colorized=-1; allowed: 0, or 2 or more"),
         ("sample", ("prior.value_depth=0",), "prior.value_depth=0; allowed: 1 or more"),
         ("sample", ("prior.early_bias=nan",), "prior.early_bias=nan; allowed: 0 or more"),
-        ("sample", ("sampling.compile=true",), "it has nothing to compile"),
+        ("sample", ("sampling.compile=true",), "it cannot be compiled"),
         ("eval", ("eval.edit_frozen=[1]",), "the scales of these tokens have no image of their own"),
         ("sample", ("prior.patch=3",), "prior.patch=3 with tokenizer.chroma=4:2:0"),
-        ("eval", ("prior.order=luma_first", "eval.upsample_from=8"), "with prior.order=luma_first: a small image"),
+        ("eval", ("prior.order=luma_first", "eval.upsample_from=8"), "with prior.order=luma_first: upsampling needs"),
         ("sample", ("sampling.top_k=[1,2]",), "allowed: 1 for streams"),
     ],
 )
@@ -196,10 +196,10 @@ def test_what_lists_cannot_do_is_named(lists, gray, image_folder, tmp_path, caps
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (("input={image}",), "has colour already; give a gray image, or color=drop"),
+        (("input={image}",), "is in color; give a gray image, or color=drop"),
         (("input={gray}", "color=keep"), "color=keep; allowed: refuse, drop"),
         ((), "input= is missing"),
-        (("input={gray}", "classes=teal"), "classes=teal: allowed are"),
+        (("input={gray}", "classes=teal"), "classes=teal; allowed:"),
         (("input={gray}", "count=0"), "count=0; allowed: 1 or more"),
     ],
 )
@@ -220,7 +220,7 @@ def test_colour_may_be_dropped_on_request(luma, image_folder, tmp_path):
 
 def test_other_tokenizers_cannot_colour(finished, gray, capsys):
     assert main(["colorize", str(finished / "tiny.yaml"), f"run={finished}/run", f"input={gray}"]) == 2
-    assert "colouring needs tokens that hold luma and chroma apart" in capsys.readouterr().err
+    assert "colorization needs separate tokens for luma and chroma" in capsys.readouterr().err
 
 
 def test_given_scales_are_whole_in_what_eval_finishes(lists, monkeypatch):
@@ -245,7 +245,7 @@ def test_memory_is_measured_by_bench(lists, capsys):
         assert entry["whole"]["decoders"] > entry["by_chunks"]["decoders"]
     out.unlink()
     for wrong, message in (
-        (("memory=16,x",), "memory=16,x: allowed are numbers"),
+        (("memory=16,x",), "memory=16,x; allowed: comma-separated numbers"),
         (("memory=0",), "memory=0; allowed: sides of 1 px or more"),
         (("memory=16", "prior.chunk=5000"), "less than prior.chunk=5000"),
     ):

@@ -204,7 +204,7 @@ def test_every_command_takes_the_same_device(monkeypatch, gpus, apple, wanted, k
         (
             {"apple": True},
             {"num_nodes": 2},
-            "trainer.num_nodes=2 on mps: torch has no communication between Apple GPUs",
+            "trainer.num_nodes=2 on mps: torch cannot communicate between Apple GPUs",
         ),
     ],
 )

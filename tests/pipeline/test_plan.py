@@ -116,7 +116,7 @@ def test_a_shared_out_prior_keeps_its_share_and_what_is_gathered(tmp_path):
     [
         (["utilisation=40"], "utilisation=40.0; allowed: 0.001 to 1"),
         (["gpus=0"], "gpus=0; allowed: 1 to"),
-        (["tokenizer.kind=bitplane"], "only learned tokenizers of a fixed length are planned"),
+        (["tokenizer.kind=bitplane"], "only learned tokenizers with a fixed length can be planned"),
     ],
 )
 def test_impossible_plans_are_refused(tmp_path, capsys, keys, message):

@@ -91,7 +91,7 @@ def test_what_cannot_be_coloured_is_named(planes, gray, models, capsys):
         )
     for command, items, message in (
         ("colorize", (f"input={gray}",), "prior.order=natural; train one with prior.order=luma_first"),
-        ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colouring"),
+        ("eval", ("eval.num_colorized=2",), "with prior.order=natural: colorization"),
         ("sample", ("images.channels=1",), "tokenizer.planes=ycbcr with images.channels=1"),
         ("sample", ("tokenizer.overlap=3",), "tokenizer.overlap=3; allowed: 0 to tokenizer.patch=2"),
         ("sample", ("tokenizer.planes=yuv",), "tokenizer.planes='yuv'; allowed: all, ycbcr"),

@@ -217,7 +217,7 @@ def test_every_part_of_the_transformer_gives_the_gradients_of_the_whole_one(tmp_
 
 
 def test_what_cannot_be_shared_out_is_refused_with_one_line(tiny):
-    with pytest.raises(ConfigError, match="only train-prior shares them out") as caught:
+    with pytest.raises(ConfigError, match="only train-prior supports it") as caught:
         train_tokenizer(load_config(tiny, ["trainer.strategy=fsdp", "trainer.devices=2"]))
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="trainer.strategy=fsdp with prior.kind=chunked"):

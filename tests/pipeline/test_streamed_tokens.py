@@ -109,7 +109,7 @@ def test_what_is_missing_or_foreign_is_one_line(finished, store, tmp_path):
     assert run_one(tmp_path, command(finished, tmp_path / "run", url, "trainer.num_workers=1")).refused(said)
     assert run_one(tmp_path, command(finished, tmp_path / "run", f"{url}/none")).refused("no token cache: .*none")
     cache = ["cache-tokens", finished / "tiny.yaml", f"run={tmp_path}/run", f"tokens.path={url}"]
-    assert run_one(tmp_path, cache).refused("a cache is written to a folder")
+    assert run_one(tmp_path, cache).refused("this command writes to a folder")
     # eval reads the manifest to see whether tokens and tokenizer belong together
     other = ["tokenizer_training.max_steps=1", "seed=1", f"run={tmp_path}/other"]
     assert run_one(tmp_path, ["train-tokenizer", finished / "tiny.yaml", *other]).code == 0

@@ -158,7 +158,7 @@ def test_samples_stop_at_a_plane_and_images_are_finished(streams, tmp_path, imag
     assert call("edit", f"input={picture}", "frozen=2", "count=2", f"out={tmp_path}/edited") == 0
     assert len(list((tmp_path / "edited").glob("*.png"))) == 3
     assert call("edit", f"input={picture}", "frozen=2", f"mask={picture}", f"out={tmp_path}/masked") == 2
-    assert "a mask needs tokens with a place" in capsys.readouterr().err
+    assert "a mask needs tokens with a position" in capsys.readouterr().err
     assert call("upsample", f"input={picture}", f"out={tmp_path}/up") == 2
     assert "scale-causal encoder" in capsys.readouterr().err
 

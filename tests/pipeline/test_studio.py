@@ -195,7 +195,7 @@ def test_an_upload_is_edited_where_it_was_painted(page, studio, uploads):
 
 def test_wrong_uploads_are_one_line_in_the_page(page, uploads):
     page.get_by_role("tab", name="Edit").click()
-    for name, message in (("text.png", "no picture that can be read"), ("long.png", "a picture of 20000 x 10 pixels")):
+    for name, message in (("text.png", "cannot be read as an image"), ("long.png", "an image of 20000 x 10 pixels")):
         give(page, "#edit-upload", uploads / name)
         page.get_by_text(message).first.wait_for()
         panel(page).get_by_label("Clear").click()

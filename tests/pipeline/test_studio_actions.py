@@ -97,7 +97,7 @@ def test_a_painted_mask_covers_its_cells():
         (Wish(seed=2**31), "seed=2147483648"),
         (Wish(label=3), "class 3; allowed: -1 (none) to 2"),
         (Wish(text="a"), "trained without captions"),
-        (Wish(text="a" * 10_001), "a caption of 10001 letters; allowed: up to 10000"),
+        (Wish(text="a" * 10_001), "a caption of 10001 characters; allowed: up to 10000"),
     ],
 )
 def test_wishes_out_of_range_are_refused(studio, wish, message):
@@ -115,8 +115,8 @@ def test_values_of_a_page_are_numbers_or_refused():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("text.png", "no picture that can be read"),
-        ("long.png", "a picture of 20000 x 10 pixels; allowed: 4096 a side"),
+        ("text.png", "cannot be read as an image"),
+        ("long.png", "an image of 20000 x 10 pixels; allowed: 4096 per side"),
         (None, "upload one first"),
     ],
 )
@@ -138,5 +138,5 @@ def test_a_runs_folder_opens_without_its_yaml(finished, tmp_path):
     config = load_run(str(finished / "run"), ["sampling.guidance=2.0"])
     assert (config.run, config.images.size, config.sampling.guidance) == (str(finished / "run"), 16, 2.0)
     assert config.tokenizer.path == f"{finished}/run/tokenizer/tokenizer.safetensors"
-    with pytest.raises(RunError, match="is no finished run"):
+    with pytest.raises(RunError, match="is not a finished run"):
         load_run(str(tmp_path), [])

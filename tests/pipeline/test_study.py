@@ -200,7 +200,7 @@ def test_a_figure_may_name_every_entry_of_a_list():
 
 def test_a_figure_that_is_no_number_is_named():
     for value in ({"value": 1.0}, "cpu", True):
-        with pytest.raises(ConfigError, match="rate.bits is no number"):
+        with pytest.raises(ConfigError, match="rate.bits is not a number"):
             values_of({"rate": {"bits": value}}, "rate.bits")
 
 
@@ -229,8 +229,8 @@ def test_memory_is_the_most_of_those_that_were_counted(study):
         ("question: x\narms: []\n", "needs an arm"),
         ("question: x\nseeds: [0, 0]\narms: [{name: a}]\n", "each once"),
         ("question: x\narms: [{name: a, seeds: []}]\n", "seeds of arm a"),
-        ("question: x\narms: [{name: a, keys: {seed: 3}}]\n", "seed is no key of a study"),
-        ("question: x\nkeys: {trainer.devices: 2}\narms: [{name: a}]\n", "trainer.devices is no key"),
+        ("question: x\narms: [{name: a, keys: {seed: 3}}]\n", "seed cannot be set in a study"),
+        ("question: x\nkeys: {trainer.devices: 2}\narms: [{name: a}]\n", "trainer.devices cannot be set"),
         ("question: x\nplot: []\narms: [{name: a}]\n", "plot="),
         ("question: x\nplot: [speed]\narms: [{name: a}]\n", "plot="),
         ("question: x\narms: [{name: a, keys: {tokenizer.nonsense: 3}}]\n", "arm a: .*nonsense"),
@@ -249,13 +249,13 @@ def test_a_study_that_cannot_be_read_says_so_in_one_line(tmp_path, capsys, chang
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["jobs=0"], "jobs=0: allowed is 1 or more"),
-        (["minutes=x"], "minutes=x: allowed is a number"),
+        (["jobs=0"], "jobs=0; allowed: 1 or more"),
+        (["minutes=x"], "minutes=x; allowed: a number"),
         (["only=nobody"], "only=nobody: no such arm; allowed: dense"),
-        (["train=maybe"], "allowed is true or false"),
-        (["tokenizer.patch"], "no override"),
-        (["seed=3"], "seed is no key of a study"),
-        (["tokenizer.path=elsewhere"], "tokenizer.path is no key"),
+        (["train=maybe"], "allowed: true or false"),
+        (["tokenizer.patch"], "not an override"),
+        (["seed=3"], "seed cannot be set in a study"),
+        (["tokenizer.path=elsewhere"], "tokenizer.path cannot be set"),
     ],
 )
 def test_wrong_keys_are_refused(study, tmp_path, capsys, keys, message):

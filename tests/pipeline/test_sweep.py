@@ -61,8 +61,8 @@ def test_the_table_has_a_line_a_point_and_the_plot_decodes(swept):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("guidances=1,x", "guidances=1,x: allowed are numbers"),
-        ("top_ks=1.5", "top_ks=1.5: allowed are numbers"),
+        ("guidances=1,x", "guidances=1,x; allowed: comma-separated numbers"),
+        ("top_ks=1.5", "top_ks=1.5; allowed: comma-separated numbers"),
         ("temperatures=1,-1", "sampling.temperature=[-1.0]"),
         ("top_ks=-3", "sampling.top_k=[-3]"),
     ],

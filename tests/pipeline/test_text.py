@@ -82,9 +82,9 @@ def test_any_text_is_taken_as_it_is(captioned, tmp_path, text):
 @pytest.mark.parametrize(
     ("command", "items", "message"),
     [
-        ("sample", ["text= "], "text= has a caption without a single letter"),
-        ("sample", ["text=red |"], "text= has a caption without a single letter"),
-        ("sample", ["text=red", "classes=purple"], "classes=purple: allowed are 0 to 2"),
+        ("sample", ["text= "], "text= contains an empty caption"),
+        ("sample", ["text=red |"], "text= contains an empty caption"),
+        ("sample", ["text=red", "classes=purple"], "classes=purple; allowed: 0 to 2"),
         (
             "train-prior",
             ["condition.attend=both", "run={fresh}", "tokens.path={run}/tokens"],

@@ -37,7 +37,7 @@ def test_the_pieces_are_the_text_and_train_a_prior(call, tmp_path):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (("file={folder}/none.txt",), "no such file; give the text"),
+        (("file={folder}/none.txt",), "no such file; give a text file"),
         (("file={folder}/beer.txt", "length=1"), "length=1"),
         (("file={folder}/beer.txt", "held_out=1"), "held_out=1"),
         (("file={folder}/beer.txt", "length=20000"), "too few for training and held-out pieces of 20000"),

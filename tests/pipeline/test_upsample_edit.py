@@ -71,8 +71,8 @@ def test_any_rung_to_any_rung(models, pixels, side, to, result):
     [
         (2, 0, "the image has 2 px; allowed: 4, 8, 16"),
         (8, 12, "to= has 12 px; allowed: 4, 8, 16"),
-        (16, 0, "that is no larger"),
-        (8, 8, "that is no larger"),
+        (16, 0, "the result would not be larger"),
+        (8, 8, "the result would not be larger"),
     ],
 )
 def test_a_side_that_is_no_rung_is_named(models, pixels, side, to, message):
@@ -202,7 +202,7 @@ def test_the_upsample_command(finished, tmp_path, pixels, capsys):
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names[:2] == ["0-red-000005.png", "0-red-000006.png"] and names[-1] == "sheet.png" and len(names) == 9
     assert Image.open(tmp_path / "out/3-red-000012.png").size == (16, 16)
-    assert capsys.readouterr().out.count("agree with the input at") == 4
+    assert capsys.readouterr().out.count("match the input with") == 4
     assert octaves(finished, "upsample", tmp_path, f"input={tmp_path}/in/0.png", "count=1", "to=16", "seed=5") == 0
 
 
@@ -225,7 +225,7 @@ def test_inputs_whose_results_would_share_a_name_are_refused_before_any_work(
         save(tmp_path / "in" / name, reduce_to(pixels, 8)[0])
     assert octaves(finished, command, tmp_path, f"input={tmp_path}/in") == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert "holds a.bmp and a.png, whose results would have the same names" in error[-1]
+    assert "contains a.bmp and a.png, whose results would have the same name" in error[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -236,21 +236,21 @@ def test_inputs_whose_results_would_share_a_name_are_refused_before_any_work(
         ("upsample", ["input=/nowhere.png"], "no such image or folder"),
         ("upsample", ["input={small}", "to=7"], "to= has 7 px; allowed: 4, 8, 16"),
         ("upsample", ["input={small}", "to=large"], "large"),
-        ("upsample", ["input={wide}"], "takes square ones"),
+        ("upsample", ["input={wide}"], "needs square images"),
         ("upsample", ["input={text}"], "notes.png"),
         ("upsample", ["input={small}", "text=a flower"], "trained without captions"),
         ("upsample", ["input={small}", "count=0"], "count=0"),
         ("upsample", ["input={small}", "exact=-1"], "exact=-1; allowed: 0 or more"),
         ("upsample", ["input={small}", "detail=2"], "detail=2; allowed: 0 to 1"),
-        ("upsample", ["input={small}", "detail=much"], "detail=much: allowed is a number"),
+        ("upsample", ["input={small}", "detail=much"], "detail=much; allowed: a number"),
         ("edit", ["input={small}", "frozen=5"], "frozen=5; allowed: 1 to 2"),
-        ("edit", ["input={small}", "frozen=two"], "frozen=two: allowed are numbers"),
+        ("edit", ["input={small}", "frozen=two"], "frozen=two; allowed: comma-separated numbers"),
         ("edit", ["input={small}", "mask={wide}"], "make them equal"),
         ("edit", ["input={small}", "mask=/nowhere.png"], "no such image"),
-        ("edit", ["input={small}", "mask={black}"], "is white nowhere"),
+        ("edit", ["input={small}", "mask={black}"], "has no white inside the crop"),
         ("edit", ["input={small}", "images.size=8"], "images of 8x8, but this tokenizer takes 16x16"),
         ("upsample", ["input={small}", "images.channels=1"], "images.channels=1, but this tokenizer takes 3"),
-        ("upsample", ["input={small}", "classes=²"], "classes=²: allowed are 0 to 2"),
+        ("upsample", ["input={small}", "classes=²"], "classes=²; allowed: 0 to 2"),
         ("edit", ["input={small}", "guidances=nan"], "guidance"),
     ],
 )

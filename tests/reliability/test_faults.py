@@ -71,7 +71,7 @@ def test_read_only_run(tmp_path: Path, stages: Path, finished: Path, namespaces:
     """A run folder on a read-only mount: one line."""
     run = before(command, stages, tmp_path / "run")
     ended = octaves(tmp_path, *arguments(command, finished, run), setup=partial(places.read_only, run))
-    assert ended.refused(str(run), "Read-only file system; choose a run= or out= that can be written"), ended
+    assert ended.refused(str(run), "Read-only file system; choose a writable run= or out="), ended
 
 
 def test_read_only_parts_of_another_run_are_enough(
