@@ -26,7 +26,7 @@ help: ## Show this list
 	@echo "  RUN=     folder of the run                (default: runs/<name of CONFIG>)"
 	@echo "  ARGS=    overrides: \"key=value key=value\"; TOKENIZER= and TOKENS= take these parts from another run"
 
-demo: install ## Run all four stages on the demo icons, about 13 minutes on two CPU cores
+demo: install ## Run all four stages on the demo icons, about 10 minutes on two CPU cores
 	@$(MAKE) --no-print-directory eval sample CONFIG=demo
 	@echo
 	@echo "Look at  runs/demo/eval/default/report.html  (all results, in any browser)"
