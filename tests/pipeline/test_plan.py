@@ -87,7 +87,7 @@ def test_what_is_kept_is_counted_once_and_without_weights():
 def test_the_table_is_printed_and_written(tmp_path, capsys):
     out = tmp_path / "plan.json"
     keys = [f"out={out}", "gpus=4", "utilisation=0.5", "teraflops=100", "prior.width=64", "prior.heads=2"]
-    keys += ["prior_training.max_steps=1000"]
+    keys += ["prior_training.max_steps=1000", "prior_training.batch_size_per_device=64"]
     assert main(["plan", "demo", *keys]) == 0
     found = json.loads(out.read_text())
     prior = found["stages"]["prior"]
