@@ -14,7 +14,6 @@ PLACES  = $(CONFIG) run=$(RUN) tokenizer.path=$(TOKENIZER) tokens.path=$(TOKENS)
 # keys of single commands, which must not be passed to the stages that may have to run first
 OWN     = classes=% text=% count=% seed=% out=% input=% to=% exact=% detail=% color=% memory=% frozen=% guidances=% temperatures=% top_ks=% mask=% host=% port=% runs=% repeats=% parts=% programs=% license=%
 KEYS    = $(PLACES) $(if $(filter sample upsample edit colorize studio export rates sweep bench,$(MAKECMDGOALS)),$(filter-out $(OWN),$(ARGS)),$(ARGS))
-SOURCES := octaves.py data stages pipeline tests
 
 .PHONY: help demo install test test-slow lint format train-tokenizer cache-tokens train-prior eval sample upsample edit colorize studio export rates sweep bench text photos clean
 .DEFAULT_GOAL := help
@@ -39,12 +38,12 @@ test: $(VENV)/installed-test ## Install the test extras and run the tests
 test-slow: $(VENV)/installed-test ## Run the slow tests, which take minutes
 	$(BIN)/python -m pytest -q -m slow
 lint: $(VENV)/installed-test ## Check format, lint and types
-	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 format: $(VENV)/installed-test ## Format the code
-	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

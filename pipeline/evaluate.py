@@ -262,8 +262,8 @@ def fit_classifier(
 ) -> Classifier | None:
     """A classifier of the training images, or None and a line in ``skipped``.
 
-    It is kept in the run's folder ``eval``: it is most of the time of a small evaluation, and what is often changed
-    between two evaluations (the prior, the sampling) does not change it.
+    The trained classifier is kept in the run's folder ``eval``. Training it takes most of the time of a small
+    evaluation, and neither the prior nor the sampling settings change it.
     """
     known = train.labels >= 0
     if not config.eval.classifier or num_classes < 2 or not known.any():
