@@ -1,9 +1,14 @@
-"""Atomic file writes and file hashes."""
+"""Atomic file writes, file locks and file hashes."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 
 
@@ -44,6 +49,25 @@ def publish(temporary: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file ``path`` (flock). Yields False if another process holds it and ``wait`` is False.
+
+    The lock ends with the process that took it, however that ends. Loader processes forked from it do not keep it.
+    """
+    with path.open("w") as lock:
+        register_after_fork(lock, TextIOWrapper.close)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def file_sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.errors import InputError
-from data.files import remove_temporaries, write_atomically
+from data.files import locked, remove_temporaries, write_atomically
 from pipeline.config import Config, to_plain
 from pipeline.errors import RunError
 from pipeline.placement import device_of
@@ -58,7 +57,7 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Config]:
     """Lock ``folder`` for this process, check its config and yield the config to use.
 
     In that config, precision is ``32`` or ``bf16``, and defaults that have changed since the folder was started have
-    their earlier values. The lock is released when its process ends (flock), so a killed run leaves no stale lock.
+    their earlier values. The lock ends with its process, so a killed run leaves no stale lock.
     Raises RunError, and InputError for a precision that the device does not support.
     """
     config = as_begun(folder, with_settled_precision(folder, config, stage), stage)
@@ -66,11 +65,9 @@ def stage_folder(folder: Path, config: Config, stage: str) -> Iterator[Config]:
         yield config  # the first process holds the lock for all ranks
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder} is in use by another process; wait for it, or choose another RUN=") from error
+    with locked(folder / ".lock", wait=False) as acquired:
+        if not acquired:
+            raise RunError(f"{folder} is in use by another process; wait for it, or choose another RUN=")
         remove_temporaries(folder)
         hold_to_config(folder, stage_config(config, stage), defaults_of(config))
         yield config

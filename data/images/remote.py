@@ -6,13 +6,12 @@ processes. If a shard changes at its URL, delete the copy.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tarfile
 from pathlib import Path
 
-from data.files import publish, temporary_name
+from data.files import locked, publish, temporary_name
 from data.images.home import data_home
 from data.images.source import ImagesError
 from data.remote import RemoteError, parts_of
@@ -25,8 +24,7 @@ def local_copy(url: str) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be downloading it
+    with locked(path.with_suffix(".lock")):  # another process may be downloading it
         if not path.is_file():
             for stale in folder.glob(f"{path.name}.tmp-*"):  # left by a killed process
                 stale.unlink()

@@ -14,7 +14,6 @@ Notes:
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import threading
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import OctavesError
-from data.files import file_sha256, publish, temporary_name
+from data.files import file_sha256, locked, publish, temporary_name
 from data.images.home import data_home
 from data.remote import RemoteError, attempt, is_remote, parts_of
 from data.tokens.errors import CacheError
@@ -63,7 +62,7 @@ class ShardStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         if info.sha256 not in self._sound:
             self._drop_if_damaged(info)
-        with _locked(path) as acquired:
+        with locked(_lock(path)) as acquired:
             assert acquired
             if path.is_file():
                 os.utime(path)
@@ -85,7 +84,7 @@ class ShardStore:
                 return False
 
         if damaged():  # without the lock, so processes can hash an intact copy in parallel
-            with _locked(path):
+            with locked(_lock(path)):
                 if damaged():  # unless another process has replaced it meanwhile
                     path.unlink()
 
@@ -117,7 +116,7 @@ class ShardStore:
 
     def _reserve(self, temporary: Path, size: int) -> bool:
         """Create a file of ``size`` bytes, after deleting the oldest copies. False if it still exceeds the limit."""
-        with _locked(self.folder / "room") as acquired:
+        with locked(self.folder / "room.lock") as acquired:
             assert acquired
             copies: list[tuple[float, int, Path]] = []
             for path in (*self.folder.glob("*.tar"), *self.folder.glob("*.tar.tmp-*")):
@@ -128,7 +127,7 @@ class ShardStore:
             for _, copy_size, path in sorted(copies):
                 if total + size <= self.limit:
                     break
-                with _locked(path.with_name(path.name.partition(".tmp-")[0]), wait=False) as acquired:
+                with locked(_lock(path), wait=False) as acquired:
                     if acquired:
                         path.unlink(missing_ok=True)
                         total -= copy_size
@@ -139,19 +138,9 @@ class ShardStore:
             return True
 
 
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of ``path``. Yields False if another process holds it and ``wait`` is False."""
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # explicitly: a loader process forked meanwhile also has this file open
+def _lock(path: Path) -> Path:
+    """The lock file of a local copy, or of its temporary file."""
+    return path.with_name(f"{path.name.partition('.tmp-')[0]}.lock")
 
 
 class StreamedReader:
