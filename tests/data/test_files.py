@@ -24,6 +24,7 @@ def test_a_lock_ends_with_its_process_though_a_child_of_it_lives_on(tmp_path):
         target=hold_with_a_child, args=(tmp_path / "lock", there)
     )
     holder.start()
+    assert here.poll(60), "the child of the holder to start"
     child = here.recv()
     try:
         with locked(tmp_path / "lock", wait=False) as acquired:
@@ -34,6 +35,7 @@ def test_a_lock_ends_with_its_process_though_a_child_of_it_lives_on(tmp_path):
         with locked(tmp_path / "lock", wait=False) as acquired:
             assert acquired
     finally:
+        holder.kill()
         os.kill(child, signal.SIGKILL)
 
 
